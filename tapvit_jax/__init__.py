@@ -1,0 +1,1 @@
+"""Task-adaptive pruning of vision transformers for many devices."""

@@ -1,0 +1,1 @@
+"""How much each unit and each layer matters."""

@@ -1,0 +1,1 @@
+"""Backbones and the feature extractor; every width in a frozen config."""

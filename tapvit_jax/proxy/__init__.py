@@ -1,0 +1,1 @@
+"""The device's summary of its data, and the metric dataset chosen from it."""

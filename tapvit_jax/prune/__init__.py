@@ -1,0 +1,1 @@
+"""Units, costs, budgets, masks and physical reshaping."""

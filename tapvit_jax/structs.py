@@ -1,0 +1,116 @@
+"""Frozen config dataclasses to and from plain JSON values, strictly."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from tapvit_jax.errors import InputError
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """Turn nested dataclasses, tuples and mappings into dicts and lists that JSON can hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(cls: type[T], value: Any, name: str = "config") -> T:
+    """Build the dataclass `cls` from plain values, checking names and types all the way down.
+
+    Raises:
+      InputError: an unknown or missing field, or a value of another type; all problems at once.
+    """
+    problems: list[str] = []
+    result = _convert(cls, value, name, problems)
+    if problems:
+        raise InputError("; ".join(problems))
+    return result
+
+
+def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        attempts = []
+        for option in (a for a in args if a is not type(None)):
+            found: list[str] = []
+            result = _convert(option, value, name, found)
+            if not found:
+                return result
+            attempts.append(found)
+        problems.extend(min(attempts, key=len))
+        return None
+    if origin is typing.Literal:
+        if value not in args:
+            problems.append(f"{name} is {value!r}, expected one of {', '.join(map(repr, args))}")
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _convert_dataclass(kind, value, name, problems)
+    if origin is tuple:
+        return _convert_tuple(args, value, name, problems)
+    if origin in (dict, Mapping) or origin is getattr(typing, "Mapping", None):
+        if not isinstance(value, Mapping):
+            problems.append(f"{name} is {value!r}, expected a mapping")
+            return None
+        return {k: _convert(args[1], v, f"{name}.{k}", problems) for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        problems.append(f"{name} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _convert_tuple(args: tuple, value: Any, name: str, problems: list[str]) -> Any:
+    if not isinstance(value, list | tuple):
+        problems.append(f"{name} is {value!r}, expected a list")
+        return None
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(args[0], v, f"{name}[{i}]", problems) for i, v in enumerate(value))
+    if len(args) != len(value):
+        problems.append(f"{name} has {len(value)} entries, expected {len(args)}")
+        return None
+    return tuple(
+        _convert(a, v, f"{name}[{i}]", problems)
+        for i, (a, v) in enumerate(zip(args, value, strict=True))
+    )
+
+
+def _convert_dataclass(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        problems.append(f"{name} is {value!r}, expected a mapping of {kind.__name__}'s fields")
+        return None
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    before = len(problems)
+    for key in value:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(fields)}"
+            problems.append(f"unknown field {name}.{key}: {hint}")
+    arguments = {}
+    for key, field in fields.items():
+        if key in value:
+            arguments[key] = _convert(hints[key], value[key], f"{name}.{key}", problems)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"missing field {name}.{key}")
+    if len(problems) > before:
+        return None
+    try:
+        return kind(**arguments)
+    except InputError as error:
+        problems.append(f"{name}: {error}")
+        return None
