@@ -1,0 +1,89 @@
+"""Kernels and the Hilbert-Schmidt independence criterion between units and targets.
+
+Every unit is a cloud of b points, one an image, with n coordinates, one a token. All Gram matrices
+of a layer come from one batched matrix product, and all bandwidths from one exponential.
+
+Letters: b images, n tokens, u units, r references.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Bandwidth = Literal["fixed", "median"]
+
+_NUM_BANDWIDTHS = 5
+_LARGEST_FIXED = 16.0
+_LARGEST_MEDIAN = 4.0
+
+
+def squared_distances(points: Float[Array, "b n u"]) -> Float[Array, "u b b"]:
+    """Squared distances between images, for each unit.
+
+    The batch mean is taken out first: distances do not see it, float32 cancellation does.
+    """
+    points = points.astype(jnp.float32)
+    points = points - points.mean(axis=0)
+    gram = jnp.einsum("bnu,cnu->ubc", points, points, precision=jax.lax.Precision.HIGHEST)
+    norms = jnp.diagonal(gram, axis1=1, axis2=2)
+    squared = jnp.maximum(norms[:, :, None] + norms[:, None, :] - 2 * gram, 0.0)
+    return squared * (1.0 - jnp.eye(points.shape[0], dtype=jnp.float32))
+
+
+def rbf_kernel(
+    squared: Float[Array, "*u b b"], bandwidth: Bandwidth = "fixed"
+) -> Float[Array, "*u b b"]:
+    """Mean of five Gaussian kernels whose bandwidths double.
+
+        K = mean over s of exp(-squared / (2 s^2)),  s in {1, 2, 4, 8, 16}
+
+    "fixed" uses these bandwidths (TAP-ViTs, arXiv 2601.02437). "median" uses {1/4 .. 4} times the
+    root of the median squared distance of each unit, so that no unit saturates just because its
+    activations are large or small (ours). Halving s squares the kernel twice, so that one
+    exponential serves all five.
+    """
+    if bandwidth == "median":
+        b = squared.shape[-1]
+        rows, columns = jnp.triu_indices(b, k=1)
+        median = jnp.median(squared[..., rows, columns], axis=-1)[..., None, None]
+        squared = squared / jnp.where(median > 0, median, 1.0)
+    largest = _LARGEST_FIXED if bandwidth == "fixed" else _LARGEST_MEDIAN
+    kernel = jnp.exp(-squared / (2.0 * largest**2))
+    total = kernel
+    for _ in range(_NUM_BANDWIDTHS - 1):
+        kernel = jnp.square(jnp.square(kernel))
+        total = total + kernel
+    return total / _NUM_BANDWIDTHS
+
+
+def center(kernel: Float[Array, "*u b b"]) -> Float[Array, "*u b b"]:
+    """Doubly centred kernel: column and row means out, grand mean back in."""
+    return (
+        kernel
+        - kernel.mean(axis=-2, keepdims=True)
+        - kernel.mean(axis=-1, keepdims=True)
+        + kernel.mean(axis=(-2, -1), keepdims=True)
+    )
+
+
+def hsic(
+    kernels: Float[Array, "u b b"], references: Float[Array, "r b b"]
+) -> Float[Array, "u r"]:
+    """HSIC of every unit's kernel with every reference kernel, without the 1 / (b - 1)^2.
+
+        HSIC(K, L) = trace(cen(K) cen(L)) = <K, cen(L)>
+
+    Centring is a projection, so that only the few references need it.
+    """
+    return jnp.einsum(
+        "ubc,rbc->ur", kernels, center(references), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def linear_kernel(points: Float[Array, "b c"]) -> Float[Array, "b b"]:
+    """Gram matrix of points whose batch mean is taken out: P' P'^T."""
+    points = points.astype(jnp.float32)
+    points = points - points.mean(axis=0)
+    return jnp.matmul(points, points.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,248 @@
+"""Layer importance: the divergence of the output when one branch of one block is pruned.
+
+All probes of a block share its input, which one pass of the dense model provides, and run only the
+blocks behind it: for L blocks and S sparsities, L + 2 S L + S L (L - 1) block evaluations a batch
+instead of 4 S L^2. Blocks of equal widths share one compiled program.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.importance.neurons import Scores, unpack_batch
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.vit import Block, BlockConfig, Params, ViTConfig, apply_block, classify, embed
+from tapvit_jax.prune.mask import top_k_mask
+from tapvit_jax.prune.units import unit_key
+
+Branch = Literal["mlp", "attn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """How layers are probed.
+
+    Attributes:
+      sparsity: shares of a branch's units that the probes remove, one probe each.
+      direction: "forward" is KL(original || pruned); "reverse", as published, KL(pruned ||
+        original).
+      batch_quirk: sum over batches of (mean over images / batch size), as published, which makes
+        scores depend on the batch size; otherwise the plain mean over all images.
+      ragged: choose attention dims over all heads of a layer together (as published) or the same
+        count in every head.
+      max_batches: batches beyond these are not read.
+    """
+
+    sparsity: tuple[float, ...] = (0.3, 0.5, 0.7)
+    direction: Literal["forward", "reverse"] = "forward"
+    batch_quirk: bool = False
+    ragged: bool = False
+    max_batches: int = 50
+
+    def __post_init__(self):
+        if not self.sparsity or any(not 0 < s < 1 for s in self.sparsity):
+            raise InputError(f"sparsity is {self.sparsity}, expected values between 0 and 1")
+
+    @classmethod
+    def as_published(cls, sparsity: tuple[float, ...] = (0.5,)) -> "LayerConfig":
+        """What the authors' code of TAP-ViTs (arXiv 2601.02437) computes."""
+        return cls(sparsity=sparsity, direction="reverse", batch_quirk=True, ragged=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerScores:
+    """Divergences by probe sparsity and block; an absent branch scores 0.
+
+    Attributes:
+      sparsity: the probes.
+      mlp: scores of the MLP branches.
+      attn: scores of the attention branches.
+    """
+
+    sparsity: tuple[float, ...]
+    mlp: Float[np.ndarray, "s l"]
+    attn: Float[np.ndarray, "s l"]
+
+    def mean(self, branch: Branch) -> Float[np.ndarray, "l"]:
+        """Mean over the probes."""
+        return getattr(self, branch).mean(axis=0)
+
+
+def probe_count(size: int, sparsity: float) -> int:
+    """Units that a probe keeps: int(n (1 - s)), as published, safe against 0.5 - 1e-17."""
+    return int(size * (1 - sparsity) + 1e-9)
+
+
+def layer_importance(
+    model: Model,
+    batches: Iterable[Any],
+    units: Scores,
+    sparsity: Sequence[float] | float | None = None,
+    *,
+    config: LayerConfig | None = None,
+) -> LayerScores:
+    """Score every branch of every block by what pruning it alone does to the output.
+
+        R_l = mean over images of KL(p || p_l)
+
+    where p is the dense prediction and p_l the one with branch l pruned to its highest-scoring
+    units at the probe sparsity.
+
+    Args:
+      model: the dense model.
+      batches: as in `neuron_importance`.
+      units: neuron scores, which say what a probe removes.
+      sparsity: one or several probe sparsities; overrides the config's.
+      config: direction and quirks.
+
+    Raises:
+      InputError: a sparsity outside (0, 1), no batches, or scores that are NaN.
+
+    Source: TAP-ViTs (arXiv 2601.02437); several probes, the shared prefix and the fixes are ours.
+    """
+    config = config or LayerConfig()
+    if sparsity is not None:
+        values = (sparsity,) if isinstance(sparsity, int | float) else tuple(sparsity)
+        config = dataclasses.replace(config, sparsity=values)
+    gates = _probe_gates(model.config, config, units)
+    total: list[Array] | None = None
+    weight = 0.0
+    for batch in itertools.islice(batches, config.max_batches):
+        images, _ = unpack_batch(batch)
+        if len(images) == 0:
+            continue
+        found = _probe_batch(model.config, config, model.params, images, gates)
+        scale = 1.0 / len(images) ** 2 if config.batch_quirk else 1.0
+        found = [values * scale for values in found]
+        total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+        weight += 1.0 if config.batch_quirk else len(images)
+    if total is None:
+        raise InputError("layer importance needs at least one batch")
+    divisor = 1.0 if config.batch_quirk else weight
+    return _unpack(model.config, config, [np.asarray(v) / divisor for v in jax.device_get(total)])
+
+
+def _variants(config: LayerConfig, block: BlockConfig) -> list[tuple[Branch, float]]:
+    branches = (["mlp"] if block.mlp else []) + (["attn"] if block.attn else [])
+    return [(branch, s) for branch in branches for s in config.sparsity]
+
+
+def _unpack(
+    model_config: ViTConfig, config: LayerConfig, found: list[np.ndarray]
+) -> LayerScores:
+    shape = (len(config.sparsity), len(model_config.blocks))
+    scores = {"mlp": np.zeros(shape), "attn": np.zeros(shape)}
+    for i, (block, values) in enumerate(zip(model_config.blocks, found, strict=True)):
+        for (branch, s), value in zip(_variants(config, block), values, strict=True):
+            scores[branch][config.sparsity.index(s), i] = value
+    return LayerScores(config.sparsity, **scores)
+
+
+def _probe_gates(
+    model_config: ViTConfig, config: LayerConfig, units: Mapping[str, Any]
+) -> list[dict[str, Float[Array, "v ..."]]]:
+    """Gates of zeros and ones for every probe of every block.
+
+    A gate of zero on an MLP unit after GELU, on a value dim or on a query dim computes what zeroed
+    parameters compute, and lets the probes of a block share all that comes before the gate.
+    """
+    gates = []
+    for i, block in enumerate(model_config.blocks):
+        kinds = {"mlp": ("mlp",) if block.mlp else (), "attn": ("qk", "vo") if block.attn else ()}
+        rows = []
+        for branch, s in _variants(config, block):
+            row = {}
+            for kind in itertools.chain(*kinds.values()):
+                scores = np.asarray(units[unit_key(i, kind)])
+                row[kind] = np.ones(scores.shape, np.float32)
+                if kind in kinds[branch]:
+                    row[kind] = probe_mask(scores, s, config.ragged).astype(np.float32)
+            rows.append(row)
+        gates.append({kind: jnp.stack([row[kind] for row in rows]) for kind in rows[0]} if rows else {})
+    return gates
+
+
+def probe_mask(scores: Float[np.ndarray, "..."], sparsity: float, ragged: bool) -> np.ndarray:
+    """Mask of the units that a probe keeps: over all heads together if ragged, else per head."""
+    if scores.ndim == 1 or ragged:
+        return top_k_mask(scores, probe_count(scores.size, sparsity))
+    count = probe_count(scores.shape[1], sparsity)
+    return np.stack([top_k_mask(row, count) for row in scores])
+
+
+def _probe_batch(
+    model_config: ViTConfig,
+    config: LayerConfig,
+    params: Params,
+    images: Float[Array, "b s s ch"],
+    gates: list[dict[str, Array]],
+) -> list[Float[Array, "v"]]:
+    """Sum over the batch's images of every probe's divergence, for every block."""
+    run = functools.partial(_run_block, model_config)
+    inputs = [_embed(model_config, params, images)]
+    for i, block in enumerate(model_config.blocks):
+        inputs.append(run(block, params.get(f"blocks_{i}", {}), inputs[-1]))
+    original = _log_probabilities(model_config, params, inputs[-1])
+    sums = []
+    for i, block in enumerate(model_config.blocks):
+        if not gates[i]:
+            sums.append(jnp.zeros((0,)))
+            continue
+        x = _gated_block(model_config, block, params[f"blocks_{i}"], inputs[i], gates[i])
+        for j in range(i + 1, len(model_config.blocks)):
+            x = run(model_config.blocks[j], params.get(f"blocks_{j}", {}), x)
+        pruned = _log_probabilities(model_config, params, x)
+        sums.append(_divergence(config.direction, original, pruned))
+    return sums
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config: ViTConfig, params: Params, images: Array) -> Array:
+    return embed(config, params, images)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_block(config: ViTConfig, block: BlockConfig, params: Params, x: Array) -> Array:
+    return apply_block(config, block, params, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gated_block(
+    config: ViTConfig,
+    block: BlockConfig,
+    params: Params,
+    x: Float[Array, "b n d"],
+    gates: dict[str, Float[Array, "v ..."]],
+) -> Float[Array, "vb n d"]:
+    def probe(gate: dict[str, Array]) -> Array:
+        # The gates' image axis has size one and broadcasts: every image gets the same probe.
+        gate = {kind: value[None] for kind, value in gate.items()}
+        return Block(config, block).apply({"params": params}, x, gate)[0]
+
+    out = jax.vmap(probe)(gates)
+    return out.reshape(-1, *out.shape[2:])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probabilities(config: ViTConfig, params: Params, x: Array) -> Array:
+    return jax.nn.log_softmax(classify(config, params, x), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _divergence(
+    direction: str, original: Float[Array, "b c"], pruned: Float[Array, "vb c"]
+) -> Float[Array, "v"]:
+    pruned = pruned.reshape(-1, *original.shape)
+    if direction == "forward":
+        kl = jnp.exp(original) * (original - pruned)
+    else:
+        kl = jnp.exp(pruned) * (pruned - original)
+    return kl.sum(axis=(1, 2))

@@ -1,0 +1,170 @@
+"""The table of prunable units: which parameters belong to which unit, along which axes.
+
+Scores, masks, reshaping, costs and optimizer moments all read this one table. Kinds:
+
+    mlp          hidden units of an MLP                                   shape (f,)
+    qk           dimensions of queries and keys, in each head             shape (h, k)
+    vo           dimensions of values and of the projection's inputs      shape (h, v)
+    head         whole heads                                              shape (h,)
+    attn_branch  the attention branch of a block with its norm            shape ()
+    mlp_branch   the MLP branch of a block with its norm                  shape ()
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import numpy as np
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.models.vit import Params, ViTConfig, param_shapes
+
+Kind = Literal["mlp", "qk", "vo", "head", "attn_branch", "mlp_branch"]
+Path = tuple[str, ...]
+
+WIDTH_KINDS: tuple[Kind, ...] = ("mlp", "qk", "vo")
+"""Kinds whose counts a budget turns into widths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A parameter that shrinks with a unit: unit axis i indexes the parameter's `axes[i]`."""
+
+    path: Path
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitGroup:
+    """All units of one kind in one block.
+
+    Attributes:
+      block: position of the block.
+      kind: see the module's table.
+      shape: shape of the units' scores and masks.
+      members: parameters that belong to them.
+    """
+
+    block: int
+    kind: Kind
+    shape: tuple[int, ...]
+    members: tuple[Member, ...]
+
+    @property
+    def key(self) -> str:
+        """Name of the group in scores, masks and plans, such as "blocks_3/mlp"."""
+        return unit_key(self.block, self.kind)
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return int(np.prod(self.shape, dtype=int))
+
+
+def unit_key(block: int, kind: Kind) -> str:
+    """Name of a group of units in scores, masks and plans."""
+    return f"blocks_{block}/{kind}"
+
+
+@functools.lru_cache(maxsize=256)
+def unit_table(config: ViTConfig) -> tuple[UnitGroup, ...]:
+    """All prunable units of a model, block after block. Source: ours."""
+    groups = []
+    for i, block in enumerate(config.blocks):
+        if block.attn:
+            groups += _attention_groups(config, i)
+        if block.mlp:
+            groups += _mlp_groups(i, block.mlp_dim)
+    return tuple(groups)
+
+
+def _attention_groups(config: ViTConfig, i: int) -> list[UnitGroup]:
+    block = config.blocks[i]
+    heads = block.num_heads
+    attn = (f"blocks_{i}", "attn")
+
+    def members(names: tuple[str, ...], kernel_axes, bias_axes) -> list[Member]:
+        found = [Member((*attn, name, "kernel"), kernel_axes) for name in names]
+        if config.qkv_bias:
+            found += [Member((*attn, name, "bias"), bias_axes) for name in names]
+        return found
+
+    dims = {"kernel_axes": (1, 2), "bias_axes": (0, 1)}
+    per_head = {"kernel_axes": (1,), "bias_axes": (0,)}
+    whole = {"kernel_axes": (), "bias_axes": ()}
+    proj = (*attn, "proj", "kernel")
+    branch = members(("q", "k", "v"), **whole)
+    branch += [Member(proj, ()), Member((*attn, "proj", "bias"), ())]
+    branch += [Member((f"blocks_{i}", "norm1", name), ()) for name in ("scale", "bias")]
+    vo = (*members(("v",), **dims), Member(proj, (0, 1)))
+    head = (*members(("q", "k", "v"), **per_head), Member(proj, (0,)))
+    return [
+        UnitGroup(i, "qk", (heads, block.qk_dim), tuple(members(("q", "k"), **dims))),
+        UnitGroup(i, "vo", (heads, block.v_dim), vo),
+        UnitGroup(i, "head", (heads,), head),
+        UnitGroup(i, "attn_branch", (), tuple(branch)),
+    ]
+
+
+def _mlp_groups(i: int, mlp_dim: int) -> list[UnitGroup]:
+    mlp = (f"blocks_{i}", "mlp")
+    hidden = (
+        Member((*mlp, "fc1", "kernel"), (1,)),
+        Member((*mlp, "fc1", "bias"), (0,)),
+        Member((*mlp, "fc2", "kernel"), (0,)),
+    )
+    branch = [Member(member.path, ()) for member in hidden]
+    branch += [Member((*mlp, "fc2", "bias"), ())]
+    branch += [Member((f"blocks_{i}", "norm2", name), ()) for name in ("scale", "bias")]
+    return [
+        UnitGroup(i, "mlp", (mlp_dim,), hidden),
+        UnitGroup(i, "mlp_branch", (), tuple(branch)),
+    ]
+
+
+def fixed_paths(config: ViTConfig) -> frozenset[Path]:
+    """Parameters that no unit covers: the residual width and the classes stay as they are."""
+    paths = {("patch_embed", "kernel"), ("patch_embed", "bias"), ("pos_embed",)}
+    paths |= {("cls_token",)} if config.class_token else set()
+    paths |= {("dist_token",)} if config.distilled else set()
+    heads = ("head", "head_dist") if config.distilled else ("head",)
+    paths |= {(head, name) for head in heads for name in ("kernel", "bias")}
+    paths |= {(config.final_norm, name) for name in ("scale", "bias")}
+    return frozenset(paths)
+
+
+def flatten(tree: Params) -> dict[Path, jax.Array]:
+    """Turn a nested parameter dict into {path: leaf}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: dict[Path, jax.Array]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def check_params(config: ViTConfig, params: Params, name: str = "params") -> None:
+    """Check a parameter tree against the shapes and dtypes that its config asks for.
+
+    Raises:
+      InputError: parameters missing, extra, of another shape or another dtype; all in one message.
+    """
+    expected, found = flatten(param_shapes(config)), flatten(params)
+    problems = [f"missing {'/'.join(path)}" for path in expected if path not in found]
+    problems += [f"unexpected {'/'.join(path)}" for path in found if path not in expected]
+    for path in expected.keys() & found.keys():
+        want, have = expected[path], found[path]
+        if tuple(have.shape) != want.shape:
+            problems.append(f"{'/'.join(path)} has shape {tuple(have.shape)}, expected {want.shape}")
+        elif have.dtype != want.dtype:
+            problems.append(f"{'/'.join(path)} has dtype {have.dtype}, expected {want.dtype}")
+    if problems:
+        raise InputError(f"{name}: does not match its config: " + "; ".join(sorted(problems)))
