@@ -11,10 +11,10 @@ import safetensors.numpy
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file, file_hash
+from tapvit_jax.models.params import Params, flatten, unflatten
+from tapvit_jax.models.params import Path as ParamPath
 from tapvit_jax.models.registry import Model, create
-from tapvit_jax.models.vit import Params, ViTConfig
-from tapvit_jax.prune.units import Path as ParamPath
-from tapvit_jax.prune.units import flatten, unflatten
+from tapvit_jax.models.vit import ViTConfig
 
 StateDict = Mapping[str, np.ndarray]
 

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.neurons import Scores, unpack_batch
+from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import Block, BlockConfig, Params, ViTConfig, apply_block, classify, embed
+from tapvit_jax.models.vit import Block, BlockConfig, ViTConfig, apply_block, classify, embed
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.units import unit_key
 

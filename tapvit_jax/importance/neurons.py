@@ -25,8 +25,9 @@ from tapvit_jax.importance.hsic import (
     rbf_kernel,
     squared_distances,
 )
+from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import Gates, Params, Taps, ViTConfig, apply_with_taps
+from tapvit_jax.models.vit import Gates, Taps, ViTConfig, apply_with_taps
 from tapvit_jax.prune.units import unit_key
 
 Scores = dict[str, Float[np.ndarray, "..."]]

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from tapvit_jax.data.sources import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import vit
-from tapvit_jax.models.vit import Params, ViTConfig, vit_config
+from tapvit_jax.models.params import Params
+from tapvit_jax.models.vit import ViTConfig, vit_config
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

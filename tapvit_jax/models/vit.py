@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
+from tapvit_jax.models.params import Params
 
-Params = dict[str, Any]
 Taps = dict[str, Array]
 Gates = dict[str, Array]
 

@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.vit import Params, ViTConfig, param_shapes
-from tapvit_jax.prune.units import UnitGroup, flatten, unflatten, unit_table
+from tapvit_jax.models.params import Params, flatten, unflatten
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.vit import ViTConfig, param_shapes
+from tapvit_jax.prune.units import unit_table
 
 UnitMasks = dict[str, Float[Array, "..."]]
 """Unit masks by group key; the leading axes, if any, are variants."""
@@ -132,3 +134,23 @@ def mask_params(config: ViTConfig, params: Params, masks: UnitMasks) -> Params:
     """Parameters with the pruned units' entries set to zero. Pure and traceable."""
     return jax.tree.map(lambda p, m: p * m.astype(p.dtype), params, param_masks(config, masks))
 
+
+
+def apply_masks(model: Model, plan: Plan) -> Model:
+    """The dense model with all pruned units set to zero: same shapes, the smaller model's outputs.
+
+    Raises:
+      InputError: the plan was made for another config.
+    """
+    check_plan(model, plan)
+    return model.replace(params=mask_params(model.config, model.params, unit_masks(plan)))
+
+
+def check_plan(model: Model, plan: Plan) -> None:
+    """Refuse a plan that was made for a model of other shapes.
+
+    Raises:
+      InputError: the plan was made for another config.
+    """
+    if plan.config != model.config:
+        raise InputError(f"the plan was made for another config than that of {model.name}")

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from tapvit_jax.models.vit import BlockConfig, Params, ViTConfig
-from tapvit_jax.prune.mask import Plan
-from tapvit_jax.prune.units import flatten, unflatten, unit_key, unit_table
+from tapvit_jax.models.params import Params, flatten, unflatten
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.vit import BlockConfig, ViTConfig
+from tapvit_jax.prune.mask import Plan, check_plan
+from tapvit_jax.prune.units import unit_key, unit_table
+from tapvit_jax.structs import to_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +98,18 @@ def _take_heads(leaf: jax.Array, gather: _HeadGather, axes: tuple[int, ...]) -> 
     tail = leaf.ndim - start - 2
     real = gather.real.reshape(gather.real.shape + (1,) * tail)
     return jnp.where(real, taken, jnp.zeros((), taken.dtype))
+
+
+def reshape(model: Model, plan: Plan) -> Model:
+    """The really smaller model: only the kept entries, and outputs equal to the masked model's.
+
+    Its history records the plan, so that every kept unit can be traced to the dense model.
+
+    Raises:
+      InputError: the plan was made for another config.
+    """
+    check_plan(model, plan)
+    history = {**model.history, "kept": plan.to_plain(), "dense_config": to_plain(plan.config)}
+    return model.replace(
+        config=reshaped_config(plan), params=reshape_tree(plan, model.params), history=history
+    )

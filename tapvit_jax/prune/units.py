@@ -14,14 +14,12 @@ import dataclasses
 import functools
 from typing import Literal
 
-import jax
 import numpy as np
 
-from tapvit_jax.errors import InputError
-from tapvit_jax.models.vit import Params, ViTConfig, param_shapes
+from tapvit_jax.models.params import Path
+from tapvit_jax.models.vit import ViTConfig
 
 Kind = Literal["mlp", "qk", "vo", "head", "attn_branch", "mlp_branch"]
-Path = tuple[str, ...]
 
 WIDTH_KINDS: tuple[Kind, ...] = ("mlp", "qk", "vo")
 """Kinds whose counts a budget turns into widths."""
@@ -132,39 +130,3 @@ def fixed_paths(config: ViTConfig) -> frozenset[Path]:
     paths |= {(head, name) for head in heads for name in ("kernel", "bias")}
     paths |= {(config.final_norm, name) for name in ("scale", "bias")}
     return frozenset(paths)
-
-
-def flatten(tree: Params) -> dict[Path, jax.Array]:
-    """Turn a nested parameter dict into {path: leaf}."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def unflatten(leaves: dict[Path, jax.Array]) -> Params:
-    """The inverse of `flatten`."""
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-def check_params(config: ViTConfig, params: Params, name: str = "params") -> None:
-    """Check a parameter tree against the shapes and dtypes that its config asks for.
-
-    Raises:
-      InputError: parameters missing, extra, of another shape or another dtype; all in one message.
-    """
-    expected, found = flatten(param_shapes(config)), flatten(params)
-    problems = [f"missing {'/'.join(path)}" for path in expected if path not in found]
-    problems += [f"unexpected {'/'.join(path)}" for path in found if path not in expected]
-    for path in expected.keys() & found.keys():
-        want, have = expected[path], found[path]
-        if tuple(have.shape) != want.shape:
-            problems.append(f"{'/'.join(path)} has shape {tuple(have.shape)}, expected {want.shape}")
-        elif have.dtype != want.dtype:
-            problems.append(f"{'/'.join(path)} has dtype {have.dtype}, expected {want.dtype}")
-    if problems:
-        raise InputError(f"{name}: does not match its config: " + "; ".join(sorted(problems)))

@@ -1,0 +1,1 @@
+"""Programs: the main job, sweeps, comparisons, benchmarks."""

@@ -1,0 +1,121 @@
+"""What an experiment's config file may say; anything else is refused by name."""
+
+import dataclasses
+from typing import Any, Literal
+
+from tapvit_jax.data.partition import PartitionConfig
+from tapvit_jax.data.sources import Preprocess
+from tapvit_jax.errors import InputError
+from tapvit_jax.models.vit import ViTConfig, vit_config
+from tapvit_jax.pipeline import PruneConfig
+from tapvit_jax.proxy.features import ExtractorConfig
+from tapvit_jax.proxy.gmm import GmmConfig
+from tapvit_jax.proxy.select import SelectConfig
+from tapvit_jax.prune.budget import Budget
+from tapvit_jax.structs import from_plain
+from tapvit_jax.train.finetune import TrainConfig
+
+Comparison = Literal["pool", "random"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Images and who owns them.
+
+    Attributes:
+      source: "digits", "tfds:NAME", or a path to image folders or Tiny-ImageNet.
+      preprocess: how an image becomes an input.
+      partition: devices, public pool and public-validation.
+    """
+
+    source: str
+    preprocess: Preprocess
+    partition: PartitionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """The dense model that every device's model is cut from.
+
+    Attributes:
+      weights: a timm-format .safetensors file; None trains from scratch on the public pool.
+      train: the recipe for training from scratch.
+    """
+
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    distilled: bool = False
+    pool: Literal["cls", "mean"] = "cls"
+    weights: str | None = None
+    train: TrainConfig = TrainConfig()
+
+    def vit(self, preprocess: Preprocess, num_classes: int) -> ViTConfig:
+        """The network's config."""
+        return vit_config(
+            depth=self.depth,
+            num_heads=self.num_heads,
+            embed_dim=self.embed_dim,
+            mlp_ratio=self.mlp_ratio,
+            image_size=preprocess.image_size,
+            in_channels=preprocess.channels,
+            patch_size=self.patch_size,
+            num_classes=num_classes,
+            distilled=self.distilled,
+            pool=self.pool,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything that decides an experiment's results.
+
+    Attributes:
+      seed: every random choice follows from it.
+      budgets: one per device, such as "macs=0.5" or "macs=0.4,params=0.5"; used in turn.
+      extractor_train: recipe of the embedding network, for extractor kind "embedding".
+      recover: fine-tuning after pruning.
+      validation_share: share of public-validation, the most likely under the device's GMM, that
+        chooses the device's epoch.
+      comparisons: metric sets to stand beside the selected one: the whole pool, or a random public
+        subset of the same size.
+      latency_batch: batch size of the latency measurement.
+    """
+
+    name: str
+    seed: int
+    data: DataConfig
+    dense: DenseConfig
+    budgets: tuple[str, ...]
+    select: SelectConfig
+    extractor: ExtractorConfig = ExtractorConfig()
+    extractor_train: TrainConfig = TrainConfig()
+    gmm: GmmConfig = GmmConfig()
+    prune: PruneConfig = PruneConfig()
+    recover: TrainConfig = TrainConfig()
+    validation_share: float = 0.5
+    comparisons: tuple[Comparison, ...] = ("pool", "random")
+    latency_batch: int = 1
+
+    def __post_init__(self):
+        if not self.budgets:
+            raise InputError("budgets is empty, expected at least one")
+        if not 0 < self.validation_share <= 1:
+            raise InputError(f"validation_share is {self.validation_share}, expected (0, 1]")
+        for text in self.budgets:
+            Budget.parse(text)
+
+    def budget(self, device: int) -> Budget:
+        """The budget of one device."""
+        return Budget.parse(self.budgets[device % len(self.budgets)])
+
+
+def read(config: Any) -> ExperimentConfig:
+    """Check an ml_collections config and turn it into an `ExperimentConfig`.
+
+    Raises:
+      InputError: unknown or missing fields, or values of another type; all in one message.
+    """
+    return from_plain(ExperimentConfig, config.to_dict())

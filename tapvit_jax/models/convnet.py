@@ -1,0 +1,77 @@
+"""A small convolutional network: the feature extractor that devices run on their images."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tapvit_jax.models.params import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNetConfig:
+    """Widths of the extractor.
+
+    Attributes:
+      widths: channels of each stage; every stage after the first halves the resolution.
+      embed_dim: dimension of the embedding that is used as features.
+      stem_stride: stride of the first convolution; 1 for very small images.
+    """
+
+    image_size: int
+    num_classes: int
+    in_channels: int = 3
+    widths: tuple[int, ...] = (32, 64, 128)
+    embed_dim: int = 64
+    stem_stride: Literal[1, 2, 4] = 1
+
+
+class ConvNet(nn.Module):
+    """Stages of two convolutions, global mean, embedding, classifier."""
+
+    config: ConvNetConfig
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "b s s ch"]
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b e"]]:
+        config = self.config
+        x = images
+        for i, width in enumerate(config.widths):
+            stride = config.stem_stride if i == 0 else 2
+            for j, step in enumerate((stride, 1)):
+                x = nn.Conv(width, (3, 3), (step, step), use_bias=False, name=f"conv{i}_{j}")(x)
+                # Normalising each image alone keeps training and use identical.
+                x = nn.relu(nn.LayerNorm(name=f"norm{i}_{j}")(x))
+        embedding = nn.Dense(config.embed_dim, name="embed")(x.mean(axis=(1, 2)))
+        return nn.Dense(config.num_classes, name="head")(nn.relu(embedding)), embedding
+
+
+def init(config: ConvNetConfig, key: Array) -> Params:
+    """Draw fresh parameters."""
+    images = jnp.zeros((1, config.image_size, config.image_size, config.in_channels))
+    return ConvNet(config).init(key, images)["params"]
+
+
+def apply(
+    config: ConvNetConfig, params: Params, images: Float[Array, "b s s ch"]
+) -> Float[Array, "b c"]:
+    """Logits, for training the extractor."""
+    return ConvNet(config).apply({"params": params}, images)[0]
+
+
+def embedding(
+    config: ConvNetConfig, params: Params, images: Float[Array, "b s s ch"]
+) -> Float[Array, "b e"]:
+    """The embedding in front of the classifier."""
+    return ConvNet(config).apply({"params": params}, images)[1]
+
+
+@functools.lru_cache(maxsize=16)
+def param_shapes(config: ConvNetConfig) -> Params:
+    """Shapes and dtypes of the parameter tree. Treat the result as frozen."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))

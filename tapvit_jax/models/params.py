@@ -1,0 +1,46 @@
+"""Parameter trees: plain nested dicts of arrays, addressed by paths."""
+
+from typing import Any
+
+import jax
+
+from tapvit_jax.errors import InputError
+
+Params = dict[str, Any]
+Path = tuple[str, ...]
+
+
+def flatten(tree: Params) -> dict[Path, jax.Array]:
+    """Turn a nested parameter dict into {path: leaf}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: dict[Path, jax.Array]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def check_params(shapes: Params, params: Params, name: str = "params") -> None:
+    """Check a parameter tree against the shapes and dtypes that it should have.
+
+    Raises:
+      InputError: parameters missing, extra, of another shape or another dtype; all in one message.
+    """
+    expected, found = flatten(shapes), flatten(params)
+    problems = [f"missing {'/'.join(path)}" for path in expected if path not in found]
+    problems += [f"unexpected {'/'.join(path)}" for path in found if path not in expected]
+    for path in expected.keys() & found.keys():
+        want, have = expected[path], found[path]
+        if tuple(have.shape) != want.shape:
+            problems.append(f"{'/'.join(path)} has shape {tuple(have.shape)}, expected {want.shape}")
+        elif have.dtype != want.dtype:
+            problems.append(f"{'/'.join(path)} has dtype {have.dtype}, expected {want.dtype}")
+    if problems:
+        raise InputError(f"{name}: does not match its config: " + "; ".join(sorted(problems)))

@@ -1,0 +1,114 @@
+"""A model as a directory: model.json (everything but the numbers) and params.safetensors.
+
+Nothing in either file is executed. Loading needs the directory alone and checks all of it: the
+format's version, the config, the checksum, and every parameter's presence, shape and dtype.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tapvit_jax.data.sources import Preprocess
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import atomic_directory, file_hash, read_json, write_json
+from tapvit_jax.models.params import Params, check_params, flatten, unflatten
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.vit import ViTConfig, param_shapes
+from tapvit_jax.structs import from_plain, to_plain
+from tapvit_jax.versions import library_versions
+
+FORMAT = "tapvit-model"
+VERSION = 1
+SPEC_FILE = "model.json"
+PARAMS_FILE = "params.safetensors"
+
+
+def save(model: Model, directory: str | os.PathLike) -> None:
+    """Write a model to a directory, all or nothing; a model that stood there is replaced.
+
+    Raises:
+      InputError: the parameters do not match the config, or the directory cannot be written.
+    """
+    check_params(param_shapes(model.config), model.params, model.name)
+    with atomic_directory(directory) as partial:
+        save_params(model.params, partial / PARAMS_FILE)
+        spec = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": model.name,
+            "config": to_plain(model.config),
+            "preprocess": to_plain(model.preprocess),
+            "class_names": list(model.class_names),
+            "history": to_plain(model.history),
+            "params_sha256": file_hash(partial / PARAMS_FILE),
+            "libraries": library_versions(),
+        }
+        write_json(partial / SPEC_FILE, spec)
+
+
+def load(directory: str | os.PathLike) -> Model:
+    """Read a model that `save` wrote.
+
+    Raises:
+      InputError: a missing, damaged or foreign file, or parameters that do not match the config.
+    """
+    directory = Path(directory)
+    spec = read_spec(directory / SPEC_FILE, FORMAT, VERSION)
+    config = from_plain(ViTConfig, spec.get("config"), f"{directory / SPEC_FILE}: config")
+    preprocess = spec.get("preprocess")
+    if preprocess is not None:
+        preprocess = from_plain(Preprocess, preprocess, f"{directory / SPEC_FILE}: preprocess")
+    params = load_params(directory / PARAMS_FILE, spec.get("params_sha256"))
+    check_params(param_shapes(config), params, str(directory))
+    return Model(
+        config=config,
+        params=jax.tree.map(jax.numpy.asarray, params),
+        preprocess=preprocess,
+        class_names=tuple(spec.get("class_names", ())),
+        name=str(spec.get("name", "vit")),
+        history=spec.get("history", {}),
+    )
+
+
+def read_spec(path: Path, expected_format: str, expected_version: int) -> dict[str, Any]:
+    """Read a spec file and check what it says it is.
+
+    Raises:
+      InputError: not a spec of this format and version.
+    """
+    spec = read_json(path)
+    if not isinstance(spec, dict) or spec.get("format") != expected_format:
+        raise InputError(f"{path}: is not a {expected_format} file")
+    if spec.get("version") != expected_version:
+        raise InputError(
+            f"{path}: has version {spec.get('version')!r}, expected {expected_version}"
+        )
+    return spec
+
+
+def save_params(params: Params, path: Path) -> None:
+    """Write a parameter tree as .safetensors with slash-joined names."""
+    arrays = {"/".join(p): np.ascontiguousarray(leaf) for p, leaf in flatten(params).items()}
+    safetensors.numpy.save_file(arrays, path)
+
+
+def load_params(path: Path, sha256: str | None = None) -> Params:
+    """Read a parameter tree that `save_params` wrote.
+
+    Raises:
+      InputError: missing, damaged, or with another checksum.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if sha256 is not None and file_hash(path) != sha256:
+        raise InputError(f"{path}: checksum differs from its spec: truncated or altered")
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: truncated or not a .safetensors file ({error})") from error
+    return unflatten({tuple(name.split("/")): array for name, array in arrays.items()})

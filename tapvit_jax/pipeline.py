@@ -1,0 +1,169 @@
+"""The path of one device, from its images to a smaller model, as functions that programs share."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tapvit_jax.data.pipeline import batches
+from tapvit_jax.data.sources import ImageSource
+from tapvit_jax.errors import InputError
+from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
+from tapvit_jax.importance.neurons import NeuronConfig, Scores, neuron_importance
+from tapvit_jax.models.params import Params
+from tapvit_jax.models.registry import Model
+from tapvit_jax.prune.allocate import AllocateConfig
+from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
+from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.train.evaluate import Metrics, evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """How units and layers are scored and widths chosen.
+
+    Attributes:
+      batch_size: images in a scoring batch; the kernels compare images within a batch.
+    """
+
+    neurons: NeuronConfig = NeuronConfig()
+    layers: LayerConfig = LayerConfig()
+    allocate: AllocateConfig = AllocateConfig()
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if self.allocate.coupled and not self.neurons.couple_qk_vo:
+            raise InputError("allocate.coupled needs neurons.couple_qk_vo, so that scores agree")
+        if self.batch_size < 2:
+            raise InputError(f"batch_size is {self.batch_size}, expected 2 or more")
+
+    @classmethod
+    def as_published(cls, probe_sparsity: float = 0.5) -> "PruneConfig":
+        """TAP-ViTs as published (arXiv 2601.02437), quirks included."""
+        return cls(
+            neurons=NeuronConfig.as_published(),
+            layers=LayerConfig.as_published((probe_sparsity,)),
+            allocate=AllocateConfig.as_published(),
+        )
+
+
+def score(
+    model: Model,
+    source: ImageSource,
+    metric: Int[np.ndarray, "m"],
+    config: PruneConfig,
+    *,
+    seed: int = 0,
+) -> tuple[Scores, LayerScores]:
+    """Neuron and layer scores of a model on a metric dataset.
+
+    Raises:
+      InputError: too few images, or images that cannot be read.
+    """
+    if model.preprocess is None:
+        raise InputError(f"{model.name}: does not say how its images are prepared")
+
+    def metric_batches():
+        return batches(source, metric, model.preprocess, config.batch_size)
+
+    units = neuron_importance(model, metric_batches(), config=config.neurons, seed=seed)
+    return units, layer_importance(model, metric_batches(), units, config=config.layers)
+
+
+def score_arrays(units: Scores, layers: LayerScores) -> dict[str, np.ndarray]:
+    """Scores as named arrays, for storage."""
+    arrays = {f"units/{key}": value for key, value in units.items()}
+    return arrays | {"layers/mlp": layers.mlp, "layers/attn": layers.attn}
+
+
+def scores_from_arrays(
+    arrays: dict[str, np.ndarray], sparsity: tuple[float, ...]
+) -> tuple[Scores, LayerScores]:
+    """The inverse of `score_arrays`."""
+    units = {key[6:]: value for key, value in arrays.items() if key.startswith("units/")}
+    return units, LayerScores(sparsity, arrays["layers/mlp"], arrays["layers/attn"])
+
+
+def plan_masks(plan: Plan) -> Params:
+    """Parameter masks of a plan."""
+    return param_masks(plan.config, unit_masks(plan))
+
+
+def reshape_checked(
+    model: Model, plan: Plan, images: Float[Array, "b s s ch"], tolerance: float = 1e-4
+) -> tuple[Model, float]:
+    """Reshape, and prove on real images that nothing changed.
+
+    Returns:
+      The smaller model and the largest difference of its logits to the masked model's, relative to
+      the largest logit.
+
+    Raises:
+      RuntimeError: the outputs differ by more than `tolerance`; a bug, not bad input.
+    """
+    small = reshape(model, plan)
+    masked = np.asarray(apply_masks(model, plan).apply(images))
+    difference = float(np.abs(masked - np.asarray(small.apply(images))).max())
+    relative = difference / max(1.0, float(np.abs(masked).max()))
+    if not relative <= tolerance:
+        raise RuntimeError(f"masked and reshaped outputs differ by {relative:.2e} of the scale")
+    return small, relative
+
+
+def evaluate_model(
+    model: Model, source: ImageSource, indices: Int[np.ndarray, "n"], batch_size: int = 256
+) -> Metrics:
+    """Top-1 of a model on some images of a source.
+
+    Raises:
+      InputError: no images, images without labels, or a model without preprocessing.
+    """
+    if model.preprocess is None:
+        raise InputError(f"{model.name}: does not say how its images are prepared")
+    found = batches(source, indices, model.preprocess, batch_size)
+    return evaluate(model.config, model.params, found)
+
+
+def summary(model: Model) -> dict[str, Any]:
+    """Cost and widths of a model, for tables."""
+    found = cost(model.config)
+    return dataclasses.asdict(found) | {
+        "widths": [dataclasses.asdict(block) for block in model.config.blocks]
+    }
+
+
+def latencies(
+    models: dict[str, Model], batch_size: int, repeats: int = 30
+) -> dict[str, dict[str, float]]:
+    """Median and spread of the forward pass of several models on this machine, in milliseconds.
+
+    The models take turns, so that a machine that slows down slows all of them down alike.
+    """
+    runs = {}
+    for name, model in models.items():
+        side = model.config.image_size
+        images = jax.random.normal(
+            jax.random.key(0), (batch_size, side, side, model.config.in_channels)
+        )
+        run = functools.partial(model.apply, images)
+        run().block_until_ready()
+        runs[name] = run
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run().block_until_ready()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {
+        name: {
+            "median": float(np.median(values)),
+            "low": float(np.quantile(values, 0.1)),
+            "high": float(np.quantile(values, 0.9)),
+        }
+        for name, values in times.items()
+    }

@@ -1,0 +1,270 @@
+"""Features of images: a small extractor that the cloud trains and every device runs.
+
+Two kinds, both followed by a PCA fitted on the public pool: the embedding of a small trained
+convolutional network, or the mean token that leaves one of the backbone's first blocks.
+
+An extractor is a directory: extractor.json (kind, config, preprocessing) and params.safetensors
+(the network and the PCA). Its fingerprint goes into every payload, so that the cloud notices
+features from another extractor.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+from sklearn.decomposition import PCA
+
+from tapvit_jax.data.pipeline import batches
+from tapvit_jax.data.sources import ImageSource, Preprocess
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import atomic_directory, content_hash, file_hash, write_json
+from tapvit_jax.models import convnet, vit
+from tapvit_jax.models.convnet import ConvNetConfig
+from tapvit_jax.models.params import Params, check_params
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.store import load_params, read_spec, save_params
+from tapvit_jax.models.vit import ViTConfig
+from tapvit_jax.structs import from_plain, to_plain
+
+FORMAT = "tapvit-extractor"
+VERSION = 1
+SPEC_FILE = "extractor.json"
+PARAMS_FILE = "params.safetensors"
+
+Kind = Literal["embedding", "backbone"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractorConfig:
+    """Which features devices summarise.
+
+    Attributes:
+      kind: "embedding" of a small trained network, or "backbone": its own early features.
+      dim: dimensions that the PCA keeps.
+      whiten: scale every kept dimension to unit variance over the pool, or all of them by one
+        common factor.
+      widths: channels of the embedding network's stages.
+      embed_dim: the embedding network's dimension before the PCA.
+      depth: how many of the backbone's blocks are run.
+    """
+
+    kind: Kind = "embedding"
+    dim: int = 16
+    whiten: bool = False
+    widths: tuple[int, ...] = (32, 64, 128)
+    embed_dim: int = 64
+    depth: int = 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Extractor:
+    """A network and a linear map from its output to a few dimensions.
+
+    Attributes:
+      kind: which output of the network is used.
+      network: the network's config; for "backbone" the first blocks of the dense model.
+      params: the network's parameters, without those it does not use.
+      preprocess: how devices prepare their images.
+      mean: mean of the network's output over the public pool.
+      projection: the PCA's axes, scaled.
+    """
+
+    kind: Kind
+    network: ConvNetConfig | ViTConfig
+    params: Params
+    preprocess: Preprocess
+    mean: Float[np.ndarray, "e"]
+    projection: Float[np.ndarray, "e d"]
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the features."""
+        return self.projection.shape[1]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides the features."""
+        arrays = _flat_arrays(self)
+        digests = {name: content_hash(_digest(array)) for name, array in sorted(arrays.items())}
+        return content_hash({"spec": _spec(self), "arrays": digests})
+
+    def __call__(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b d"]:
+        """Features of preprocessed images."""
+        return _features(self.network, self.params, self.mean, self.projection, images)
+
+    def features(
+        self,
+        source: ImageSource,
+        indices: Int[np.ndarray, "n"],
+        batch_size: int = 256,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Float[np.ndarray, "n d"]:
+        """Features of many images, in the order of `indices`.
+
+        Raises:
+          InputError: an image cannot be read.
+        """
+        found = []
+        for batch in batches(source, indices, self.preprocess, batch_size):
+            # Kept on the device until the end, so that decoding and computing overlap.
+            found.append(self(batch["image"]))
+            if on_batch is not None:
+                on_batch(int(batch["mask"].sum()))
+        if not found:
+            return np.zeros((0, self.dim), np.float32)
+        return np.concatenate(jax.device_get(found))[: len(indices)]
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the extractor to a directory, all or nothing."""
+        with atomic_directory(directory) as partial:
+            save_params(_tree(self), partial / PARAMS_FILE)
+            spec = {"format": FORMAT, "version": VERSION} | _spec(self)
+            spec["params_sha256"] = file_hash(partial / PARAMS_FILE)
+            write_json(partial / SPEC_FILE, spec)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> "Extractor":
+        """Read an extractor that `save` wrote.
+
+        Raises:
+          InputError: a missing, damaged or foreign file, or arrays that do not fit together.
+        """
+        directory = Path(directory)
+        path = directory / SPEC_FILE
+        spec = read_spec(path, FORMAT, VERSION)
+        kind = from_plain(Kind, spec.get("kind"), f"{path}: kind")
+        network_type = ConvNetConfig if kind == "embedding" else ViTConfig
+        network = from_plain(network_type, spec.get("network"), f"{path}: network")
+        preprocess = from_plain(Preprocess, spec.get("preprocess"), f"{path}: preprocess")
+        arrays = load_params(directory / PARAMS_FILE, spec.get("params_sha256"))
+        pca = arrays.get("pca", {})
+        width = network.embed_dim
+        if set(pca) != {"mean", "projection"} or pca["mean"].shape != (width,):
+            raise InputError(f"{directory}: the PCA is missing or does not fit the network")
+        if pca["projection"].ndim != 2 or pca["projection"].shape[0] != width:
+            raise InputError(f"{directory}: the PCA does not fit the network")
+        check_params(_used_shapes(network), arrays.get("network", {}), str(directory))
+        return cls(kind, network, arrays["network"], preprocess, pca["mean"], pca["projection"])
+
+
+def _tree(extractor: Extractor) -> Params:
+    pca = {"mean": extractor.mean, "projection": extractor.projection}
+    return {"network": extractor.params, "pca": pca}
+
+
+def _flat_arrays(extractor: Extractor) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(_tree(extractor))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _digest(array: np.ndarray) -> list[Any]:
+    data = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return [str(array.dtype), list(array.shape), data]
+
+
+def _spec(extractor: Extractor) -> dict[str, Any]:
+    return {
+        "kind": extractor.kind,
+        "network": to_plain(extractor.network),
+        "preprocess": to_plain(extractor.preprocess),
+    }
+
+
+def _used_shapes(network: ConvNetConfig | ViTConfig) -> Params:
+    if isinstance(network, ConvNetConfig):
+        shapes = convnet.param_shapes(network)
+        return {name: leaf for name, leaf in shapes.items() if name != "head"}
+    unused = ("norm", "fc_norm", "head", "head_dist")
+    return {n: leaf for n, leaf in vit.param_shapes(network).items() if n not in unused}
+
+
+def _raw(network: ConvNetConfig | ViTConfig, params: Params, images: Array) -> Array:
+    if isinstance(network, ConvNetConfig):
+        return convnet.embedding(network, params, images)
+    x = vit.embed(network, params, images)
+    for i, block in enumerate(network.blocks):
+        x = vit.apply_block(network, block, params.get(f"blocks_{i}", {}), x)
+    return x.mean(axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(network: Any, params: Params, mean: Array, projection: Array, images: Array) -> Array:
+    raw = _raw(network, params, images).astype(np.float32)
+    return jax.numpy.matmul(raw - mean, projection, precision=jax.lax.Precision.HIGHEST)
+
+
+def embedding_network(
+    config: ExtractorConfig, preprocess: Preprocess, num_classes: int
+) -> ConvNetConfig:
+    """Config of the small network that the cloud trains on the public pool for "embedding"."""
+    return ConvNetConfig(
+        image_size=preprocess.image_size,
+        num_classes=num_classes,
+        in_channels=preprocess.channels,
+        widths=config.widths,
+        embed_dim=config.embed_dim,
+        # Large images are shrunk at once: the features describe content, not detail.
+        stem_stride=1 if preprocess.image_size <= 32 else 2 if preprocess.image_size <= 96 else 4,
+    )
+
+
+def build_extractor(
+    config: ExtractorConfig,
+    source: ImageSource,
+    pool: Int[np.ndarray, "n"],
+    preprocess: Preprocess,
+    *,
+    model: Model | None = None,
+    network: ConvNetConfig | None = None,
+    params: Params | None = None,
+) -> Extractor:
+    """Fit the PCA on the public pool and put the extractor together.
+
+    Args:
+      config: which features.
+      source: images.
+      pool: the public pool's indices.
+      preprocess: how devices prepare their images.
+      model: the dense model, for kind "backbone".
+      network: the trained embedding network's config, for kind "embedding".
+      params: its parameters.
+
+    Raises:
+      InputError: more dimensions asked than the network's output or the pool has.
+    """
+    if config.kind == "backbone":
+        if model is None:
+            raise InputError("kind 'backbone' needs the dense model")
+        if not 1 <= config.depth <= len(model.config.blocks):
+            raise InputError(
+                f"depth is {config.depth}, expected 1 to {len(model.config.blocks)} blocks"
+            )
+        network = dataclasses.replace(model.config, blocks=model.config.blocks[: config.depth])
+        params = model.params
+    elif network is None or params is None:
+        raise InputError("kind 'embedding' needs a trained network")
+    params = {name: params[name] for name in _used_shapes(network)}
+    identity = np.eye(network.embed_dim, dtype=np.float32)
+    zero = np.zeros(network.embed_dim, np.float32)
+    raw = Extractor(config.kind, network, params, preprocess, zero, identity).features(source, pool)
+    if config.dim > min(raw.shape):
+        raise InputError(
+            f"the PCA keeps {config.dim} dimensions, expected at most {min(raw.shape)} "
+            f"({raw.shape[0]} pool images, {raw.shape[1]} features)"
+        )
+    # "full" has no randomness, so that the same pool gives the same extractor.
+    pca = PCA(config.dim, svd_solver="full").fit(raw.astype(np.float64))
+    scale = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
+    if not config.whiten:
+        scale = np.full_like(scale, np.sqrt((scale**2).mean()))
+    projection = (pca.components_.T / scale).astype(np.float32)
+    return Extractor(
+        config.kind, network, params, preprocess, pca.mean_.astype(np.float32), projection
+    )

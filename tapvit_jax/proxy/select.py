@@ -1,0 +1,330 @@
+"""Choosing each device's images from the public pool, with nothing but its mixture.
+
+Every method returns one ordered list per device. The metric dataset is the beginning of the list
+and the fine-tuning set is all of it, so the former always lies inside the latter.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from sklearn.metrics.pairwise import euclidean_distances
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.proxy.density import (
+    check_features,
+    component_log_likelihood,
+    log_likelihood,
+)
+from tapvit_jax.proxy.gmm import Gmm, GmmConfig
+
+Method = Literal["top", "quota", "importance"]
+
+# Enough rows to fit the pool's density, and to estimate a distance, in seconds.
+_POOL_FIT_ROWS = 20_000
+_DISTANCE_ROWS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """How many images a device gets, and by which method; the counts are the published ones.
+
+    `task_share` is for `importance` only: the share of the pool taken to be of the device's kind.
+    It bounds the weights by 1 / task_share; 0 is the plain ratio p_device / p_pool.
+
+    Raises:
+      InputError: a value out of range.
+
+    Source: the counts and `top` are TAP-ViTs'; the other methods are ours.
+    """
+
+    method: Method = "importance"
+    metric_count: int = 640
+    finetune_count: int = 6400
+    seed: int = 0
+    task_share: float = 0.1
+
+    def __post_init__(self):
+        _check_options(self.method, self.seed, self.task_share)
+        for name in ("metric_count", "finetune_count"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.finetune_count < self.metric_count:
+            raise InputError(
+                f"finetune_count is {self.finetune_count}, expected at least the metric_count, "
+                f"{self.metric_count}"
+            )
+
+
+def select(
+    gmms: Sequence[Gmm],
+    features: Float[Array, "p d"] | Float[np.ndarray, "p d"],
+    count: int,
+    *,
+    method: Method = "top",
+    seed: int = 0,
+    finetune_count: int | None = None,
+    pool_gmm: Gmm | None = None,
+    task_share: float = 0.1,
+    mesh: Mesh | None = None,
+) -> Int[np.ndarray, "v m"]:
+    """Choose for each of v devices an ordered list of m distinct images of the pool.
+
+    m is `finetune_count`, or `count` without it; the first `count` are the metric dataset.
+
+    - `top`: the highest log p_v(x), ties by the lower index (as published).
+    - `quota`: component k gets a share of the places proportional to pi_vk (largest remainder), and
+      fills it with the highest log pi_vk N(x | k) among the images for which it is the most likely
+      component, then, when those run out, with the best unused images of the others. The quotas
+      hold for the metric dataset and for the whole list.
+    - `importance`: sampling without replacement with weights p_v / ((1 - a) p_pool + a p_v), as the
+      highest log weights after adding Gumbel noise. a is `task_share`; with 0 the weights are the
+      plain p_v / p_pool, which in many dimensions vary so wildly that hardly any chance is left and
+      the first images all come from one corner of the device's region. p_pool is `pool_gmm`, or a
+      diagonal mixture fitted on (at most 20,000 rows of) the pool. The noise depends only on the
+      seed and the device's position in `gmms`.
+
+    Raises:
+      InputError: a count below one or above the pool's size, `finetune_count` below `count`, an
+        unknown method, a bad seed or task_share, features that hold NaN or infinity, or
+        mixtures of other dimensions.
+
+    Source: TAP-ViTs, section 3 (`top`); Efraimidis and Spirakis 2006 (sampling by random keys);
+    Hesterberg 1995 (weights bounded by a defensive mixture); `quota` is ours.
+    """
+    _check_options(method, seed, task_share)
+    data = check_features(features)
+    total = count if finetune_count is None else finetune_count
+    _check_counts(count, total, data.shape[0])
+    if method == "quota":
+        values = component_log_likelihood(gmms, data, mesh=mesh)
+        return np.stack(
+            [
+                _quota(gmm.weights, value[: gmm.components], count, total)
+                for gmm, value in zip(gmms, values, strict=True)
+            ]
+        )
+    scores = log_likelihood(gmms, data, mesh=mesh).astype(np.float64)
+    if method == "importance":
+        pool = _pool_log_likelihood(pool_gmm, data, seed, mesh) + math.log1p(-task_share)
+        own = scores + math.log(task_share) if task_share > 0 else -np.inf
+        scores -= np.logaddexp(pool, own)
+        for position, row in enumerate(scores):
+            row += np.random.default_rng((seed, position)).gumbel(size=row.shape)
+    return np.argsort(-scores, axis=1, kind="stable")[:, :total]
+
+
+def selection_report(
+    indices: Int[np.ndarray, "n"],
+    labels: Int[np.ndarray, "p"],
+    num_classes: int,
+    gmm: Gmm,
+    features: Float[Array, "p d"] | Float[np.ndarray, "p d"],
+    held_out: Float[Array, "h d"] | Float[np.ndarray, "h d"] | None = None,
+) -> dict[str, Any]:
+    """Describe one device's choice with plain values that JSON can hold.
+
+    - `count`, and `class_histogram`: how many chosen images each class has.
+    - `effective_components`: exp of the entropy of the mean responsibilities of the chosen images.
+    - `energy_distance`: 2 E|X - Y| - E|X - X'| - E|Y - Y'| between the chosen and the held-out
+      private features, and `pool_energy_distance`: the same for the whole pool, for comparison.
+      Unbiased, hence possibly a little below zero; over at most 2,048 random rows of each set;
+      None without `held_out` or with fewer than two rows. For simulations only: a real device does
+      not send its features.
+
+    Raises:
+      InputError: indices that repeat or lie outside the pool, labels that do not fit the pool or
+        the classes, features of another dimension or not finite.
+
+    Source: ours; energy distance from Szekely and Rizzo 2013.
+    """
+    data = check_features(features, gmm.dim)
+    chosen = _check_indices(indices, data.shape[0])
+    classes = _check_labels(labels, num_classes, data.shape[0])
+    report: dict[str, Any] = {
+        "count": int(chosen.size),
+        "class_histogram": np.bincount(classes[chosen], minlength=num_classes).tolist(),
+        "effective_components": _effective_components(gmm, data[chosen]),
+        "energy_distance": None,
+        "pool_energy_distance": None,
+    }
+    if held_out is not None:
+        private = _check_held_out(held_out, gmm.dim)
+        report["energy_distance"] = _energy_distance(data[chosen], private)
+        report["pool_energy_distance"] = _energy_distance(data, private)
+    return report
+
+
+def _pool_log_likelihood(
+    pool_gmm: Gmm | None, data: Float[np.ndarray, "p d"], seed: int, mesh: Mesh | None
+) -> Float[np.ndarray, "p"]:
+    if pool_gmm is None:
+        if not np.ptp(data, axis=0).any():
+            # Images that are all the same (one image, say) are all equally likely.
+            return np.zeros(data.shape[0])
+        rows = data
+        if data.shape[0] > _POOL_FIT_ROWS:
+            generator = np.random.default_rng(seed)
+            rows = data[generator.choice(data.shape[0], _POOL_FIT_ROWS, replace=False)]
+        config = GmmConfig(components=(1, 2, 4, 8, 16, 32), min_members=1, restarts=1, seed=seed)
+        pool_gmm = Gmm.fit(rows, config)
+    return log_likelihood([pool_gmm], data, mesh=mesh)[0].astype(np.float64)
+
+
+def _quota(
+    weights: Float[np.ndarray, "g"], values: Float[np.ndarray, "g p"], count: int, total: int
+) -> Int[np.ndarray, "m"]:
+    owners = np.argmax(values, axis=0)
+    unused = np.ones(values.shape[1], dtype=bool)
+    small = _shares(weights, count, np.zeros(len(weights), np.int64))
+    large = _shares(weights, total, small)
+    return np.concatenate(
+        [
+            _fill(quotas, values, owners, unused)
+            for quotas in (small, large - small)
+            if quotas.sum() > 0
+        ]
+    )
+
+
+def _shares(
+    weights: Float[np.ndarray, "g"], total: int, least: Int[np.ndarray, "g"]
+) -> Int[np.ndarray, "g"]:
+    """Split `total` by largest remainder, giving nobody less than `least` (whose sum is no more).
+
+    Largest remainder may take a place away from somebody when there are more to share; the metric
+    dataset must nevertheless stay inside the larger set.
+    """
+    exact = weights.astype(np.float64) / weights.sum(dtype=np.float64) * total
+    shares = np.floor(exact).astype(np.int64)
+    ranking = np.lexsort((-weights, shares - exact))
+    shares[ranking[: total - shares.sum()]] += 1
+    shares = np.maximum(shares, least)
+    for _ in range(shares.sum() - total):
+        spare = np.where(shares > least, shares - exact, -np.inf)
+        shares[np.argmax(spare)] -= 1
+    return shares
+
+
+def _fill(
+    quotas: Int[np.ndarray, "g"],
+    values: Float[np.ndarray, "g p"],
+    owners: Int[np.ndarray, "p"],
+    unused: np.ndarray,
+) -> Int[np.ndarray, "m"]:
+    """Fill the quotas, crossing what is taken off `unused`, and interleave the components."""
+    taken: list[np.ndarray] = []
+    # All take their own images first, so that nobody's spill takes what another still needs.
+    for component, quota in enumerate(quotas):
+        own = np.flatnonzero(unused & (owners == component))
+        taken.append(_best(own, values[component], quota))
+        unused[taken[-1]] = False
+    for component, quota in enumerate(quotas):
+        missing = quota - taken[component].size
+        if missing > 0:
+            more = _best(np.flatnonzero(unused), values[component], missing)
+            unused[more] = False
+            taken[component] = np.concatenate([taken[component], more])
+    # Any beginning of the list then holds the components in about the right proportions.
+    places = np.concatenate([(np.arange(t.size) + 0.5) / max(t.size, 1) for t in taken])
+    return np.concatenate(taken)[np.argsort(places, kind="stable")]
+
+
+def _best(
+    candidates: Int[np.ndarray, "c"], values: Float[np.ndarray, "p"], count: int
+) -> Int[np.ndarray, "m"]:
+    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
+
+
+def _effective_components(gmm: Gmm, chosen: Float[np.ndarray, "n d"]) -> float:
+    values = component_log_likelihood([gmm], chosen)[0].astype(np.float64)
+    shares = np.exp(values - values.max(axis=0))
+    mean = (shares / shares.sum(axis=0)).mean(axis=1)
+    mean = mean[mean > 0]
+    return math.exp(-float(np.sum(mean * np.log(mean))))
+
+
+def _energy_distance(
+    first: Float[np.ndarray, "n d"], second: Float[np.ndarray, "m d"]
+) -> float | None:
+    if min(len(first), len(second)) < 2:
+        return None
+    # In float64 and centred, the quick expanded distances do not cancel.
+    first, second = _sample(first, 0), _sample(second, 1)
+    centre = second.mean(axis=0)
+    first, second = first - centre, second - centre
+    across = euclidean_distances(first, second).mean()
+    inside = [
+        euclidean_distances(rows).sum() / (len(rows) * (len(rows) - 1)) for rows in (first, second)
+    ]
+    return float(2 * across - sum(inside))
+
+
+def _sample(rows: Float[np.ndarray, "n d"], stream: int) -> Float[np.ndarray, "m d"]:
+    if len(rows) > _DISTANCE_ROWS:
+        picked = np.random.default_rng((0, stream)).choice(len(rows), _DISTANCE_ROWS, replace=False)
+        rows = rows[picked]
+    return rows.astype(np.float64)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_options(method: Any, seed: Any, task_share: Any) -> None:
+    if method not in get_args(Method):
+        raise InputError(f"method is {method!r}, expected one of {', '.join(get_args(Method))}")
+    if not _is_int(seed) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}, expected a whole number from 0 to 2^32 - 1")
+    if not 0 <= task_share < 1:
+        raise InputError(f"task_share is {task_share}, expected from 0 to below 1")
+
+
+def _check_counts(count: Any, total: Any, pool: int) -> None:
+    for name, value in (("count", count), ("finetune_count", total)):
+        if not _is_int(value) or not 1 <= value <= pool:
+            raise InputError(
+                f"{name} is {value}, expected from 1 to {pool}, the number of images in the pool"
+            )
+    if total < count:
+        raise InputError(f"finetune_count is {total}, expected at least the count, {count}")
+
+
+def _check_indices(indices: Any, pool: int) -> Int[np.ndarray, "n"]:
+    array = np.asarray(indices)
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(
+            f"indices: {array.dtype} of shape {array.shape}, expected one or more whole numbers"
+        )
+    if array.min() < 0 or array.max() >= pool:
+        raise InputError(
+            f"indices: from {array.min()} to {array.max()}, expected from 0 to {pool - 1}"
+        )
+    distinct = np.unique(array).size
+    if distinct != array.size:
+        raise InputError(f"indices: {array.size - distinct} repeat, expected distinct ones")
+    return array
+
+
+def _check_labels(labels: Any, num_classes: int, pool: int) -> Int[np.ndarray, "p"]:
+    array = np.asarray(labels)
+    if array.shape != (pool,) or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(
+            f"labels: {array.dtype} of shape {array.shape}, expected {pool} whole numbers"
+        )
+    if array.min() < 0 or array.max() >= num_classes:
+        raise InputError(
+            f"labels: from {array.min()} to {array.max()}, expected from 0 to {num_classes - 1}"
+        )
+    return array
+
+
+def _check_held_out(held_out: Any, dim: int) -> Float[np.ndarray, "h d"]:
+    try:
+        return check_features(held_out, dim)
+    except InputError as error:
+        raise InputError(f"held_out: {error}") from error

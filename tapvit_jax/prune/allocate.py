@@ -1,0 +1,353 @@
+"""From scores and a budget to widths, and from widths to the units that stay."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.models.vit import BlockConfig, ViTConfig
+from tapvit_jax.prune.budget import Budget, within
+from tapvit_jax.prune.cost import Cost, cost
+from tapvit_jax.prune.mask import Plan, top_k_mask
+from tapvit_jax.prune.reshape import reshaped_config
+from tapvit_jax.prune.units import UnitGroup, unit_key, unit_table
+
+Counts = dict[str, int]
+"""Units to keep by group key; for qk and vo the count is per head, unless ragged."""
+
+
+Share = Callable[[Float[np.ndarray, "l"], float], Float[np.ndarray, "l"]]
+
+
+class BranchScores(Protocol):
+    """What `allocate` asks of layer scores (see `importance.layers.LayerScores`)."""
+
+    def mean(self, branch: Any) -> Float[np.ndarray, "l"]:
+        """Score of every block's branch."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocateConfig:
+    """How widths follow from layer scores.
+
+    Attributes:
+      alpha: temperature of the softmax over layers (published: 1.1).
+      attn_share: how much of the MLPs' pruned share the attention branches lose on average; the
+        published budgets prune .216 of attention where they prune .342 of MLPs, ratio 0.63.
+      min_keep: no branch keeps less than this share of its units.
+      min_dim: no branch keeps fewer units than this (dims per head for attention).
+      round_to: widths become multiples of this where the dense width allows it.
+      ragged: kept attention dims may differ from head to head (as published); reshaping pads them
+        to the widest head, and the cost counts the padding.
+      coupled: queries, keys and values keep the same index set (as published).
+      clip: "water_fill" hands what the softmax gives beyond a full layer to the other layers;
+        "clip" drops it, as published, and so falls short of the budget.
+    """
+
+    alpha: float = 1.1
+    attn_share: float = 1.0
+    min_keep: float = 0.0
+    min_dim: int = 1
+    round_to: int = 1
+    ragged: bool = False
+    coupled: bool = False
+    clip: Literal["water_fill", "clip"] = "water_fill"
+
+    def __post_init__(self):
+        if self.round_to < 1 or self.min_dim < 1:
+            raise InputError("round_to and min_dim must be 1 or more")
+        if not 0 <= self.min_keep <= 1 or not 0 < self.attn_share <= 1:
+            raise InputError("min_keep must lie in [0, 1] and attn_share in (0, 1]")
+
+    @classmethod
+    def as_published(cls) -> "AllocateConfig":
+        """Ragged, coupled, clipped, attention pruned less, as in TAP-ViTs (arXiv 2601.02437)."""
+        return cls(attn_share=0.216 / 0.342, ragged=True, coupled=True, clip="clip")
+
+
+def softmax_keep(
+    weights: Float[np.ndarray, "l"], average: float
+) -> Float[np.ndarray, "l"]:
+    """Keep ratios as published, from softmax weights w: clip(w_l L average, 0, 1).
+
+    Clipping loses what it cuts, so that the mean falls short of `average`; `water_fill` does not.
+
+    Source: TAP-ViTs (arXiv 2601.02437).
+    """
+    return np.clip(np.asarray(weights) * len(weights) * average, 0.0, 1.0)
+
+
+def water_fill(
+    weights: Float[np.ndarray, "l"], average: float, low: float = 0.0
+) -> Float[np.ndarray, "l"]:
+    """Keep ratios proportional to weights, inside [low, 1], whose mean is exactly `average`.
+
+        keep_l = clip(c w_l, low, 1),  c such that mean(keep) = average
+
+    Source: ours.
+
+    Raises:
+      InputError: `average` outside [low, 1], or weights that are not positive.
+    """
+    weights = np.asarray(weights, np.float64)
+    if not low <= average <= 1:
+        raise InputError(f"average keep ratio {average} lies outside [{low}, 1]")
+    if not np.all(weights > 0) or not np.all(np.isfinite(weights)):
+        raise InputError("layer weights must be positive and finite")
+    # The mean grows with c in straight pieces that end where a layer reaches low or 1: find the
+    # piece, then solve it exactly.
+    knots = np.unique(np.concatenate([low / weights, 1.0 / weights]))
+    means = np.clip(knots[:, None] * weights, low, 1.0).mean(axis=1)
+    if average >= means[-1]:
+        return np.ones_like(weights)
+    right = int(np.searchsorted(means, average, side="right"))
+    if right == 0:
+        return np.clip(average / max(means[0], 1e-300) * knots[0] * weights, low, 1.0)
+    step = (average - means[right - 1]) / (means[right] - means[right - 1])
+    return np.clip(
+        (knots[right - 1] + step * (knots[right] - knots[right - 1])) * weights, low, 1.0
+    )
+
+
+def layer_softmax(x: Float[np.ndarray, "l"]) -> Float[np.ndarray, "l"]:
+    """Softmax over layers, floored so that a full budget can fill even a hopeless layer."""
+    shifted = np.exp(np.maximum(x - x.max(), -60.0))
+    return shifted / shifted.sum()
+
+
+def allocate(
+    model: Any,
+    units: Mapping[str, Float[np.ndarray, "..."]],
+    layers: BranchScores | None,
+    budget: Budget,
+    *,
+    config: AllocateConfig | None = None,
+) -> Plan:
+    """Choose every width and every kept unit of a model under a budget.
+
+    Layer scores share out an average keep ratio t by softmax and water-filling; t is the largest
+    that fits the budget; then single steps fill what rounding left, until no further step of any
+    width fits. So the result never exceeds the budget and cannot be grown inside it.
+
+    Args:
+      model: a `Model` or its config.
+      units: scores by group key for kinds mlp, qk and vo.
+      layers: layer scores; None treats all layers alike.
+      budget: bounds on parameters, MACs or both.
+      config: temperature, floors, rounding, published switches.
+
+    Raises:
+      InputError: an infeasible budget (names the smallest feasible value), or missing scores.
+
+    Source: softmax as published (arXiv 2601.02437); water-filling and filling are ours.
+    """
+    dense: ViTConfig = getattr(model, "config", model)
+    config = config or AllocateConfig()
+    check_budget(dense, budget, config)
+    limits = budget.limits(dense)
+    groups = [group for group in unit_table(dense) if group.kind in ("mlp", "qk", "vo")]
+    missing = [group.key for group in groups if group.key not in units]
+    if missing:
+        raise InputError(f"no scores for {', '.join(missing)}")
+    planner = _Planner(dense, config, groups, units)
+    weights = _layer_weights(dense, config, layers)
+
+    low, high = 0.0, 1.0
+    best = planner.counts(weights, 0.0)
+    if planner.fits(full := planner.counts(weights, 1.0), limits):
+        best, low = full, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        counts = planner.counts(weights, middle)
+        if planner.fits(counts, limits):
+            best, low = counts, middle
+        else:
+            high = middle
+    if config.clip == "clip":
+        return planner.plan(planner.round(planner.ideal(weights, low, softmax_keep)))
+    return planner.plan(planner.fill(best, planner.ideal(weights, low), limits))
+
+
+def check_budget(model: Any, budget: Budget, config: AllocateConfig | None = None) -> None:
+    """Refuse a budget that even the narrowest widths exceed, before any work is done.
+
+    Raises:
+      InputError: names every infeasible bound and its smallest feasible value.
+    """
+    dense: ViTConfig = getattr(model, "config", model)
+    smallest = smallest_cost(dense, config or AllocateConfig())
+    full = cost(dense)
+    problems = []
+    for unit, limit in budget.limits(dense).items():
+        least = getattr(smallest, unit)
+        if least > limit:
+            problems.append(
+                f"{unit}={budget.bounds()[unit]} allows {limit}, the smallest feasible is {least} "
+                f"(a fraction of {_round_up(least / getattr(full, unit)):.4f})"
+            )
+    if problems:
+        raise InputError("infeasible budget: " + "; ".join(problems))
+
+
+def smallest_cost(dense: ViTConfig, config: AllocateConfig) -> Cost:
+    """Cost of the model at its narrowest widths."""
+    blocks = []
+    for i, block in enumerate(dense.blocks):
+        least = {}
+        for group in unit_table(dense):
+            if group.block == i and group.kind in ("mlp", "qk", "vo"):
+                size = group.shape[-1]
+                least[group.kind] = _round_count(_floor(size, config), size, config.round_to)
+        blocks.append(
+            dataclasses.replace(
+                block,
+                qk_dim=least.get("qk", block.qk_dim),
+                v_dim=least.get("vo", block.v_dim),
+                mlp_dim=least.get("mlp", block.mlp_dim),
+            )
+        )
+    return cost(dataclasses.replace(dense, blocks=tuple(blocks)))
+
+
+def _round_up(fraction: float) -> float:
+    return np.ceil(fraction * 1e4) / 1e4
+
+
+def _floor(size: int, config: AllocateConfig) -> int:
+    return min(size, max(config.min_dim, int(np.ceil(config.min_keep * size))))
+
+
+def _round_count(count: int, size: int, step: int) -> int:
+    # Up to a multiple, so that a floor stays a floor; a width below one step stays whole.
+    return min(size, -(-count // step) * step)
+
+
+def _layer_weights(
+    dense: ViTConfig, config: AllocateConfig, layers: BranchScores | None
+) -> dict[str, Float[np.ndarray, "l"]]:
+    weights = {}
+    for branch in ("mlp", "attn"):
+        present = np.array([getattr(block, branch) for block in dense.blocks])
+        scores = np.zeros(len(present)) if layers is None else np.asarray(layers.mean(branch))
+        if scores.shape != present.shape:
+            raise InputError(f"layer scores have shape {scores.shape}, expected {present.shape}")
+        if not np.isfinite(scores).all():
+            raise InputError("layer scores are not finite")
+        weights[branch] = np.zeros(len(present))
+        if present.any():
+            weights[branch][present] = layer_softmax(config.alpha * scores[present])
+    return weights
+
+
+class _Planner:
+    """Counts, costs and masks of one dense model under one allocation config."""
+
+    def __init__(self, dense, config, groups, units):
+        self.dense: ViTConfig = dense
+        self.config: AllocateConfig = config
+        self.groups: list[UnitGroup] = groups
+        self.units = units
+        self.sizes = {group.key: self._size(group) for group in groups}
+        self.floors = {group.key: self._group_floor(group) for group in groups}
+
+    def _size(self, group: UnitGroup) -> int:
+        return group.size if self.config.ragged else group.shape[-1]
+
+    def _group_floor(self, group: UnitGroup) -> int:
+        size = group.shape[-1]
+        least = _round_count(_floor(size, self.config), size, self.config.round_to)
+        return least * group.shape[0] if self.config.ragged and group.kind != "mlp" else least
+
+    def ideal(self, weights: dict, t: float, share: Share = water_fill) -> dict[str, float]:
+        """Fractional counts at an average keep ratio of t for MLPs, and attn_share's for heads."""
+        averages = {"mlp": t, "attn": 1.0 - self.config.attn_share * (1.0 - t)}
+        keeps = {}
+        for branch, weight in weights.items():
+            present = weight > 0
+            keeps[branch] = np.zeros(len(weight))
+            if present.any():
+                keeps[branch][present] = share(weight[present], averages[branch])
+        return {
+            group.key: keeps["mlp" if group.kind == "mlp" else "attn"][group.block]
+            * self.sizes[group.key]
+            for group in self.groups
+        }
+
+    def counts(self, weights: dict, t: float) -> Counts:
+        """Whole counts at t."""
+        return self.round(self.ideal(weights, t))
+
+    def round(self, ideal: dict[str, float]) -> Counts:
+        """Whole counts: rounded down to steps, but not below the floors."""
+        step = self.config.round_to
+        counts = {}
+        for key, value in ideal.items():
+            size = self.sizes[key]
+            count = size if value >= size - 1e-9 else int(value + 1e-9) // step * step
+            counts[key] = max(count, self.floors[key])
+        return counts
+
+    def config_of(self, counts: Counts) -> ViTConfig:
+        if self.config.ragged:
+            return reshaped_config(self.plan(counts))
+        blocks = []
+        for i, block in enumerate(self.dense.blocks):
+            blocks.append(
+                BlockConfig(
+                    num_heads=block.num_heads,
+                    qk_dim=counts.get(unit_key(i, "qk"), block.qk_dim),
+                    v_dim=counts.get(unit_key(i, "vo"), block.v_dim),
+                    mlp_dim=counts.get(unit_key(i, "mlp"), block.mlp_dim),
+                    attn=block.attn,
+                    mlp=block.mlp,
+                )
+            )
+        return dataclasses.replace(self.dense, blocks=tuple(blocks))
+
+    def fits(self, counts: Counts, limits: dict[str, int]) -> bool:
+        return within(cost(self.config_of(counts)), limits)
+
+    def fill(self, counts: Counts, ideal: dict[str, float], limits: dict[str, int]) -> Counts:
+        """Grow widths step by step, those furthest below their ideal first, while any step fits."""
+        counts = dict(counts)
+        open_steps = self._steps()
+        while open_steps:
+            open_steps.sort(key=lambda keys: self._gap(keys, counts, ideal))
+            keys = open_steps.pop()
+            grown = dict(counts)
+            for key in keys:
+                grown[key] = min(self.sizes[key], counts[key] + self.config.round_to)
+            # Costs only grow, so that a step that does not fit now never will.
+            if grown != counts and self.fits(grown, limits):
+                counts = grown
+                open_steps.append(keys)
+        return counts
+
+    def _steps(self) -> list[tuple[str, ...]]:
+        if not self.config.coupled:
+            return [(group.key,) for group in self.groups]
+        steps = [(group.key,) for group in self.groups if group.kind == "mlp"]
+        blocks = sorted({group.block for group in self.groups if group.kind == "qk"})
+        return steps + [(unit_key(i, "qk"), unit_key(i, "vo")) for i in blocks]
+
+    def _gap(self, keys: tuple[str, ...], counts: Counts, ideal: dict[str, float]) -> float:
+        return max((ideal[key] - counts[key]) / self.sizes[key] for key in keys)
+
+    def plan(self, counts: Counts) -> Plan:
+        """The kept units: the highest scores, exactly as many as counted."""
+        keep = {}
+        for group in self.groups:
+            scores, count = np.asarray(self.units[group.key]), counts[group.key]
+            if scores.shape != group.shape:
+                raise InputError(
+                    f"scores of {group.key} have shape {scores.shape}, expected {group.shape}"
+                )
+            if group.kind == "mlp" or self.config.ragged:
+                keep[group.key] = top_k_mask(scores, count)
+            else:
+                keep[group.key] = np.stack([top_k_mask(row, count) for row in scores])
+        return Plan(self.dense, keep)

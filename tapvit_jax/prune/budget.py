@@ -1,0 +1,110 @@
+"""What a device can afford."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.models.vit import ViTConfig
+from tapvit_jax.prune.cost import Cost, cost
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Upper bounds on a model's cost; several hold together.
+
+    A float is a fraction of the dense model's cost, above 0 and at most 1. An int is an absolute
+    amount.
+
+    Attributes:
+      params: parameters of the whole model.
+      macs: multiply-accumulates of one image.
+      encoder_params: parameters of the transformer blocks alone, as TAP-ViTs states its budgets.
+
+    Raises:
+      InputError: zero, negative, a fraction above 1, or no bound at all.
+    """
+
+    params: float | int | None = None
+    macs: float | int | None = None
+    encoder_params: float | int | None = None
+
+    def __post_init__(self):
+        bounds = self.bounds()
+        if not bounds:
+            raise InputError("a budget needs at least one of params, macs, encoder_params")
+        for unit, value in bounds.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"budget {unit} is {value!r}, expected a number")
+            if not value > 0:
+                raise InputError(f"budget {unit} is {value}, expected more than 0")
+            if isinstance(value, float) and value > 1:
+                raise InputError(
+                    f"budget {unit} is {value}: a fraction is at most 1.0; "
+                    f"give an absolute amount as an int (or as text, such as {unit}=1.2G)"
+                )
+
+    def bounds(self) -> dict[str, float | int]:
+        """The bounds that are set, by unit."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {unit: value for unit, value in values.items() if value is not None}
+
+    @classmethod
+    def parse(cls, texts: str | Iterable[str]) -> "Budget":
+        """Read "macs=0.5", "params=50%", "macs=1.2G", or several of them, comma-separated.
+
+        Raises:
+          InputError: an unknown unit, or a value that is no amount.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        units = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, float | int] = {}
+        for text in (part for item in texts for part in item.split(",")):
+            unit, equals, amount = (part.strip() for part in text.partition("="))
+            if not equals or unit not in units:
+                raise InputError(
+                    f"budget {text!r}: expected UNIT=AMOUNT with unit one of "
+                    f"{', '.join(sorted(units))}"
+                )
+            if unit in values:
+                raise InputError(f"budget names {unit} twice")
+            values[unit] = _parse_amount(unit, amount)
+        return cls(**values)
+
+    def limits(self, dense: ViTConfig) -> dict[str, int]:
+        """Absolute bounds for a dense model. A fraction is rounded down."""
+        full = cost(dense)
+        return {
+            unit: int(value * getattr(full, unit)) if isinstance(value, float) else value
+            for unit, value in self.bounds().items()
+        }
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{unit}={value:g}" if isinstance(value, float) else f"{unit}={value}"
+            for unit, value in self.bounds().items()
+        )
+
+
+def _parse_amount(unit: str, amount: str) -> float | int:
+    percent = re.fullmatch(r"(-?[0-9.]+)\s*%", amount)
+    scaled = re.fullmatch(r"(-?[0-9.]+(?:[eE][0-9]+)?)\s*([kKmMgGtT]?)", amount)
+    try:
+        if percent:
+            return float(percent[1]) / 100
+        if scaled and scaled[2]:
+            return int(float(scaled[1]) * _SUFFIXES[scaled[2].lower()])
+        if scaled:
+            return int(amount) if re.fullmatch(r"-?[0-9]+", amount) else float(amount)
+    except ValueError:
+        pass
+    raise InputError(
+        f"budget {unit}={amount}: expected a fraction (0.5), a percentage (50%) or an amount (1.2G)"
+    )
+
+
+def within(found: Cost, limits: dict[str, int]) -> bool:
+    """Whether a cost keeps to all bounds."""
+    return all(getattr(found, unit) <= limit for unit, limit in limits.items())

@@ -1,0 +1,63 @@
+"""Spreading rows of data over the local devices, and copying parameters to all of them."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+from tapvit_jax.errors import InputError
+
+AXIS = "data"
+
+T = TypeVar("T")
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Make a one-axis mesh ("data") over `devices`, by default all devices of this process.
+
+    Raises:
+      InputError: an empty list of devices.
+
+    Source: ours.
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    if not devices:
+        raise InputError("devices: an empty list, expected at least one device")
+    # Not jax.make_mesh: its default kind of axis has changed between versions of JAX.
+    return Mesh(np.asarray(devices, dtype=object), (AXIS,))
+
+
+def shard_rows(
+    array: Shaped[Array, "n ..."] | Shaped[np.ndarray, "n ..."], mesh: Mesh
+) -> tuple[Shaped[Array, "m ..."], int]:
+    """Pad axis 0 with zeros to a multiple of the mesh size and spread it over "data".
+
+    Returns the sharded array and n, so that the caller can cut the padding off its results.
+
+    Raises:
+      InputError: an array without rows to spread (zero-dimensional), or a mesh without "data".
+
+    Source: ours.
+    """
+    if AXIS not in mesh.axis_names:
+        raise InputError(f"mesh: has the axes {mesh.axis_names}, expected an axis {AXIS!r}")
+    if np.ndim(array) == 0:
+        raise InputError("array: is a scalar, expected at least one axis")
+    rows = array.shape[0]
+    padding = -rows % mesh.shape[AXIS]
+    if padding:
+        pad = jnp.pad if isinstance(array, jax.Array) else np.pad
+        array = pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(AXIS))), rows
+
+
+def replicate(tree: T, mesh: Mesh) -> T:
+    """Place a whole copy of every array of the pytree on every device of the mesh.
+
+    Source: ours.
+    """
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
