@@ -1,6 +1,6 @@
 """The embedded job: scikit-learn digits, a small ViT, four devices. Minutes on two cores.
 
-    python -m experiments.run --config=configs/digits.py --workdir=runs/digits
+python -m experiments.run --config=configs/digits.py --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from tapvit_jax.data.partition import PartitionConfig
 from tapvit_jax.data.sources import Preprocess
+
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.vit import ViTConfig, vit_config
 from tapvit_jax.pipeline import PruneConfig

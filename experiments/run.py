@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
+from tapvit_jax.data.partition import Partition, partition
+from tapvit_jax.data.pipeline import load_all
+from tapvit_jax.data.sources import ImageSource, MemorySource, open_source
 
 from experiments import report
 from experiments.config import ExperimentConfig, read
 from tapvit_jax.convert.timm import from_timm, read_safetensors
-from tapvit_jax.data.partition import Partition, partition
-from tapvit_jax.data.pipeline import load_all
-from tapvit_jax.data.sources import ImageSource, MemorySource, open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import write_json
 from tapvit_jax.models import convnet, store, vit
@@ -218,7 +218,9 @@ class Experiment:
 
         def compute():
             features = self.extractor.features(self.source, split.private_train)
-            gmm_config = dataclasses.replace(self.config.gmm, seed=self.config.seed + d)
+            gmm_config = dataclasses.replace(
+                self.config.gmm, seed=self.config.seed + self.config.gmm.seed + d
+            )
             gmm, table = fit_report(features, gmm_config)
             return _gmm_arrays(gmm), {"bic": table}
 
@@ -247,7 +249,7 @@ class Experiment:
                 features,
                 config.metric_count,
                 method=config.method,
-                seed=self.config.seed,
+                seed=self.config.seed + config.seed,
                 finetune_count=config.finetune_count,
                 task_share=config.task_share,
             )
@@ -255,7 +257,9 @@ class Experiment:
             keep = max(1, round(self.config.validation_share * len(validation)))
             likely = log_likelihood(gmms, self.extractor.features(self.source, validation))
             order = np.argsort(-np.asarray(likely), axis=1, kind="stable")[:, :keep]
-            reports = [self._selection_report(d, gmms, positions, features) for d in range(len(gmms))]
+            reports = [
+                self._selection_report(d, gmm, positions[d], features) for d, gmm in enumerate(gmms)
+            ]
             arrays = {"finetune": pool[positions], "validation": np.sort(validation[order])}
             return arrays, {"reports": reports}
 
@@ -270,15 +274,15 @@ class Experiment:
         return {**found.arrays, "reports": found.meta["reports"], "key": found.key}
 
     def _selection_report(
-        self, d: int, gmms: list[Gmm], positions: np.ndarray, features: np.ndarray
+        self, d: int, gmm: Gmm, positions: np.ndarray, features: np.ndarray
     ) -> dict[str, Any]:
         # Held-out private features exist only in simulation; they are reported, never used.
         split = self.parts.devices[d]
         return selection_report(
-            positions[d][: self.config.select.metric_count],
+            positions[: self.config.select.metric_count],
             self.files.labels[self.parts.public_pool],
             len(self.files.class_names),
-            gmms[d],
+            gmm,
             features,
             held_out=self.extractor.features(self.source, split.private_test),
         )
@@ -309,8 +313,10 @@ class Experiment:
         images = next(iter(self._probe_images(test)))
         selected = variants[SELECTED]
         name = f"{config.name}-device{d}"
-        small, difference = reshape_checked(selected["model"].replace(name=name), selected["plan"], images)
-        small = small.replace(history={**small.history, "budget": str(budget), "device": d})
+        small, difference = reshape_checked(selected["model"], selected["plan"], images)
+        small = small.replace(
+            name=name, history={**small.history, "budget": str(budget), "device": d}
+        )
         directory = self.workdir / "models" / f"device_{d}"
         store.save(small, directory)
         with self.progress.step(f"device {d}: latency", _UNITS["latency"]):
@@ -341,14 +347,17 @@ class Experiment:
         yield images
 
     def _image_sets(self, d: int, variant: str, chosen: dict[str, Any]) -> dict[str, Any]:
-        """Metric, fine-tuning and validation images; what a variant does not know it must not use."""
+        """Metric, fine-tuning and validation images of a variant."""
         config, pool = self.config, self.parts.public_pool
         if variant == SELECTED:
             finetune, validation = chosen["finetune"][d], chosen["validation"][d]
             metric = finetune[: config.select.metric_count]
         elif variant == "random":
             order = np.random.default_rng([config.seed, d]).permutation(pool)
-            finetune, validation = order[: config.select.finetune_count], self.parts.public_validation
+            finetune, validation = (
+                order[: config.select.finetune_count],
+                self.parts.public_validation,
+            )
             metric = finetune[: config.select.metric_count]
         else:
             metric = finetune = pool
@@ -388,9 +397,7 @@ class Experiment:
     ) -> Artefact:
         config = self.config
         # Every variant gets as many steps: the whole pool is sampled afresh every epoch.
-        options = dataclasses.replace(
-            config.recover, images_per_epoch=config.select.finetune_count
-        )
+        options = dataclasses.replace(config.recover, images_per_epoch=config.select.finetune_count)
         name = f"recover_{variant}_{d}"
 
         def compute():

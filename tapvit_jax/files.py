@@ -57,7 +57,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` if the body succeeds and vanishes if it does not.
+    """Yield a temporary folder that becomes `path` if the body succeeds and vanishes otherwise.
 
     A folder that stood at `path` is replaced; it is moved aside first, so that a crash between the
     two renames leaves the old or the new contents on disk, never a mixture.
@@ -84,7 +84,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused, they are not JSON."""
+    """Write `value` as indented JSON, atomically; NaN and infinity are refused."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write_text(path, text)
 

@@ -209,5 +209,3 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path}: truncated or not a .safetensors file ({error})") from error
-
-

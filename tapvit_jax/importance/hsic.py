@@ -68,9 +68,7 @@ def center(kernel: Float[Array, "*u b b"]) -> Float[Array, "*u b b"]:
     )
 
 
-def hsic(
-    kernels: Float[Array, "u b b"], references: Float[Array, "r b b"]
-) -> Float[Array, "u r"]:
+def hsic(kernels: Float[Array, "u b b"], references: Float[Array, "r b b"]) -> Float[Array, "u r"]:
     """HSIC of every unit's kernel with every reference kernel, without the 1 / (b - 1)^2.
 
         HSIC(K, L) = trace(cen(K) cen(L)) = <K, cen(L)>

@@ -136,9 +136,7 @@ def _variants(config: LayerConfig, block: BlockConfig) -> list[tuple[Branch, flo
     return [(branch, s) for branch in branches for s in config.sparsity]
 
 
-def _unpack(
-    model_config: ViTConfig, config: LayerConfig, found: list[np.ndarray]
-) -> LayerScores:
+def _unpack(model_config: ViTConfig, config: LayerConfig, found: list[np.ndarray]) -> LayerScores:
     shape = (len(config.sparsity), len(model_config.blocks))
     scores = {"mlp": np.zeros(shape), "attn": np.zeros(shape)}
     for i, (block, values) in enumerate(zip(model_config.blocks, found, strict=True)):
@@ -167,7 +165,9 @@ def _probe_gates(
                 if kind in kinds[branch]:
                     row[kind] = probe_mask(scores, s, config.ragged).astype(np.float32)
             rows.append(row)
-        gates.append({kind: jnp.stack([row[kind] for row in rows]) for kind in rows[0]} if rows else {})
+        gates.append(
+            {kind: jnp.stack([row[kind] for row in rows]) for kind in rows[0]} if rows else {}
+        )
     return gates
 
 

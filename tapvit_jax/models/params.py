@@ -39,7 +39,9 @@ def check_params(shapes: Params, params: Params, name: str = "params") -> None:
     for path in expected.keys() & found.keys():
         want, have = expected[path], found[path]
         if tuple(have.shape) != want.shape:
-            problems.append(f"{'/'.join(path)} has shape {tuple(have.shape)}, expected {want.shape}")
+            problems.append(
+                f"{'/'.join(path)} has shape {tuple(have.shape)}, expected {want.shape}"
+            )
         elif have.dtype != want.dtype:
             problems.append(f"{'/'.join(path)} has dtype {have.dtype}, expected {want.dtype}")
     if problems:

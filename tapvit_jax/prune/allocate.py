@@ -69,9 +69,7 @@ class AllocateConfig:
         return cls(attn_share=0.216 / 0.342, ragged=True, coupled=True, clip="clip")
 
 
-def softmax_keep(
-    weights: Float[np.ndarray, "l"], average: float
-) -> Float[np.ndarray, "l"]:
+def softmax_keep(weights: Float[np.ndarray, "l"], average: float) -> Float[np.ndarray, "l"]:
     """Keep ratios as published, from softmax weights w: clip(w_l L average, 0, 1).
 
     Clipping loses what it cuts, so that the mean falls short of `average`; `water_fill` does not.

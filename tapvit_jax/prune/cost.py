@@ -29,9 +29,7 @@ class Cost:
 
 
 @functools.lru_cache(maxsize=4096)
-def _block_cost(
-    block: BlockConfig, embed_dim: int, num_tokens: int, bias: bool
-) -> tuple[int, int]:
+def _block_cost(block: BlockConfig, embed_dim: int, num_tokens: int, bias: bool) -> tuple[int, int]:
     params = macs = 0
     if block.attn:
         qk, v = block.num_heads * block.qk_dim, block.num_heads * block.v_dim

@@ -135,7 +135,6 @@ def mask_params(config: ViTConfig, params: Params, masks: UnitMasks) -> Params:
     return jax.tree.map(lambda p, m: p * m.astype(p.dtype), params, param_masks(config, masks))
 
 
-
 def apply_masks(model: Model, plan: Plan) -> Model:
     """The dense model with all pruned units set to zero: same shapes, the smaller model's outputs.
 

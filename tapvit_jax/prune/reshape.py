@@ -63,9 +63,10 @@ def reshaped_config(plan: Plan) -> ViTConfig:
 def reshape_tree(plan: Plan, tree: Params) -> Params:
     """Gather the kept entries of any tree with the dense parameters' structure and shapes.
 
-    Serves parameters, gradients and optimizer moments alike. Padding of ragged heads is zero.
+    Serves parameters, gradients and optimizer moments alike. Padding of ragged heads is zero. Runs
+    on the host: it happens once, and every plan has other shapes, so compiling would not pay.
     """
-    leaves = flatten(tree)
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
     for i, block in enumerate(plan.config.blocks):
         for kind, present in (("attn_branch", block.attn), ("mlp_branch", block.mlp)):
             if present and not plan.keep[unit_key(i, kind)]:
@@ -75,7 +76,7 @@ def reshape_tree(plan: Plan, tree: Params) -> Params:
             kept = np.flatnonzero(plan.keep[group.key])
             for member in group.members:
                 if member.path in leaves:
-                    leaves[member.path] = jnp.take(leaves[member.path], kept, member.axes[0])
+                    leaves[member.path] = np.take(leaves[member.path], kept, member.axes[0])
         elif group.kind in ("qk", "vo"):
             gather = _gather(_kept_heads(plan, group.block), plan.keep[group.key])
             for member in group.members:
@@ -90,14 +91,14 @@ def _drop_branch(plan: Plan, leaves: dict, key: str) -> None:
         del leaves[member.path]
 
 
-def _take_heads(leaf: jax.Array, gather: _HeadGather, axes: tuple[int, ...]) -> jax.Array:
+def _take_heads(leaf: np.ndarray, gather: _HeadGather, axes: tuple[int, ...]) -> np.ndarray:
     # Heads and dims are neighbouring axes everywhere, so one advanced index keeps them in place.
     start = axes[0]
     index = (slice(None),) * start + (gather.heads[:, None], gather.dims)
-    taken = jnp.asarray(leaf)[index]
+    taken = leaf[index]
     tail = leaf.ndim - start - 2
     real = gather.real.reshape(gather.real.shape + (1,) * tail)
-    return jnp.where(real, taken, jnp.zeros((), taken.dtype))
+    return np.where(real, taken, np.zeros((), taken.dtype))
 
 
 def reshape(model: Model, plan: Plan) -> Model:
@@ -110,6 +111,5 @@ def reshape(model: Model, plan: Plan) -> Model:
     """
     check_plan(model, plan)
     history = {**model.history, "kept": plan.to_plain(), "dense_config": to_plain(plan.config)}
-    return model.replace(
-        config=reshaped_config(plan), params=reshape_tree(plan, model.params), history=history
-    )
+    params = jax.tree.map(jnp.asarray, reshape_tree(plan, model.params))
+    return model.replace(config=reshaped_config(plan), params=params, history=history)

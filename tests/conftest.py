@@ -1,0 +1,71 @@
+"""Eight fake devices on the CPU, set before anything imports JAX."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
+    "XLA_FLAGS", ""
+)
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from tapvit_jax.models import vit
+from tapvit_jax.models.registry import Model
+
+# Compiling takes longer than hypothesis' deadline allows for; nothing here is timed.
+settings.register_profile("tapvit", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("tapvit")
+
+
+def realistic(params, seed=0):
+    """Weights of the scale that trained networks have: logits and attention really vary."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, fan_in = path[-1].key, np.prod(leaf.shape[:-1])
+        noise = rng.standard_normal(leaf.shape)
+        if name == "kernel":
+            if path[-2].key == "proj":
+                fan_in = np.prod(leaf.shape[:2])
+            elif path[-2].key in ("q", "k", "v"):
+                fan_in = leaf.shape[0]
+            return np.float32(noise * 1.5 / np.sqrt(max(fan_in, 1)))
+        return np.float32(leaf + 0.2 * noise)
+
+    return jax.tree_util.tree_map_with_path(draw, params)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return vit.vit_config(
+        image_size=8,
+        patch_size=4,
+        num_classes=5,
+        in_channels=3,
+        depth=3,
+        num_heads=2,
+        embed_dim=16,
+        mlp_ratio=2.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    return Model(tiny_config, realistic(vit.init(tiny_config, jax.random.key(0))), name="tiny")
+
+
+@pytest.fixture(scope="session")
+def distilled_model(tiny_config):
+    config = dataclasses.replace(tiny_config, distilled=True)
+    return Model(config, realistic(vit.init(config, jax.random.key(1)), 1), name="distilled")
+
+
+@pytest.fixture(scope="session")
+def images(tiny_config):
+    rng = np.random.default_rng(0)
+    side = tiny_config.image_size
+    return rng.standard_normal((6, side, side, 3)).astype(np.float32)

@@ -1,0 +1,254 @@
+"""Budgets are promises."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.importance.layers import LayerScores
+from tapvit_jax.models.vit import BlockConfig, ViTConfig, vit_config
+from tapvit_jax.prune.allocate import (
+    AllocateConfig,
+    allocate,
+    check_budget,
+    smallest_cost,
+    softmax_keep,
+    water_fill,
+)
+from tapvit_jax.prune.budget import Budget, within
+from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.mask import top_k_mask
+from tapvit_jax.prune.reshape import reshaped_config
+from tapvit_jax.prune.units import unit_key, unit_table
+
+SMALL = vit_config(image_size=16, patch_size=4, num_classes=10, depth=4, num_heads=4, embed_dim=64)
+UNITS = ("params", "macs", "encoder_params")
+
+
+def random_scores(config: ViTConfig, seed: int, ties: bool):
+    rng = np.random.default_rng(seed)
+    units = {}
+    for group in unit_table(config):
+        scores = rng.standard_normal(group.shape)
+        units[group.key] = np.round(scores) if ties else scores
+    depth = len(config.blocks)
+    layers = LayerScores((0.5,), *(rng.exponential(rng.choice([0.1, 3]), (2, 1, depth))))
+    return units, layers
+
+
+def grown(config: ViTConfig, dense: ViTConfig, step: int):
+    """Every config that is one step of one width larger."""
+    for i, (block, full) in enumerate(zip(config.blocks, dense.blocks, strict=True)):
+        for name in ("qk_dim", "v_dim", "mlp_dim"):
+            width, most = getattr(block, name), getattr(full, name)
+            if width < most:
+                larger = dataclasses.replace(block, **{name: min(most, width + step)})
+                blocks = (*config.blocks[:i], larger, *config.blocks[i + 1 :])
+                yield dataclasses.replace(config, blocks=blocks)
+
+
+@settings(max_examples=200)
+@given(
+    seed=st.integers(0, 10**6),
+    ties=st.booleans(),
+    bounds=st.dictionaries(st.sampled_from(UNITS), st.floats(0.05, 1.0), min_size=1),
+    round_to=st.sampled_from([1, 1, 4, 8]),
+    min_keep=st.sampled_from([0.0, 0.1]),
+)
+def test_budget_is_kept_and_used(seed, ties, bounds, round_to, min_keep):
+    units, layers = random_scores(SMALL, seed, ties)
+    budget = Budget(**bounds)
+    config = AllocateConfig(round_to=round_to, min_keep=min_keep)
+    limits = budget.limits(SMALL)
+    smallest = smallest_cost(SMALL, config)
+    if not within(smallest, limits):
+        with pytest.raises(InputError, match="smallest feasible"):
+            allocate(SMALL, units, layers, budget, config=config)
+        return
+    plan = allocate(SMALL, units, layers, budget, config=config)
+    small = reshaped_config(plan)
+    found = cost(small)
+    assert within(found, limits)
+    # At least 99 % is used, or there is no room for a single further step of any width.
+    used = max(getattr(found, unit) / limit for unit, limit in limits.items())
+    larger = [c for c in grown(small, SMALL, round_to) if within(cost(c), limits)]
+    assert used >= 0.99 or not larger
+    assert not larger
+    for i, block in enumerate(small.blocks):
+        for kind, width in (("mlp", block.mlp_dim), ("qk", block.qk_dim), ("vo", block.v_dim)):
+            mask = plan.keep[unit_key(i, kind)]
+            rows = mask[None] if kind == "mlp" else mask
+            assert np.all(rows.sum(axis=1) == width)
+            assert width % round_to == 0 or width == rows.shape[1]
+            # The kept units are the highest scores; under ties the count still is exact.
+            scores = np.atleast_2d(units[unit_key(i, kind)])
+            for kept, row in zip(rows, scores, strict=True):
+                assert kept.all() or row[kept].min() >= row[~kept].max()
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.15, 0.95), unit=st.sampled_from(UNITS))
+def test_ragged_plans_keep_the_budget_with_padding(seed, share, unit):
+    units, layers = random_scores(SMALL, seed, ties=False)
+    for i in range(len(SMALL.blocks)):
+        units[unit_key(i, "qk")] = units[unit_key(i, "vo")]
+    budget = Budget(**{unit: share})
+    config = AllocateConfig(ragged=True, coupled=True)
+    plan = allocate(SMALL, units, layers, budget, config=config)
+    assert within(cost(reshaped_config(plan)), budget.limits(SMALL))
+    for i in range(len(SMALL.blocks)):
+        np.testing.assert_array_equal(plan.keep[unit_key(i, "qk")], plan.keep[unit_key(i, "vo")])
+
+
+def test_typical_budgets_are_used_to_99_percent():
+    deit = vit_config(
+        image_size=224, patch_size=16, num_classes=1000, depth=12, num_heads=6, embed_dim=384
+    )
+    units, layers = random_scores(deit, 0, ties=False)
+    for share in (0.3, 0.5, 0.7, 0.9):
+        for unit in UNITS:
+            plan = allocate(deit, units, layers, Budget(**{unit: share}))
+            found = getattr(cost(reshaped_config(plan)), unit) / getattr(cost(deit), unit)
+            assert 0.99 * share <= found <= share
+
+
+def test_a_full_budget_keeps_everything():
+    units, layers = random_scores(SMALL, 1, ties=False)
+    plan = allocate(SMALL, units, layers, Budget(macs=1.0))
+    assert reshaped_config(plan) == SMALL
+
+
+def test_more_important_layers_keep_more():
+    units, _ = random_scores(SMALL, 2, ties=False)
+    layers = LayerScores((0.5,), np.array([[0.0, 1.0, 2.0, 3.0]]), np.zeros((1, 4)))
+    small = reshaped_config(allocate(SMALL, units, layers, Budget(macs=0.4)))
+    widths = [block.mlp_dim for block in small.blocks]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+
+
+def test_published_clipping_loses_budget_and_water_filling_does_not():
+    units, _ = random_scores(SMALL, 3, ties=False)
+    for i in range(len(SMALL.blocks)):
+        units[unit_key(i, "qk")] = units[unit_key(i, "vo")]
+    layers = LayerScores((0.5,), np.array([[0.0, 0.0, 0.0, 9.0]]), np.zeros((1, 4)))
+    budget = Budget(encoder_params=0.7)
+    used = {}
+    for clip in ("clip", "water_fill"):
+        config = dataclasses.replace(AllocateConfig.as_published(), clip=clip)
+        plan = allocate(SMALL, units, layers, budget, config=config)
+        used[clip] = cost(reshaped_config(plan)).encoder_params / cost(SMALL).encoder_params
+    assert used["clip"] < 0.6 < 0.69 < used["water_fill"] <= 0.7
+
+
+@given(
+    weights=st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=20),
+    average=st.floats(0.0, 1.0),
+    low=st.sampled_from([0.0, 0.1]),
+)
+def test_water_filling_meets_the_average_exactly(weights, average, low):
+    average = max(average, low)
+    keep = water_fill(np.array(weights), average, low)
+    assert keep.min() >= low - 1e-12
+    assert keep.max() <= 1 + 1e-12
+    assert abs(keep.mean() - average) <= 1e-9
+    # Never less for a larger weight.
+    order = np.argsort(weights)
+    assert np.all(np.diff(keep[order]) >= -1e-12)
+
+
+def test_softmax_keep_clips_as_published():
+    np.testing.assert_allclose(softmax_keep(np.array([0.7, 0.2, 0.1]), 0.6), [1.0, 0.36, 0.18])
+
+
+@given(scores=st.lists(st.integers(0, 3), min_size=1, max_size=30), data=st.data())
+def test_masks_have_exactly_k_ones_under_ties(scores, data):
+    count = data.draw(st.integers(0, len(scores)))
+    mask = top_k_mask(np.array(scores, float), count)
+    assert mask.sum() == count
+    # Ties go to the lower index.
+    expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+    assert sorted(np.flatnonzero(mask)) == sorted(expected)
+
+
+def test_scores_that_are_nan_are_refused():
+    with pytest.raises(InputError, match="NaN"):
+        top_k_mask(np.array([1.0, np.nan]), 1)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_infeasible_budget_names_the_smallest_feasible(unit):
+    smallest = getattr(smallest_cost(SMALL, AllocateConfig()), unit)
+    check_budget(SMALL, Budget(**{unit: smallest}))
+    with pytest.raises(InputError, match=f"{unit}.*smallest feasible is {smallest}"):
+        check_budget(SMALL, Budget(**{unit: smallest - 1}))
+
+
+def test_the_fraction_that_an_infeasible_budget_names_is_feasible():
+    with pytest.raises(InputError) as error:
+        check_budget(SMALL, Budget(macs=1e-6))
+    fraction = float(str(error.value).split("a fraction of ")[1].rstrip(")"))
+    check_budget(SMALL, Budget(macs=fraction))
+
+
+def test_models_with_missing_branches_are_planned():
+    blocks = (
+        BlockConfig(4, 16, 16, 256),
+        BlockConfig(0, 0, 0, 256, attn=False),
+        BlockConfig(4, 8, 16, 0, mlp=False),
+        BlockConfig(0, 0, 0, 0, attn=False, mlp=False),
+    )
+    config = dataclasses.replace(SMALL, blocks=blocks)
+    units, layers = random_scores(config, 4, ties=False)
+    plan = allocate(config, units, layers, Budget(macs=0.5))
+    found = cost(reshaped_config(plan)).macs / cost(config).macs
+    assert 0.49 <= found <= 0.5
+
+
+def test_missing_scores_are_named():
+    units, layers = random_scores(SMALL, 5, ties=False)
+    del units["blocks_2/qk"]
+    with pytest.raises(InputError, match="no scores for blocks_2/qk"):
+        allocate(SMALL, units, layers, Budget(macs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("macs=0.5", Budget(macs=0.5)),
+        ("params=50%", Budget(params=0.5)),
+        ("macs=1.5G,params=12M", Budget(macs=1_500_000_000, params=12_000_000)),
+        ("encoder_params=1234", Budget(encoder_params=1234)),
+        ("macs=1.0", Budget(macs=1.0)),
+    ],
+)
+def test_budgets_are_read_from_text(text, expected):
+    assert Budget.parse(text) == expected
+    assert Budget.parse(str(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("macs=0", "more than 0"),
+        ("macs=-0.5", "more than 0"),
+        ("macs=1.5", "at most 1.0"),
+        ("macs=150%", "at most 1.0"),
+        ("flops=0.5", "unit one of"),
+        ("macs", "UNIT=AMOUNT"),
+        ("macs=half", "expected a fraction"),
+        ("macs=nan", "expected a fraction"),
+        ("macs=0.5,macs=0.4", "twice"),
+    ],
+)
+def test_bad_budgets_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        Budget.parse(text)
+
+
+def test_a_budget_needs_a_bound():
+    with pytest.raises(InputError, match="at least one"):
+        Budget()

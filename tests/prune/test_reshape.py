@@ -1,0 +1,170 @@
+"""A reshaped model is the masked model, only smaller."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.models import vit
+from tapvit_jax.models.params import check_params, flatten
+from tapvit_jax.models.registry import Model
+from tapvit_jax.prune.cost import cost, param_count
+from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
+from tapvit_jax.prune.reshape import reshape, reshape_tree, reshaped_config
+from tapvit_jax.prune.units import fixed_paths, unit_key, unit_table
+from tests.conftest import realistic
+
+CONFIGS = {
+    "plain": {},
+    "distilled": {"distilled": True},
+    "mean": {"pool": "mean"},
+    "no_bias": {"qkv_bias": False},
+}
+
+
+def make(variant, config):
+    # Two blocks: every example compiles a network of new shapes.
+    config = dataclasses.replace(config, blocks=config.blocks[:2], **CONFIGS[variant])
+    return Model(config, realistic(vit.init(config, jax.random.key(2)), 2))
+
+
+def random_plan(config, seed, ragged, density):
+    """Random kept units of every kind, empty ones included."""
+    rng = np.random.default_rng(seed)
+    keep = {}
+    for group in unit_table(config):
+        if group.kind in ("qk", "vo") and not ragged:
+            count = rng.integers(0, group.shape[1] + 1)
+            rows = [rng.permutation(group.shape[1]) < count for _ in range(group.shape[0])]
+            keep[group.key] = np.stack(rows)
+        elif group.kind.endswith("branch"):
+            keep[group.key] = np.array(rng.random() < 0.8)
+        else:
+            keep[group.key] = rng.random(group.shape) < density
+    return Plan(config, keep)
+
+
+@settings(max_examples=30)
+@given(
+    variant=st.sampled_from(sorted(CONFIGS)),
+    seed=st.integers(0, 10_000),
+    ragged=st.booleans(),
+    density=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+)
+def test_masked_equals_reshaped(tiny_config, images, variant, seed, ragged, density):
+    model = make(variant, tiny_config)
+    plan = random_plan(model.config, seed, ragged, density)
+    masked, small = apply_masks(model, plan), reshape(model, plan)
+    np.testing.assert_allclose(masked.apply(images), small.apply(images), atol=1e-5)
+    check_params(vit.param_shapes(small.config), small.params)
+    assert cost(small.config).params == param_count(small.config)
+    assert cost(small.config).params == sum(leaf.size for leaf in jax.tree.leaves(small.params))
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10_000), variant=st.sampled_from(["plain", "distilled"]))
+def test_gradients_of_masked_equal_those_of_reshaped(tiny_config, images, seed, variant):
+    model = make(variant, tiny_config)
+    plan = random_plan(model.config, seed, ragged=True, density=0.6)
+    labels = jnp.arange(len(images)) % model.config.num_classes
+
+    def loss(config, params):
+        log_p = jax.nn.log_softmax(vit.apply(config, params, images))
+        return -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
+
+    masks = param_masks(model.config, unit_masks(plan))
+
+    def masked_loss(params):
+        return loss(model.config, jax.tree.map(jnp.multiply, params, masks))
+
+    gathered = flatten(reshape_tree(plan, jax.jit(jax.grad(masked_loss))(model.params)))
+    small = reshape(model, plan)
+    gradient = flatten(jax.jit(jax.grad(lambda p: loss(small.config, p)))(small.params))
+    assert gathered.keys() == gradient.keys()
+    for path, leaf in gradient.items():
+        np.testing.assert_allclose(gathered[path], leaf, atol=1e-5, err_msg="/".join(path))
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_every_parameter_is_covered_or_declared_fixed(tiny_config, variant):
+    config = dataclasses.replace(tiny_config, **CONFIGS[variant])
+    covered = {member.path for group in unit_table(config) for member in group.members}
+    assert covered.isdisjoint(fixed_paths(config))
+    assert covered | fixed_paths(config) == set(flatten(vit.param_shapes(config)))
+
+
+def test_unit_axes_have_the_units_sizes(tiny_config):
+    shapes = flatten(vit.param_shapes(tiny_config))
+    for group in unit_table(tiny_config):
+        for member in group.members:
+            found = tuple(shapes[member.path].shape[axis] for axis in member.axes)
+            assert found == group.shape[: len(member.axes)]
+
+
+def test_masks_trace_and_batch_over_variants(tiny_model):
+    plans = [random_plan(tiny_model.config, seed, True, 0.5) for seed in range(3)]
+    stacked = jax.tree.map(lambda *m: jnp.stack(m), *(unit_masks(plan) for plan in plans))
+    batched = jax.jit(jax.vmap(lambda m: param_masks(tiny_model.config, m)))(stacked)
+    for i, plan in enumerate(plans):
+        single = param_masks(tiny_model.config, unit_masks(plan))
+        for path, leaf in flatten(single).items():
+            found = flatten(batched)[path]
+            row = found[i] if found.ndim > leaf.ndim else found
+            np.testing.assert_array_equal(np.broadcast_to(row, leaf.shape), leaf)
+
+
+def test_a_reshaped_model_can_be_pruned_again(tiny_model, images):
+    once = reshape(tiny_model, random_plan(tiny_model.config, 5, True, 0.7))
+    plan = random_plan(once.config, 6, True, 0.7)
+    twice = reshape(once, plan)
+    np.testing.assert_allclose(
+        apply_masks(once, plan).apply(images), twice.apply(images), atol=1e-5
+    )
+    assert cost(twice.config).params < cost(once.config).params
+
+
+def test_a_head_without_values_disappears(tiny_config):
+    values = np.ones((2, 8), bool)
+    values[1] = False
+    config = reshaped_config(Plan(tiny_config, {unit_key(0, "vo"): values}))
+    assert config.blocks[0].num_heads == 1
+    assert config.blocks[0].qk_dim == 8
+
+
+def test_keeping_everything_changes_nothing(tiny_model):
+    same = reshape(tiny_model, Plan(tiny_model.config, {}))
+    assert same.config == tiny_model.config
+    for path, leaf in flatten(tiny_model.params).items():
+        np.testing.assert_array_equal(flatten(same.params)[path], leaf)
+
+
+def test_plans_survive_json(tiny_config):
+    plan = random_plan(tiny_config, 3, True, 0.5)
+    again = Plan.from_plain(tiny_config, plan.to_plain())
+    for key, mask in plan.keep.items():
+        np.testing.assert_array_equal(again.keep[key], mask)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"blocks_9/mlp": [0]}, "does not have"),
+        ({"blocks_0/mlp": [0, 999]}, "must lie in 0..31"),
+        ({"blocks_0/mlp": [1, 1]}, "twice"),
+    ],
+)
+def test_bad_plans_are_refused(tiny_config, kept, message):
+    with pytest.raises(InputError, match=message):
+        Plan.from_plain(tiny_config, kept)
+
+
+def test_a_plan_for_another_model_is_refused(tiny_model, distilled_model):
+    with pytest.raises(InputError, match="another config"):
+        reshape(tiny_model, Plan(distilled_model.config, {}))
+    with pytest.raises(InputError, match="another config"):
+        apply_masks(tiny_model, Plan(distilled_model.config, {}))
