@@ -7,54 +7,66 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+_LOG_SECONDS = 15.0
+
 
 class Progress:
     """Counts work in units that the caller estimates (seconds, roughly).
 
-    The bar's ETA comes from the units done so far, so only the estimates' ratios matter.
+    The ETA comes from the units done so far, so that only the estimates' ratios matter. On a
+    terminal a bar moves; a log gets a line now and then.
     """
 
     def __init__(self, total: float, quiet: bool = False):
-        self._quiet = quiet
-        self._start = time.monotonic()
-        # Logs are not terminals: they get a bar line every now and then instead of many a second.
-        interval = 0.2 if sys.stderr.isatty() else 20.0
+        self._total, self._done, self._quiet = total, 0.0, quiet
+        self._start = self._logged = time.monotonic()
+        self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
-            disable=quiet,
-            mininterval=interval,
-            maxinterval=interval,
+            disable=quiet or not self._terminal,
             bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} elapsed, {remaining} left  {desc}",
         )
 
     @contextlib.contextmanager
     def step(self, name: str, units: float) -> Iterator["Step"]:
         """One step of the job; it counts for `units` however it is reported inside."""
-        step = Step(self._bar, units)
+        step = Step(self, name, units)
         self._bar.set_description_str(name)
         start = time.monotonic()
         yield step
-        step.finish()
-        if not self._quiet:
-            tqdm.write(f"{time.monotonic() - start:7.1f} s  {name}", file=sys.stderr)
+        step.advance(1.0)
+        self._line(f"{name} ({time.monotonic() - start:.1f} s)")
 
     def close(self) -> None:
         """Remove the bar."""
         self._bar.close()
 
+    def advance(self, name: str, units: float) -> None:
+        """Count units of the step `name` as done."""
+        self._done += units
+        self._bar.update(units)
+        if not self._terminal and time.monotonic() - self._logged > _LOG_SECONDS:
+            self._line(f"{name} ...")
+
+    def _line(self, text: str) -> None:
+        if self._quiet:
+            return
+        self._logged = time.monotonic()
+        elapsed = self._logged - self._start
+        left = elapsed * (self._total - self._done) / max(self._done, 1e-9)
+        share = 100 * self._done / self._total
+        times = f"{tqdm.format_interval(elapsed)} elapsed, {tqdm.format_interval(left)} left"
+        tqdm.write(f"{share:3.0f}%  {times}  {text}", file=sys.stderr)
+
 
 class Step:
     """Reports how much of a step is done."""
 
-    def __init__(self, bar: tqdm, units: float):
-        self._bar, self._units, self._done = bar, units, 0.0
+    def __init__(self, progress: Progress, name: str, units: float):
+        self._progress, self._name, self._units, self._share = progress, name, units, 0.0
 
-    def advance(self, fraction: float) -> None:
-        """Say that a further fraction of this step is done."""
-        fraction = min(fraction, 1.0 - self._done)
-        self._done += fraction
-        self._bar.update(fraction * self._units)
-
-    def finish(self) -> None:
-        """Count what was not reported."""
-        self.advance(1.0)
+    def advance(self, share: float) -> None:
+        """Say that a further share of this step is done; together they never exceed the whole."""
+        share = min(share, 1.0 - self._share)
+        self._share += share
+        self._progress.advance(self._name, share * self._units)

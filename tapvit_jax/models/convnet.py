@@ -35,20 +35,28 @@ class ConvNet(nn.Module):
 
     config: ConvNetConfig
 
-    @nn.compact
-    def __call__(
-        self, images: Float[Array, "b s s ch"]
-    ) -> tuple[Float[Array, "b c"], Float[Array, "b e"]]:
+    def setup(self):
         config = self.config
-        x = images
+        convs, norms = [], []
         for i, width in enumerate(config.widths):
             stride = config.stem_stride if i == 0 else 2
-            for j, step in enumerate((stride, 1)):
-                x = nn.Conv(width, (3, 3), (step, step), use_bias=False, name=f"conv{i}_{j}")(x)
+            for step in (stride, 1):
+                convs.append(nn.Conv(width, (3, 3), (step, step), use_bias=False))
                 # Normalising each image alone keeps training and use identical.
-                x = nn.relu(nn.LayerNorm(name=f"norm{i}_{j}")(x))
-        embedding = nn.Dense(config.embed_dim, name="embed")(x.mean(axis=(1, 2)))
-        return nn.Dense(config.num_classes, name="head")(nn.relu(embedding)), embedding
+                norms.append(nn.LayerNorm())
+        self.convs, self.norms = convs, norms
+        self.embed = nn.Dense(config.embed_dim)
+        self.head = nn.Dense(config.num_classes)
+
+    def embedding(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b e"]:
+        """The embedding in front of the classifier."""
+        x = images
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nn.relu(norm(conv(x)))
+        return self.embed(x.mean(axis=(1, 2)))
+
+    def __call__(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b c"]:
+        return self.head(nn.relu(self.embedding(images)))
 
 
 def init(config: ConvNetConfig, key: Array) -> Params:
@@ -61,14 +69,14 @@ def apply(
     config: ConvNetConfig, params: Params, images: Float[Array, "b s s ch"]
 ) -> Float[Array, "b c"]:
     """Logits, for training the extractor."""
-    return ConvNet(config).apply({"params": params}, images)[0]
+    return ConvNet(config).apply({"params": params}, images)
 
 
 def embedding(
     config: ConvNetConfig, params: Params, images: Float[Array, "b s s ch"]
 ) -> Float[Array, "b e"]:
     """The embedding in front of the classifier."""
-    return ConvNet(config).apply({"params": params}, images)[1]
+    return ConvNet(config).apply({"params": params}, images, method="embedding")
 
 
 @functools.lru_cache(maxsize=16)
