@@ -124,7 +124,15 @@ def vit_config(
     return ViTConfig(embed_dim=embed_dim, head_dim=head_dim, blocks=(block,) * depth, **fields)
 
 
-_INIT = nn.initializers.truncated_normal(stddev=0.02)
+# As large as the patch tokens that it is added to: at 0.02, a small model trained from scratch
+# hardly sees positions (digits: 78 % instead of 98 %).
+_position_init = nn.initializers.normal(stddev=1.0)
+_XAVIER = nn.initializers.xavier_uniform()
+
+
+def _kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    # Fully pruned widths have no fan to scale by, and no entries either.
+    return _XAVIER(key, shape, dtype) if 0 not in shape else jnp.zeros(shape, dtype)
 
 
 def _apply_gate(x: Array, gates: Gates | None, kind: str) -> Array:
@@ -147,7 +155,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b n d"], Taps]:
         config, block = self.config, self.block
         heads = functools.partial(
-            nn.DenseGeneral, use_bias=config.qkv_bias, kernel_init=_INIT, dtype=config.dtype
+            nn.DenseGeneral, use_bias=config.qkv_bias, kernel_init=_kernel_init, dtype=config.dtype
         )
         q = heads((block.num_heads, block.qk_dim), name="q")(x)
         k = heads((block.num_heads, block.qk_dim), name="k")(x)
@@ -160,7 +168,7 @@ class Attention(nn.Module):
         taps["vo"] = out
         out = _apply_gate(_apply_gate(out, gates, "vo"), gates, "head")
         project = nn.DenseGeneral(
-            config.embed_dim, axis=(-2, -1), kernel_init=_INIT, dtype=config.dtype, name="proj"
+            config.embed_dim, axis=(-2, -1), kernel_init=_kernel_init, dtype=config.dtype, name="proj"
         )
         return project(out), taps
 
@@ -175,7 +183,7 @@ class Mlp(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], gates: Gates | None = None
     ) -> tuple[Float[Array, "b n d"], Taps]:
-        dense = functools.partial(nn.Dense, kernel_init=_INIT, dtype=self.config.dtype)
+        dense = functools.partial(nn.Dense, kernel_init=_kernel_init, dtype=self.config.dtype)
         hidden = nn.gelu(dense(self.block.mlp_dim, name="fc1")(x), approximate=False)
         taps = {"mlp": hidden}
         hidden = _apply_gate(hidden, gates, "mlp")
@@ -225,14 +233,14 @@ class ViT(nn.Module):
             self.cls_token = self.param("cls_token", zeros, (1, 1, config.embed_dim))
         if config.distilled:
             self.dist_token = self.param("dist_token", zeros, (1, 1, config.embed_dim))
-        self.pos_embed = self.param("pos_embed", _INIT, (1, config.num_tokens, config.embed_dim))
+        self.pos_embed = self.param("pos_embed", _position_init, (1, config.num_tokens, config.embed_dim))
         self.blocks = [Block(config, block) for block in config.blocks]
         final_norm = nn.LayerNorm(epsilon=config.layer_norm_eps)
         if config.pool == "mean":
             self.fc_norm = final_norm
         else:
             self.norm = final_norm
-        head = functools.partial(nn.Dense, config.num_classes, kernel_init=_INIT)
+        head = functools.partial(nn.Dense, config.num_classes, kernel_init=_kernel_init)
         self.head = head()
         if config.distilled:
             self.head_dist = head()
@@ -269,7 +277,7 @@ class ViT(nn.Module):
 
 
 def init(config: ViTConfig, key: Array) -> Params:
-    """Draw fresh parameters (truncated normal, 0.02, as ViT and DeiT are trained)."""
+    """Draw fresh parameters (Xavier, as the original ViT; small models start slowly at 0.02)."""
     images = jnp.zeros((1, config.image_size, config.image_size, config.in_channels))
     return ViT(config).init(key, images)["params"]
 
