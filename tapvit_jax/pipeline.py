@@ -68,11 +68,24 @@ def score(
     if model.preprocess is None:
         raise InputError(f"{model.name}: does not say how its images are prepared")
 
+    size = even_batch_size(len(metric), config.batch_size)
+
     def metric_batches():
-        return batches(source, metric, model.preprocess, config.batch_size)
+        return batches(source, metric, model.preprocess, size, remainder="drop")
 
     units = neuron_importance(model, metric_batches(), config=config.neurons, seed=seed)
     return units, layer_importance(model, metric_batches(), units, config=config.layers)
+
+
+def even_batch_size(count: int, most: int) -> int:
+    """Batch size from most / 2 to `most` that leaves the fewest of `count` images over.
+
+    Kernels compare images within a batch and every batch size is compiled, so that batches should
+    be full; what is left over, a few images at most, is not scored.
+    """
+    if count <= most:
+        return max(count, 1)
+    return min(range(most, most // 2, -1), key=lambda size: count % size)
 
 
 def score_arrays(units: Scores, layers: LayerScores) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ its mixture, to choose its units, to fine-tune it, or to choose its epoch.
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -15,6 +15,8 @@ from tapvit_jax.errors import InputError
 
 _DIRICHLET_DRAWS = 100
 _LEAST_PRIVATE = 2
+# Far beyond either end the proportions are one-hot or equal, and then NaN.
+_LEAST_ALPHA, _LARGEST_ALPHA = 1e-3, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +47,20 @@ class PartitionConfig:
     private_split: str | None = None
 
     def __post_init__(self):
+        kinds = get_args(type(self).__annotations__["kind"])
+        if self.kind not in kinds:
+            raise InputError(f"kind is {self.kind!r}, expected one of {', '.join(kinds)}")
         for field in ("num_devices", "shards_per_device"):
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise InputError(f"{field} is {value!r}, expected 1 or more")
         for field in ("public_fraction", "validation_fraction", "private_test_fraction"):
             if not 0 < getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}, expected between 0 and 1")
-        if not self.alpha > 0:
-            raise InputError(f"alpha is {self.alpha}, expected more than 0")
+        if not _LEAST_ALPHA <= self.alpha <= _LARGEST_ALPHA:
+            raise InputError(
+                f"alpha is {self.alpha}, expected {_LEAST_ALPHA:g} to {_LARGEST_ALPHA:g}"
+            )
         if self.kind == "overlap" and self.classes_per_device is None:
             raise InputError("kind 'overlap' needs classes_per_device")
         if self.classes_per_device is not None and self.classes_per_device < 1:
@@ -113,8 +121,15 @@ def partition(
     original scores devices on the images that its mixtures were fitted on.
     """
     labels = np.asarray(labels)
-    if len(labels) == 0 or labels.min() < 0:
-        raise InputError("a partition needs labels for every image")
+    if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise InputError(
+            f"a partition needs labels for every image, found {(labels < 0).sum()} without among "
+            f"labels of shape {labels.shape} and type {labels.dtype}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise InputError(f"seed is {seed!r}, expected a whole number of at least 0")
+    if splits is not None and np.shape(splits) != labels.shape:
+        raise InputError(f"{np.shape(splits)} splits, expected one for each of {len(labels)}")
     rng = np.random.default_rng([seed, 0])
     everything = np.arange(len(labels))
     fractions = [config.public_fraction, config.validation_fraction]

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from tapvit_jax.data.sources import ImageSource, Preprocess
+from tapvit_jax.data.sources import ImageSource, Preprocess, check_indices
 from tapvit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -32,13 +32,15 @@ def batches(
     another thread while the ones before are used; an iterator that is left early stops reading.
 
     Raises:
-      InputError: an image cannot be read, or an index is out of range.
+      InputError: an image cannot be read, or an argument is out of range.
     """
-    indices = np.asarray(indices)
+    indices = check_indices(indices, source)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected 1 or more")
-    if len(indices) and not (indices.min() >= 0 and indices.max() < len(source)):
-        raise InputError(f"{source.name}: image indices must lie in 0..{len(source) - 1}")
+    if prefetch < 0:
+        raise InputError(f"prefetch is {prefetch}, expected 0 or more")
+    if remainder not in ("pad", "short", "drop"):
+        raise InputError(f"remainder is {remainder!r}, expected 'pad', 'short' or 'drop'")
     stop = len(indices) // batch_size * batch_size if remainder == "drop" else len(indices)
     chunks = (indices[start : start + batch_size] for start in range(0, stop, batch_size))
     width = batch_size if remainder == "pad" else None
@@ -89,6 +91,7 @@ def load_all(
     Raises:
       InputError: an image cannot be read.
     """
+    indices = check_indices(indices, source)
     found = list(batches(source, indices, preprocess, batch_size, remainder="short"))
     images = [batch["image"] for batch in found] or [source.load(indices, preprocess)]
     return np.concatenate(images), source.labels[indices]

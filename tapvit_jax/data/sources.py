@@ -6,16 +6,17 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash
@@ -30,8 +31,17 @@ _FILTERS = {
 }
 _MODES = {1: "L", 3: "RGB"}
 _MAX_PIXELS = 2**27
+# Pillow goes by the contents, not by the suffix. Naming the decoders keeps a renamed file away from
+# the many others, some of which start other programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+# Without class names, labels that are numbers are bounded by nothing else.
+_MOST_CLASSES = 2**16
 _THREADS = min(16, (os.cpu_count() or 1) + 2)
 UNLABELLED = -1
+
+# Images are bounded by _MAX_PIXELS below. Pillow's own warning about large ones comes from decoding
+# threads, where a filter set around one call would leak into all others, so it is set once.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +63,8 @@ class Preprocess:
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
 
     def __post_init__(self):
-        if self.image_size < 1:
-            raise InputError(f"image_size is {self.image_size}, expected 1 or more")
+        if type(self.image_size) is not int or self.image_size < 1:
+            raise InputError(f"image_size is {self.image_size!r}, expected 1 or more")
         if self.channels not in _MODES:
             raise InputError(f"channels is {self.channels}, expected 1 or 3")
         if not 0 < self.crop_pct <= 1:
@@ -64,21 +74,38 @@ class Preprocess:
                 f"mean and std have {len(self.mean)} and {len(self.std)} entries, "
                 f"expected {self.channels}"
             )
-        if any(not s > 0 for s in self.std):
-            raise InputError(f"std is {self.std}, expected positive values")
+        if not all(math.isfinite(m) for m in self.mean):
+            raise InputError(f"mean is {self.mean}, expected finite values")
+        if not all(s > 0 and math.isfinite(s) for s in self.std):
+            raise InputError(f"std is {self.std}, expected finite positive values")
+        kinds = get_args(type(self).__annotations__["interpolation"])
+        if self.interpolation not in kinds:
+            raise InputError(
+                f"interpolation is {self.interpolation!r}, expected one of {', '.join(kinds)}"
+            )
 
     def array(self, image: Image.Image) -> Float[np.ndarray, "s s c"]:
-        """Prepare one image. A grey image of mode "F" holds values in [0, 1] already."""
+        """Prepare one image. A grey image of mode "F" holds values in [0, 1] already.
+
+        Raises:
+          InputError: so elongated that the resized image would be absurdly large.
+        """
         exact = image.mode == "F"
         if not exact:
-            image = image.convert(_MODES[self.channels])
+            image = _convert(image, _MODES[self.channels])
         shorter = math.floor(self.image_size / self.crop_pct)
-        width, height = image.size
-        scale = shorter / min(width, height)
-        size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
-        if size != image.size:
+        # Rounded down here and to even below, as torchvision does under timm: a pixel more or less
+        # resamples the whole image differently.
+        longer = int(shorter * max(image.size) / min(image.size))
+        if shorter * longer > max(_MAX_PIXELS, shorter**2):
+            raise InputError(
+                f"{image.width} x {image.height} pixels: too elongated to be resized to {shorter} "
+                f"x {longer}, expected at most {_MAX_PIXELS} pixels"
+            )
+        size = (shorter, longer) if image.width <= image.height else (longer, shorter)
+        if min(image.size) != shorter:
             image = image.resize(size, _FILTERS[self.interpolation])
-        left, top = ((length - self.image_size) // 2 for length in size)
+        left, top = (round((length - self.image_size) / 2) for length in image.size)
         image = image.crop((left, top, left + self.image_size, top + self.image_size))
         pixels = np.asarray(image, np.float32)
         pixels = pixels.reshape(self.image_size, self.image_size, -1)
@@ -86,6 +113,80 @@ class Preprocess:
         if pixels.shape[-1] != self.channels:
             pixels = np.repeat(pixels, self.channels, axis=-1)
         return ((pixels - np.float32(self.mean)) / np.float32(self.std)).astype(np.float32)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow clips 16-bit greys at 255 instead of scaling them.
+        deep = np.clip(np.asarray(image).astype(np.int64), 0, 2**16 - 1)
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        # Straight to RGB gives the same colours and a warning.
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+def _decode(
+    read: Callable[[], BinaryIO], name: str, preprocess: Preprocess
+) -> Float[np.ndarray, "s s c"]:
+    """Decode and prepare one encoded image; whatever goes wrong is an InputError that names it."""
+    try:
+        with read() as stream, Image.open(stream, formats=_FORMATS) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise InputError(
+                    f"{image.width} x {image.height} pixels, expected at most {_MAX_PIXELS}"
+                )
+            return preprocess.array(image)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: image is missing") from error
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Damaged files make Pillow's decoders raise nearly anything.
+        raise InputError(f"{name}: image is corrupt or in another format ({error})") from error
+
+
+def check_indices(indices: Any, source: "ImageSource") -> Int[np.ndarray, "n"]:
+    """Indices as an array.
+
+    Raises:
+      InputError: not a list of whole numbers, or one that the source does not have.
+    """
+    array = np.asarray(indices)
+    if array.ndim == 1 and array.size == 0:
+        return array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(
+            f"{source.name}: image indices of shape {array.shape} and type {array.dtype}, "
+            "expected a list of whole numbers"
+        )
+    if array.min() < 0 or array.max() >= len(source):
+        raise InputError(
+            f"{source.name}: image indices {array.min()} to {array.max()}, "
+            f"expected 0 to {len(source) - 1}"
+        )
+    return array.astype(np.int64)
+
+
+def _align(
+    found: Sequence[tuple[str, ...]], class_names: Sequence[str] | None, where: str
+) -> tuple[tuple[str, ...], Int[np.ndarray, "c"]]:
+    """Place a source's classes, each known by one or more names, among the model's."""
+    if class_names is None:
+        return tuple(names[0] for names in found), np.arange(len(found), dtype=np.int32)
+    index = {name: i for i, name in enumerate(class_names)}
+    if len(index) != len(class_names):
+        raise InputError(f"{where}: class_names has a name twice, expected distinct names")
+    placed = [next((index[n] for n in names if n in index), None) for names in found]
+    unknown = [names[0] for names, i in zip(found, placed, strict=True) if i is None]
+    if unknown:
+        raise InputError(
+            f"{where}: labels out of range: {', '.join(unknown[:10])} are not among the "
+            f"{len(index)} classes of the model"
+        )
+    return tuple(class_names), np.array(placed, np.int32)
 
 
 class ImageSource(abc.ABC):
@@ -128,8 +229,9 @@ class ImageSource(abc.ABC):
         """Read and prepare some images, in order, on several threads.
 
         Raises:
-          InputError: an image is missing or damaged (named).
+          InputError: an image is missing or damaged (named), or an index is out of range.
         """
+        indices = check_indices(indices, self)
         images = list(_pool().map(lambda i: self.read(int(i), preprocess), indices))
         side = preprocess.image_size
         if not images:
@@ -148,7 +250,12 @@ def find_corrupt(
     preprocess: Preprocess,
     on_image: Callable[[], None] | None = None,
 ) -> list[tuple[int, str]]:
-    """Read every image and return the indices and messages of those that cannot be read."""
+    """Read every image and return the indices and messages of those that cannot be read.
+
+    Raises:
+      InputError: an index is out of range.
+    """
+    indices = check_indices(indices, source)
 
     def attempt(index: int) -> tuple[int, str] | None:
         try:
@@ -167,7 +274,12 @@ def find_corrupt(
 
 
 class MemorySource(ImageSource):
-    """Images that were prepared before and lie in memory."""
+    """Images that were prepared before and lie in memory.
+
+    Raises:
+      InputError: arrays that do not fit each other, values that are not finite, or a label that is
+        not among `class_names`.
+    """
 
     def __init__(
         self,
@@ -183,6 +295,16 @@ class MemorySource(ImageSource):
         self.splits = np.full(len(self.labels), "train")
         if len(self.images) != len(self.labels):
             raise InputError(f"{len(self.images)} images but {len(self.labels)} labels")
+        if self.images.ndim != 4:
+            raise InputError(f"{name}: images of shape {self.images.shape}, expected 4 dimensions")
+        if not np.isfinite(self.images).all():
+            raise InputError(f"{name}: images hold NaN or infinity, expected finite values")
+        known = len(self.class_names)
+        wrong = self.labels[(self.labels < UNLABELLED) | (self.labels >= known)]
+        if wrong.size:
+            raise InputError(
+                f"{name}: label {wrong[0]} is out of range, expected one of {known} classes or -1"
+            )
 
     def describe(self, index: int) -> str:
         """Position in the arrays."""
@@ -198,8 +320,9 @@ class MemorySource(ImageSource):
         """Rows; the preprocessing must be the one that the images went through.
 
         Raises:
-          InputError: the preprocessing gives another shape.
+          InputError: the preprocessing gives another shape, or an index is out of range.
         """
+        indices = check_indices(indices, self)
         expected = (preprocess.image_size, preprocess.image_size, preprocess.channels)
         if self.images.shape[1:] != expected:
             raise InputError(
@@ -215,15 +338,19 @@ class MemorySource(ImageSource):
 
 
 class DigitsSource(ImageSource):
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey; they come with the package."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey; they come with the package.
 
-    def __init__(self):
+    Raises:
+      InputError: a digit that is not among `class_names`.
+    """
+
+    def __init__(self, class_names: Sequence[str] | None = None):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         self.name = "digits"
-        self.class_names = tuple(str(digit) for digit in range(10))
-        self.labels = digits.target.astype(np.int32)
+        self.class_names, order = _align([(str(d),) for d in range(10)], class_names, self.name)
+        self.labels = order[digits.target]
         self.splits = np.full(len(self.labels), "train")
         self._images = (digits.images / 16.0).astype(np.float32)
 
@@ -266,25 +393,7 @@ class _FileSource(ImageSource):
           InputError: missing, not an image, truncated, or absurdly large.
         """
         path = self.paths[index]
-        try:
-            with warnings.catch_warnings():
-                # Decompression bombs are an error here; a file's odd metadata is not our concern.
-                warnings.simplefilter("ignore")
-                with Image.open(path) as image:
-                    if image.width * image.height > _MAX_PIXELS:
-                        raise InputError(
-                            f"{path}: {image.width} x {image.height} pixels, "
-                            f"expected at most {_MAX_PIXELS}"
-                        )
-                    return preprocess.array(image)
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: image is missing") from error
-        except UnidentifiedImageError as error:
-            raise InputError(f"{path}: is not an image that can be read") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: image is corrupt ({error})") from error
+        return _decode(lambda: path.open("rb"), f"{path} (image {index})", preprocess)
 
     def fingerprint(self) -> str:
         """Hash of all relative paths, sizes and labels; file contents are not read."""
@@ -325,15 +434,24 @@ class FolderSource(_FileSource):
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    # macOS leaves "._photo.jpg" files behind that hold no image.
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _scan_folders(
     root: Path, class_names: Sequence[str] | None
 ) -> tuple[list[tuple[Path, int, str]], Sequence[str]]:
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = _folders_in(root)
     if folders and all(p.name in _SPLITS for p in folders):
-        classes = [(c, _SPLITS[p.name]) for p in folders for c in sorted(p.iterdir()) if c.is_dir()]
+        classes = [(c, _SPLITS[p.name]) for p in folders for c in _folders_in(p)]
     else:
         classes = [(p, "train") for p in folders]
     if not classes:
@@ -356,48 +474,78 @@ def _read_labels_file(
 ) -> tuple[list[tuple[Path, int, str]], Sequence[str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = [row for row in csv.reader(file) if row]
-    if lines and lines[0] == ["path", "label"]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: is not a CSV file that can be read ({error})") from error
+    if lines and lines[0][1] == ["path", "label"]:
         lines = lines[1:]
-    for number, row in enumerate(lines, 1):
+    for number, row in lines:
         if len(row) != 2:
-            raise InputError(f"{path}: row {number} has {len(row)} fields, expected path,label")
-    found = [label.strip() for _, label in lines]
-    numeric = all(label.lstrip("-").isdigit() for label in found)
-    if class_names is None:
-        largest = max((int(label) for label in found), default=-1) if numeric else -1
-        class_names = [str(i) for i in range(largest + 1)] if numeric else sorted(set(found))
+            raise InputError(f"{path}: line {number} has {len(row)} fields, expected path,label")
+    labels = [label for _, (_, label) in lines]
+    numbers = [_whole_number(label) for label in labels]
+    if class_names is None and all(n is not None for n in numbers):
+        class_names = [str(i) for i in range(min(max(numbers, default=-1) + 1, _MOST_CLASSES))]
+    elif class_names is None:
+        class_names = sorted(set(labels))
     index = {name: i for i, name in enumerate(class_names)}
-    rows = []
-    for number, ((name, _), label) in enumerate(zip(lines, found, strict=True), 1):
-        value = int(label) if numeric else index.get(label, UNLABELLED)
-        if not 0 <= value < len(class_names):
+    rows, seen = [], {}
+    for (number, (name, label)), value in zip(lines, numbers, strict=True):
+        where = f"{path}: line {number}"
+        # A class may be called "3" without being number 3; names go first.
+        value = index.get(label, UNLABELLED if value is None else value)
+        if not label or label.startswith("-") or not 0 <= value < len(class_names):
             raise InputError(
-                f"{path}: row {number}: label {label} is out of range, "
+                f"{where}: label {label!r} is out of range, "
                 f"expected one of {len(class_names)} classes"
             )
-        if not (root / name).is_file():
-            raise InputError(f"{path}: row {number}: {root / name}: image is missing")
-        rows.append((root / name, value, "train"))
+        relative = Path(name)
+        if not name or relative.is_absolute() or ".." in relative.parts:
+            raise InputError(f"{where}: path {name!r}, expected one below {root}")
+        if not (root / relative).is_file():
+            raise InputError(f"{where}: {root / relative}: image is missing")
+        if seen.setdefault(relative, number) != number:
+            raise InputError(f"{where}: {name} is in line {seen[relative]} already")
+        above = relative.parts[0] if len(relative.parts) > 1 else "train"
+        rows.append((root / relative, value, _SPLITS.get(above, "train")))
     return rows, class_names
 
 
+def _whole_number(text: str) -> int | None:
+    digits = text.removeprefix("-")
+    # Longer ones are out of any range, and slow to convert.
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
+
+
 class TinyImageNetSource(_FileSource):
-    """Tiny-ImageNet in its own layout; classes are the wnids in sorted order.
+    """Tiny-ImageNet in its own layout, val optional; classes are the wnids in sorted order.
+
+    `class_names`, a model's, may hold the classes' first synonyms or their wnids.
 
     Raises:
-      InputError: a part of the layout is missing or contradicts itself.
+      InputError: a part of the layout is missing or contradicts itself, or a class is not among
+        `class_names`.
     """
 
-    def __init__(self, root: str | os.PathLike):
+    def __init__(self, root: str | os.PathLike, class_names: Sequence[str] | None = None):
         root = Path(root)
         self.wnids = tuple(sorted(_lines(root / "wnids.txt")))
-        index = {wnid: i for i, wnid in enumerate(self.wnids)}
+        if len(set(self.wnids)) != len(self.wnids):
+            raise InputError(f"{root / 'wnids.txt'}: has an id twice, expected distinct ids")
         words = {}
         if (root / "words.txt").is_file():
             words = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
-        names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in self.wnids]
+        synonyms = [words.get(wnid, "").split(",")[0].strip() or wnid for wnid in self.wnids]
+        names = [
+            name if synonyms.count(name) == 1 else f"{name} ({wnid})"
+            for name, wnid in zip(synonyms, self.wnids, strict=True)
+        ]
+        pairs = list(zip(names, self.wnids, strict=True))
+        names, order = _align(pairs, class_names, str(root))
+        index = dict(zip(self.wnids, order.tolist(), strict=True))
         rows = []
         for wnid in self.wnids:
             folder = root / "train" / wnid / "images"
@@ -405,13 +553,15 @@ class TinyImageNetSource(_FileSource):
                 raise InputError(f"{folder}: no such folder, but wnids.txt names {wnid}")
             rows += [(path, index[wnid], "train") for path in _images_below(folder)]
         annotations = root / "val" / "val_annotations.txt"
-        for number, line in enumerate(_lines(annotations), 1):
+        for number, line in enumerate(_lines(annotations) if (root / "val").is_dir() else (), 1):
             fields = line.split("\t")
             if len(fields) < 2 or fields[1] not in index:
                 raise InputError(
                     f"{annotations}: line {number}: labels out of range: {line[:60]!r} "
                     "names no class of wnids.txt"
                 )
+            if Path(fields[0]).name != fields[0]:
+                raise InputError(f"{annotations}: line {number}: {fields[0]!r} is no file name")
             rows.append((root / "val" / "images" / fields[0], index[fields[1]], "val"))
         self._set(root, rows, names)
 
@@ -419,7 +569,11 @@ class TinyImageNetSource(_FileSource):
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{path}: no such file, but Tiny-ImageNet's layout has one")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not a text file that can be read ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 class TfdsSource(ImageSource):
@@ -428,25 +582,46 @@ class TfdsSource(ImageSource):
     Args:
       name: such as "cifar100" or "tiny_imagenet:1.0.0".
       data_dir: where prepared sets lie; TFDS's own default otherwise.
+      class_names: the classes that labels refer to, usually a model's; by default the set's.
+      splits: the set's split to use as "train" and the one to use as "val"; by default "train" and
+        the first of "val", "validation" and "test" that exists.
 
     Raises:
-      InputError: unknown name, not prepared, or prepared in another file format.
+      InputError: unknown name, not prepared, prepared in another file format, or a class that is
+        not among `class_names`.
     """
 
-    def __init__(self, name: str, data_dir: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        name: str,
+        data_dir: str | os.PathLike | None = None,
+        class_names: Sequence[str] | None = None,
+        splits: Mapping[str, str] | None = None,
+    ):
         # Imported here: it takes seconds, and only this source needs it.
         import tensorflow_datasets as tfds
 
         self.name = f"tfds:{name}"
         try:
-            builder = tfds.builder(name, data_dir=data_dir)
+            builder = tfds.builder(name, data_dir=None if data_dir is None else str(data_dir))
         except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-            raise InputError(f"{self.name}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{self.name}: {(str(error).splitlines() or [''])[0]}") from error
         features = builder.info.features
-        if "image" not in features or "label" not in features:
-            raise InputError(f"{self.name}: has no image and label features")
-        self.class_names = tuple(features["label"].names)
-        wanted = {_SPLITS[split]: split for split in reversed(_SPLITS) if split in _splits(builder)}
+        for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+            if key not in features or not isinstance(features[key], kind):
+                raise InputError(f"{self.name}: feature {key!r} is no {kind.__name__}")
+        found = [(name,) for name in features["label"].names or ()]
+        self.class_names, order = _align(found, class_names, self.name)
+        prepared = _splits(builder)
+        wanted = {_SPLITS[split]: split for split in reversed(_SPLITS) if split in prepared}
+        if splits is not None and prepared:
+            wanted = dict(splits)
+            missing = [split for split in wanted.values() if split not in prepared]
+            if missing or not wanted or not set(wanted) <= {"train", "val"}:
+                raise InputError(
+                    f"{self.name}: splits {wanted}, expected 'train' and 'val' to name some of "
+                    f"{', '.join(prepared)}"
+                )
         if not wanted:
             raise InputError(
                 f"{self.name}: is not prepared in {builder.data_dir}. Prepare it once, where "
@@ -454,43 +629,46 @@ class TfdsSource(ImageSource):
                 f"tfds build {name} --file_format=array_record"
             )
         raw = {"image": tfds.decode.SkipDecoding()}
-        self._parts, labels, splits = [], [], []
+        self._parts, labels, kinds = [], [], []
         for ours, theirs in wanted.items():
             try:
                 part = builder.as_data_source(theirs, decoders=raw)
-            except (NotImplementedError, ValueError, AssertionError) as error:
+                labels += [int(part[i]["label"]) for i in range(len(part))]
+            except (
+                NotImplementedError,
+                ImportError,
+                ValueError,
+                AssertionError,
+                LookupError,
+                OSError,
+                RuntimeError,
+            ) as error:
                 raise InputError(
                     f"{self.name}: cannot be read without TensorFlow ({error}); prepare it with "
                     "--file_format=array_record"
                 ) from error
             self._parts.append(part)
-            labels += [int(part[i]["label"]) for i in range(len(part))]
-            splits += [ours] * len(part)
+            kinds += [ours] * len(part)
         self._starts = np.cumsum([0, *map(len, self._parts)])
-        self._feature = features["image"]
-        self.labels = np.array(labels, np.int32)
-        self.splits = np.array(splits)
+        # The entry added is that of -1, which some sets have for images without a label.
+        self.labels = np.append(order, np.int32(UNLABELLED))[np.array(labels, np.int64)]
+        self.splits = np.array(kinds)
 
     def describe(self, index: int) -> str:
         """Position in the set."""
         return f"{self.name}[{index}]"
 
     def read(self, index: int, preprocess: Preprocess) -> Float[np.ndarray, "s s c"]:
-        """Decode and prepare one image."""
-        import io
+        """Decode and prepare one image.
 
+        Raises:
+          InputError: the image is damaged or absurdly large.
+        """
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        encoded = self._parts[part][index - int(self._starts[part])]["image"]
-        try:
-            if isinstance(encoded, bytes):
-                with Image.open(io.BytesIO(encoded)) as image:
-                    return preprocess.array(image)
-            pixels = np.asarray(encoded)
-            return preprocess.array(
-                Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-            )
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{self.describe(index)}: image is corrupt ({error})") from error
+        row = index - int(self._starts[part])
+        return _decode(
+            lambda: io.BytesIO(self._parts[part][row]["image"]), self.describe(index), preprocess
+        )
 
     def fingerprint(self) -> str:
         """Hash of the name and all labels."""
@@ -506,15 +684,15 @@ def open_source(spec: str, class_names: Sequence[str] | None = None) -> ImageSou
     """Open "digits", "tfds:NAME", or a path (Tiny-ImageNet's layout, or image folders).
 
     Raises:
-      InputError: nothing there, or not in a known layout.
+      InputError: nothing there, not in a known layout, or a class not among `class_names`.
     """
     if spec == "digits":
-        return DigitsSource()
+        return DigitsSource(class_names)
     if spec.startswith("tfds:"):
-        return TfdsSource(spec.removeprefix("tfds:"))
+        return TfdsSource(spec.removeprefix("tfds:"), class_names=class_names)
     root = Path(spec)
     if not root.is_dir():
         raise InputError(f"{spec}: no such folder (expected a folder, 'digits' or 'tfds:NAME')")
     if (root / "wnids.txt").is_file():
-        return TinyImageNetSource(root)
+        return TinyImageNetSource(root, class_names)
     return FolderSource(root, class_names)

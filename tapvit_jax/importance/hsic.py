@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Bandwidth = Literal["fixed", "median"]
+Bandwidth = Literal["fixed", "mean"]
 
 _NUM_BANDWIDTHS = 5
 _LARGEST_FIXED = 16.0
-_LARGEST_MEDIAN = 4.0
+_LARGEST_RELATIVE = 4.0
 
 
 def squared_distances(points: Float[Array, "b n u"]) -> Float[Array, "u b b"]:
@@ -39,17 +39,16 @@ def rbf_kernel(
 
         K = mean over s of exp(-squared / (2 s^2)),  s in {1, 2, 4, 8, 16}
 
-    "fixed" uses these bandwidths (TAP-ViTs, arXiv 2601.02437). "median" uses {1/4 .. 4} times the
-    root of the median squared distance of each unit, so that no unit saturates just because its
-    activations are large or small (ours). Halving s squares the kernel twice, so that one
-    exponential serves all five.
+    "fixed" uses these bandwidths (TAP-ViTs, arXiv 2601.02437). "mean" uses {1/4 .. 4} times the
+    root of each unit's mean squared distance, so that no unit saturates just because its
+    activations are large or small (ours; the usual median would sort b^2 numbers a unit). Halving s
+    raises the kernel to the fourth power, so that one exponential serves all five.
     """
-    if bandwidth == "median":
+    if bandwidth == "mean":
         b = squared.shape[-1]
-        rows, columns = jnp.triu_indices(b, k=1)
-        median = jnp.median(squared[..., rows, columns], axis=-1)[..., None, None]
-        squared = squared / jnp.where(median > 0, median, 1.0)
-    largest = _LARGEST_FIXED if bandwidth == "fixed" else _LARGEST_MEDIAN
+        mean = squared.sum(axis=(-2, -1), keepdims=True) / (b * (b - 1))
+        squared = squared / jnp.where(mean > 0, mean, 1.0)
+    largest = _LARGEST_FIXED if bandwidth == "fixed" else _LARGEST_RELATIVE
     kernel = jnp.exp(-squared / (2.0 * largest**2))
     total = kernel
     for _ in range(_NUM_BANDWIDTHS - 1):

@@ -1,7 +1,8 @@
 """Neuron importance: composite (relevance, redundancy, activation, gradient) and Taylor scores.
 
-All units of all blocks are scored in one jitted pass a batch, and only sums travel from batch to
-batch; nothing is read back to the host before the end.
+A batch takes one jitted pass through the model, then one jitted program per block that scores all
+its units at once; blocks of equal widths share that program. Only sums travel from batch to batch,
+and nothing is read back to the host before the end.
 
 Letters: b images, n tokens, h heads, k dims of a head, f MLP hidden, u units, c classes.
 """
@@ -47,6 +48,11 @@ class TermWeights:
     activation: float
     gradient: float = 0.0
 
+    def __post_init__(self):
+        values = dataclasses.astuple(self)
+        if min(values) < 0 or max(values) <= 0:
+            raise InputError(f"term weights are {values}, expected none negative and one positive")
+
 
 @dataclasses.dataclass(frozen=True)
 class NeuronConfig:
@@ -70,7 +76,7 @@ class NeuronConfig:
     mlp: TermWeights = TermWeights(relevance=0.1, redundancy=0.1, activation=0.3, gradient=0.5)
     attn: TermWeights = TermWeights(relevance=0.1, redundancy=0.1, activation=0.3, gradient=0.5)
     standardize: bool = True
-    bandwidth: Bandwidth = "median"
+    bandwidth: Bandwidth = "mean"
     scale: Literal["batch", "total"] = "total"
     couple_qk_vo: bool = False
     loss: Loss = "kl"
@@ -151,7 +157,6 @@ def neuron_importance(
     config = config or NeuronConfig.of_method(method)
     key = jax.random.key(seed)
     sums: Terms | None = None
-    step = _batch_scores if config.scale == "batch" else _batch_terms
     for i, batch in enumerate(itertools.islice(batches, config.max_batches)):
         images, labels = unpack_batch(batch)
         if len(images) < 2:
@@ -160,11 +165,18 @@ def neuron_importance(
         if config.loss == "label" and config.needs_gradient and labels is None:
             raise InputError("loss 'label' needs batches with labels")
         labels = np.zeros(len(images), np.int32) if labels is None else labels
-        found = step(model.config, config, model.params, images, labels, jax.random.fold_in(key, i))
+        found = batch_terms(
+            model.config, config, model.params, images, labels, jax.random.fold_in(key, i)
+        )
+        if config.scale == "batch":
+            found = {unit: {"score": compose(config, unit, t)} for unit, t in found.items()}
         sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
     if sums is None:
         raise InputError("neuron importance needs at least one batch of two images or more")
-    scores = sums if config.scale == "batch" else _compose(config, sums)
+    if config.scale == "batch":
+        scores = {unit: terms["score"] for unit, terms in sums.items()}
+    else:
+        scores = {unit: compose(config, unit, terms) for unit, terms in sums.items()}
     return _finish(model.config, config, jax.device_get(scores))
 
 
@@ -199,30 +211,24 @@ def _finish(model_config: ViTConfig, config: NeuronConfig, scores: Scores) -> Sc
     return result
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_scores(model_config, config, params, images, labels, key) -> dict[str, Array]:
-    return _compose(config, _terms(model_config, config, params, images, labels, key))
+def compose(
+    config: NeuronConfig, unit: str, terms: dict[str, Float[Array, "..."]]
+) -> Float[Array, "..."]:
+    """Weighted sum of a group's terms, each scaled to [0, 1]; redundancy counts against a unit."""
+    return _compose(config.mlp if unit.endswith("/mlp") else config.attn, terms)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_terms(model_config, config, params, images, labels, key) -> Terms:
-    return _terms(model_config, config, params, images, labels, key)
+@functools.partial(jax.jit, static_argnums=0)
+def _compose(weights: TermWeights, terms: dict[str, Array]) -> Array:
+    total = jnp.zeros(())
+    for name, values in terms.items():
+        scaled = min_max(values)
+        scaled = 1.0 - scaled if name == "redundancy" else scaled
+        total = total + getattr(weights, name) * scaled
+    return total
 
 
-def _compose(config: NeuronConfig, terms: Terms) -> dict[str, Array]:
-    scores = {}
-    for key, term in terms.items():
-        weights = config.mlp if key.endswith("/mlp") else config.attn
-        score = jnp.zeros_like(next(iter(term.values())))
-        for name, values in term.items():
-            scaled = min_max(values)
-            scaled = 1.0 - scaled if name == "redundancy" else scaled
-            score = score + getattr(weights, name) * scaled
-        scores[key] = score
-    return scores
-
-
-def _terms(
+def batch_terms(
     model_config: ViTConfig,
     config: NeuronConfig,
     params: Params,
@@ -230,30 +236,48 @@ def _terms(
     labels: Int[Array, "b"],
     key: Array,
 ) -> Terms:
-    gradients: dict[str, Gates] = {}
-    if config.needs_gradient:
-        logits, taps, gradients = gate_gradients(
-            model_config, params, images, labels, config.loss, key
-        )
-    else:
-        logits, taps = apply_with_taps(model_config, params, images)
-    target = linear_kernel(jax.nn.softmax(logits, axis=-1))[None]
+    """The terms of every unit on one batch, not yet scaled; terms of weight 0 are left out."""
+    logits, taps, gradients = _run_model(model_config, config, params, images, labels, key)
     terms: Terms = {}
-    for i, block in enumerate(model_config.blocks):
-        tap = taps[f"blocks_{i}"]
-        found = {}
-        if block.attn:
-            found["vo"] = _attention_terms(config, tap["vo"], target)
-            if not config.couple_qk_vo:
-                found["qk"] = _query_key_terms(config, tap, target)
-        if block.mlp:
-            found["mlp"] = _mlp_terms(config, tap["mlp"], target)
-        for kind, term in found.items():
-            weights = config.mlp if kind == "mlp" else config.attn
-            if weights.gradient > 0:
-                term["gradient"] = _summed_gradient(config, gradients[f"blocks_{i}"][kind])
-            terms[unit_key(i, kind)] = {n: v for n, v in term.items() if getattr(weights, n) > 0}
+    for i in range(len(model_config.blocks)):
+        name = f"blocks_{i}"
+        found = _block_terms(config, logits, taps[name], gradients.get(name, {}))
+        terms |= {unit_key(i, kind): values for kind, values in found.items()}
     return terms
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_model(
+    model_config: ViTConfig,
+    config: NeuronConfig,
+    params: Params,
+    images: Array,
+    labels: Array,
+    key: Array,
+) -> tuple[Array, dict[str, Taps], dict[str, Gates]]:
+    if config.needs_gradient:
+        return gate_gradients(model_config, params, images, labels, config.loss, key)
+    return *apply_with_taps(model_config, params, images), {}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _block_terms(
+    config: NeuronConfig, logits: Float[Array, "b c"], tap: Taps, gradients: Gates
+) -> dict[str, dict[str, Float[Array, "..."]]]:
+    target = linear_kernel(jax.nn.softmax(logits, axis=-1))[None]
+    found = {}
+    if "vo" in tap:
+        found["vo"] = _attention_terms(config, tap["vo"], target)
+        if not config.couple_qk_vo:
+            found["qk"] = _query_key_terms(config, tap, target)
+    if "mlp" in tap:
+        found["mlp"] = _mlp_terms(config, tap["mlp"], target)
+    for kind, term in found.items():
+        weights = config.mlp if kind == "mlp" else config.attn
+        if weights.gradient > 0:
+            term["gradient"] = _summed_gradient(config, gradients[kind])
+        found[kind] = {n: values for n, values in term.items() if getattr(weights, n) > 0}
+    return found
 
 
 def _relevance_kernel(

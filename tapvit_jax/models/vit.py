@@ -168,7 +168,11 @@ class Attention(nn.Module):
         taps["vo"] = out
         out = _apply_gate(_apply_gate(out, gates, "vo"), gates, "head")
         project = nn.DenseGeneral(
-            config.embed_dim, axis=(-2, -1), kernel_init=_kernel_init, dtype=config.dtype, name="proj"
+            config.embed_dim,
+            axis=(-2, -1),
+            kernel_init=_kernel_init,
+            dtype=config.dtype,
+            name="proj",
         )
         return project(out), taps
 
@@ -233,7 +237,8 @@ class ViT(nn.Module):
             self.cls_token = self.param("cls_token", zeros, (1, 1, config.embed_dim))
         if config.distilled:
             self.dist_token = self.param("dist_token", zeros, (1, 1, config.embed_dim))
-        self.pos_embed = self.param("pos_embed", _position_init, (1, config.num_tokens, config.embed_dim))
+        positions = (1, config.num_tokens, config.embed_dim)
+        self.pos_embed = self.param("pos_embed", _position_init, positions)
         self.blocks = [Block(config, block) for block in config.blocks]
         final_norm = nn.LayerNorm(epsilon=config.layer_norm_eps)
         if config.pool == "mean":

@@ -1,0 +1,639 @@
+import dataclasses
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tapvit_jax import structs
+from tapvit_jax.data import sources
+from tapvit_jax.data.sources import (
+    DigitsSource,
+    FolderSource,
+    Preprocess,
+    TfdsSource,
+    TinyImageNetSource,
+    find_corrupt,
+    open_source,
+)
+from tapvit_jax.errors import InputError
+
+GREY = Preprocess(8, channels=1, mean=(0.0,), std=(1.0,))
+RGB = Preprocess(6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+NAMES = ("ant", "bee", "cat")
+
+
+def names_below(source):
+    return [p.relative_to(source.root).as_posix() for p in source.paths]
+
+
+def save(path, value=100, size=(6, 6), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value // 2, 0)).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Three classes, one with a nested folder, and files that are not images."""
+    save(tmp_path / "bee" / "2.png", 20)
+    save(tmp_path / "bee" / "1.png", 10)
+    save(tmp_path / "ant" / "deep" / "er" / "1.JPEG", 30)
+    save(tmp_path / "cat" / "x.bmp", 40)
+    save(tmp_path / "cat" / "y.webp", 50)
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "cat" / "._y.png").write_text("left behind by macOS")
+    (tmp_path / "README.md").write_text("hello")
+    return tmp_path
+
+
+def tiny(root, val=True):
+    """Two classes in Tiny-ImageNet's layout; wnids.txt is not sorted."""
+    (root / "wnids.txt").write_text("n2\nn1\n")
+    (root / "words.txt").write_text("n0\tother\nn1\tfish, goldfish\nn2\tdog, hound\n")
+    save(root / "train" / "n1" / "images" / "n1_0.JPEG", 10)
+    save(root / "train" / "n2" / "images" / "n2_0.JPEG", 20)
+    save(root / "train" / "n2" / "images" / "n2_1.JPEG", 30)
+    if val:
+        save(root / "val" / "images" / "val_0.JPEG", 40)
+        save(root / "val" / "images" / "val_1.JPEG", 50)
+        lines = "val_1.JPEG\tn2\t0\t0\t1\t1\nval_0.JPEG\tn1\t0\t0\t1\t1\n"
+        (root / "val" / "val_annotations.txt").write_text(lines)
+    return root
+
+
+# Preprocess
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": True}, "image_size is True"),
+        ({"image_size": 8.0}, "image_size is 8.0"),
+        ({"channels": 2}, "channels is 2"),
+        ({"mean": (0.5,)}, "mean and std have 1 and 3 entries, expected 3"),
+        ({"mean": (0.0, float("nan"), 0.0)}, "mean is .* expected finite"),
+        ({"std": (1.0, 0.0, 1.0)}, "std is"),
+        ({"std": (1.0, 1.0)}, "mean and std have 3 and 2 entries"),
+        ({"crop_pct": 0}, "crop_pct is 0"),
+        ({"crop_pct": 1.1}, "crop_pct is 1.1"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic'"),
+    ],
+)
+def test_preprocess_refuses(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(RGB, **change)
+
+
+def test_preprocess_survives_json():
+    preprocess = dataclasses.replace(RGB, crop_pct=0.875, interpolation="bilinear")
+    plain = json.loads(json.dumps(structs.to_plain(preprocess)))
+    assert structs.from_plain(Preprocess, plain) == preprocess
+    with pytest.raises(InputError, match="did you mean crop_pct"):
+        structs.from_plain(Preprocess, plain | {"crop_pc": 1.0})
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (21, 64)])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_preprocess_is_resize_then_crop_then_normalise(size, interpolation):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    preprocess = Preprocess(
+        14, mean=RGB.mean, std=RGB.std, crop_pct=0.875, interpolation=interpolation
+    )
+    scale = 16
+    resized = (scale, int(scale * size[1] / size[0]))
+    if size[0] > size[1]:
+        resized = (int(scale * size[0] / size[1]), scale)
+    filter = Image.Resampling[interpolation.upper()]
+    whole = np.asarray(Image.fromarray(noise).resize(resized, filter), np.float64) / 255
+    top, left = round((resized[1] - 14) / 2), round((resized[0] - 14) / 2)
+    expected = (whole[top : top + 14, left : left + 14] - RGB.mean) / RGB.std
+    found = preprocess.array(Image.fromarray(noise))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_shorter_side_of_the_right_size_is_left_alone():
+    noise = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    plain = Preprocess(6, mean=(0, 0, 0), std=(1, 1, 1))
+    np.testing.assert_array_equal(
+        plain.array(Image.fromarray(noise)), noise[:, 2:8].astype(np.float32) / np.float32(255)
+    )
+
+
+def test_every_mode_becomes_the_asked_for_channels():
+    plain = Preprocess(4, mean=(0, 0, 0), std=(1, 1, 1))
+    grey = Preprocess(4, channels=1, mean=(0,), std=(1,))
+    palette = Image.new("RGB", (4, 4), (200, 100, 0)).quantize(4)
+    palette.info["transparency"] = b"\x00\x80"
+    deep = Image.fromarray(np.full((4, 4), 200 * 257, np.uint16))
+    colour = np.float32([200, 100, 0]) / 255
+    same = np.float32([200, 200, 200]) / 255
+    for image, value in [
+        (Image.new("RGBA", (4, 4), (200, 100, 0, 9)), colour),
+        (palette, colour),
+        (Image.new("L", (4, 4), 200), same),
+        (Image.new("LA", (4, 4), (200, 7)), same),
+        (deep, same),
+        (Image.fromarray(np.full((4, 4), 200 * 257, np.int32)), same),
+        (Image.fromarray(np.full((4, 4), 200 / 255, np.float32)), same),
+        (Image.new("1", (4, 4), 1), np.ones(3)),
+    ]:
+        array = plain.array(image)
+        np.testing.assert_allclose(array, np.broadcast_to(value, (4, 4, 3)), atol=1e-6)
+        assert grey.array(image).shape == (4, 4, 1)
+    np.testing.assert_allclose(grey.array(deep), 200 / 255, atol=1e-6)
+
+
+# Digits
+
+
+def test_digits_are_exact():
+    source = DigitsSource()
+    assert len(source) == 1797
+    assert source.class_names == tuple("0123456789")
+    assert source.labels.dtype == np.int32
+    assert set(source.splits) == {"train"}
+    digits = load_digits()
+    np.testing.assert_array_equal(source.labels, digits.target)
+    np.testing.assert_array_equal(source.load(range(1797), GREY)[..., 0], digits.images / 16)
+    assert source.describe(17) == "digits[17]"
+
+
+def test_digits_are_resized_without_rounding_to_bytes():
+    source = DigitsSource()
+    large = dataclasses.replace(GREY, image_size=16, interpolation="bilinear")
+    pixels = Image.fromarray((load_digits().images[3] / 16).astype(np.float32))
+    expected = np.asarray(pixels.resize((16, 16), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(source.load([3], large)[0, ..., 0], expected)
+    three = Preprocess(8, mean=(0.5,) * 3, std=(0.5,) * 3)
+    array = source.load([3], three)
+    np.testing.assert_array_equal(array[..., 2], source.load([3], GREY)[..., 0] * 2 - 1)
+
+
+def test_digits_follow_the_models_classes():
+    swapped = ("1", "0", *"23456789", "ten")
+    source = DigitsSource(swapped)
+    assert source.class_names == swapped
+    np.testing.assert_array_equal(source.labels[:3], [1, 0, 2])
+    with pytest.raises(InputError, match="digits: labels out of range: 8, 9 are not"):
+        DigitsSource(tuple("01234567"))
+
+
+@pytest.mark.parametrize("indices", [[0, 1797], [-1], [0.5], [[1]], ["a"], 3])
+def test_bad_indices(indices):
+    with pytest.raises(InputError, match="digits: image ind"):
+        DigitsSource().load(indices, GREY)
+
+
+def test_no_indices():
+    assert DigitsSource().load([], GREY).shape == (0, 8, 8, 1)
+
+
+# Folders
+
+
+def test_class_folders(classes):
+    source = FolderSource(classes)
+    assert source.class_names == NAMES
+    assert names_below(source) == [
+        "ant/deep/er/1.JPEG",
+        "bee/1.png",
+        "bee/2.png",
+        "cat/x.bmp",
+        "cat/y.webp",
+    ]
+    assert source.labels.tolist() == [0, 1, 1, 2, 2]
+    assert set(source.splits) == {"train"}
+    assert source.describe(1) == str(classes / "bee" / "1.png")
+    array = source.load([2, 1, 2], RGB)
+    assert array.shape == (3, 6, 6, 3)
+    np.testing.assert_allclose(array[:, 0, 0, 0], (np.array([20, 10, 20]) / 255 - 0.5) / 0.2, 1e-5)
+
+
+def test_load_keeps_the_order_of_many_images(tmp_path):
+    for i in range(60):
+        save(tmp_path / "c" / f"{i:02}.png", 4 * i)
+    order = np.random.default_rng(0).permutation(60)
+    array = FolderSource(tmp_path).load(order, Preprocess(6, mean=(0, 0, 0), std=(1, 1, 1)))
+    np.testing.assert_allclose(array[:, 3, 3, 0], 4 * order / 255, atol=1e-6)
+
+
+def test_folders_follow_the_models_classes(classes):
+    source = FolderSource(classes, ("cat", "dog", "bee", "ant"))
+    assert source.labels.tolist() == [3, 2, 2, 0, 0]
+    with pytest.raises(InputError, match="labels out of range: folders ant, bee are not among"):
+        FolderSource(classes, ("cat", "dog"))
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+def test_train_and_val_folders(tmp_path, held_out):
+    save(tmp_path / "train" / "b" / "1.png")
+    save(tmp_path / "train" / "a" / "1.png")
+    save(tmp_path / held_out / "b" / "2.png")
+    save(tmp_path / held_out / "c" / "3.png")
+    source = FolderSource(tmp_path)
+    assert source.class_names == ("a", "b", "c")
+    rows = zip(names_below(source), source.labels.tolist(), source.splits.tolist(), strict=True)
+    assert sorted(rows) == sorted(
+        [
+            ("train/a/1.png", 0, "train"),
+            ("train/b/1.png", 1, "train"),
+            (f"{held_out}/b/2.png", 1, "val"),
+            (f"{held_out}/c/3.png", 2, "val"),
+        ]
+    )
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    save(tmp_path / "train" / "1.png")
+    save(tmp_path / "bus" / "1.png")
+    assert FolderSource(tmp_path).class_names == ("bus", "train")
+
+
+def test_flat_folder(tmp_path):
+    save(tmp_path / "2.png")
+    save(tmp_path / "1.jpg")
+    source = FolderSource(tmp_path)
+    assert source.labels.tolist() == [-1, -1]
+    assert source.class_names == ()
+    assert FolderSource(tmp_path, NAMES).class_names == NAMES
+    assert source.load([0, 1], RGB).shape == (2, 6, 6, 3)
+
+
+def test_train_val_and_test_folders(tmp_path):
+    for split in ("train", "test", "val"):
+        save(tmp_path / split / "a" / f"{split}.png")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    source = FolderSource(tmp_path)
+    assert source.class_names == ("a",)
+    held_out = {p.name: s for p, s in zip(source.paths, source.splits, strict=True)}
+    assert held_out == {"train.png": "train", "test.png": "val", "val.png": "val"}
+
+
+def test_folders_that_are_refused(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        FolderSource(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"a\.png: no such folder"):
+        FolderSource(save(tmp_path / "file" / "a.png"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="none: holds no images"):
+        FolderSource(tmp_path / "none")
+
+
+# CSV files
+
+
+def labelled(classes, text, class_names=NAMES):
+    file = classes / "labels.csv"
+    file.write_text(text)
+    return FolderSource(classes, class_names, labels_file=file)
+
+
+def test_labels_file(classes):
+    save(classes / "val" / "z.png")
+    text = "path,label\n\ncat/x.bmp,bee\nbee/1.png,0\nval/z.png, 2\n"
+    source = labelled(classes, text)
+    assert names_below(source) == ["cat/x.bmp", "bee/1.png", "val/z.png"]
+    assert source.labels.tolist() == [1, 0, 2]
+    assert source.splits.tolist() == ["train", "train", "val"]
+    assert source.class_names == NAMES
+
+
+def test_labels_file_defines_classes(classes):
+    source = labelled(classes, "cat/x.bmp,dog\nbee/1.png,bird\n", None)
+    assert source.class_names == ("bird", "dog")
+    assert source.labels.tolist() == [1, 0]
+    source = labelled(classes, "cat/x.bmp,2\nbee/1.png,0\n", None)
+    assert source.class_names == ("0", "1", "2")
+    assert source.labels.tolist() == [2, 0]
+
+
+def test_names_win_over_numbers(classes):
+    assert labelled(classes, "cat/x.bmp,7\ncat/y.webp,1\n", ("9", "7")).labels.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat/x.bmp,3\n", "line 1: label '3' is out of range"),
+        ("path,label\ncat/x.bmp,-1\n", "line 2: label '-1'"),
+        ("cat/x.bmp,dog\n", "line 1: label 'dog' is out of range"),
+        ("cat/x.bmp,\n", "line 1: label ''"),
+        ("cat/x.bmp,1.5\n", "line 1: label '1.5'"),
+        (f"cat/x.bmp,{'9' * 30}\n", "line 1: label '999"),
+        ("cat/x.bmp,0\nno/such.png,0\n", r"line 2: .*such\.png: image is missing"),
+        ("../x.png,0\n", "line 1: path '../x.png', expected one below"),
+        ("/etc/x.png,0\n", "line 1: path '/etc/x.png', expected one below"),
+        (",0\n", "line 1: path ''"),
+        ("cat/x.bmp,0\n\ncat/x.bmp,1\n", "line 3: cat/x.bmp is in line 1 already"),
+        ("cat/x.bmp\n", "line 1 has 1 fields"),
+        ("cat/x.bmp,0,1\n", "line 1 has 3 fields"),
+        ('cat/x.bmp,"0\n', "not a CSV file that can be read"),
+        ("path,label\n", "holds no images"),
+        ("", "holds no images"),
+    ],
+)
+def test_labels_file_refuses(classes, text, message):
+    with pytest.raises(InputError, match=message):
+        labelled(classes, text)
+
+
+def test_labels_file_without_classes_is_bounded(classes):
+    with pytest.raises(InputError, match="line 1: label '70000' is out of range"):
+        labelled(classes, "cat/x.bmp,70000\n", None)
+    with pytest.raises(InputError, match="line 1: label '-2'"):
+        labelled(classes, "cat/x.bmp,-2\n", None)
+
+
+def test_labels_file_must_be_text(classes):
+    with pytest.raises(InputError, match=r"none.csv: no such file"):
+        FolderSource(classes, labels_file=classes / "none.csv")
+    (classes / "bad.csv").write_bytes(b"\xff\xfe,0\n")
+    with pytest.raises(InputError, match="not a CSV file that can be read"):
+        FolderSource(classes, labels_file=classes / "bad.csv")
+
+
+# Damage
+
+
+def test_damaged_and_missing_images(classes):
+    source = FolderSource(classes)
+    whole = save(classes / "big.jpg", size=(64, 64)).read_bytes()
+    (classes / "ant" / "deep" / "er" / "1.JPEG").write_bytes(whole[: len(whole) // 2])
+    (classes / "bee" / "1.png").unlink()
+    (classes / "cat" / "x.bmp").write_text("no image at all")
+    (classes / "cat" / "y.webp").write_bytes(b"")
+    bad = find_corrupt(source, range(5), RGB)
+    assert [i for i, _ in bad] == [0, 1, 3, 4]
+    assert bad[1][1] == f"{classes / 'bee' / '1.png'} (image 1): image is missing"
+    assert "truncated" in bad[0][1].lower()
+    for i, message in bad:
+        assert source.describe(i) in message
+        with pytest.raises(InputError) as caught:
+            source.load([2, i], RGB)
+        assert str(caught.value) == message
+    assert find_corrupt(source, [2, 3, 2], RGB) == [bad[2]]
+    assert source.load([2], RGB).shape == (1, 6, 6, 3)
+    with pytest.raises(InputError, match="indices 5 to 5"):
+        find_corrupt(source, [5], RGB)
+
+
+def test_damaged_png_of_every_length_is_reported(tmp_path):
+    whole = save(tmp_path / "c" / "1.png", size=(9, 9)).read_bytes()
+    source = FolderSource(tmp_path)
+    # What follows the last 24 bytes' beginning is checksums and the end mark, not pixels.
+    for length in range(len(whole) - 24):
+        (tmp_path / "c" / "1.png").write_bytes(whole[:length])
+        assert len(find_corrupt(source, [0], RGB)) == 1, length
+
+
+def test_huge_images_are_refused_before_decoding(classes, monkeypatch):
+    monkeypatch.setattr(sources, "_MAX_PIXELS", 35)
+    with pytest.raises(InputError, match=r"1\.png \(image 1\): 6 x 6 pixels, expected at most 35"):
+        FolderSource(classes).load([1], RGB)
+
+
+def test_elongated_images_are_refused_before_resizing(tmp_path, monkeypatch):
+    save(tmp_path / "c" / "1.png", size=(2000, 1))
+    monkeypatch.setattr(sources, "_MAX_PIXELS", 3000)
+    ((i, message),) = find_corrupt(FolderSource(tmp_path), [0], RGB)
+    assert i == 0 and "1.png (image 0): 2000 x 1 pixels: too elongated" in message
+
+
+def test_randomly_damaged_files_load_or_are_reported(tmp_path):
+    rng = np.random.default_rng(0)
+    for suffix in ("png", "jpg", "bmp", "webp"):
+        path = save(tmp_path / suffix / "c" / f"1.{suffix}", size=(20, 20))
+        source, whole = FolderSource(path.parent.parent), path.read_bytes()
+        for _ in range(50):
+            damaged = np.frombuffer(whole, np.uint8).copy()
+            damaged[rng.integers(0, len(damaged), 5)] = rng.integers(0, 256, 5)
+            path.write_bytes(damaged.tobytes())
+            if not find_corrupt(source, [0], RGB):
+                assert np.isfinite(source.load([0], RGB)).all()
+
+
+def test_decoding_threads_leave_the_warning_filters_alone(tmp_path):
+    for i in range(100):
+        save(tmp_path / "c" / f"{i}.png")
+    before = list(warnings.filters)
+    for _ in range(20):
+        FolderSource(tmp_path).load(range(100), RGB)
+    assert warnings.filters == before
+
+
+def test_other_formats_are_not_opened(tmp_path):
+    path = tmp_path / "c" / "1.png"
+    path.parent.mkdir()
+    Image.new("RGB", (6, 6)).save(path, format="TIFF")
+    with pytest.raises(InputError, match="cannot identify"):
+        FolderSource(tmp_path).load([0], RGB)
+
+
+# Fingerprints
+
+
+def test_fingerprint_follows_the_contents_not_the_place(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for root in (first, second):
+        save(root / "x" / "1.png")
+        save(root / "y" / "1.png")
+    reference = FolderSource(first).fingerprint()
+    assert len(reference) == 64
+    assert FolderSource(second).fingerprint() == reference
+    assert FolderSource(second, ("y", "x")).fingerprint() != reference
+    save(second / "y" / "1.png", size=(50, 50))
+    assert FolderSource(second).fingerprint() != reference
+    source = FolderSource(first)
+    (first / "y" / "1.png").unlink()
+    assert source.fingerprint() != reference
+    assert DigitsSource().fingerprint() == DigitsSource().fingerprint() != reference
+
+
+# Tiny-ImageNet
+
+
+def test_tiny_imagenet(tmp_path):
+    source = open_source(str(tiny(tmp_path)))
+    assert isinstance(source, TinyImageNetSource)
+    assert source.wnids == ("n1", "n2")
+    assert source.class_names == ("fish", "dog")
+    assert source.labels.tolist() == [0, 1, 1, 1, 0]
+    assert source.splits.tolist() == ["train"] * 3 + ["val"] * 2
+    assert names_below(source)[3] == "val/images/val_1.JPEG"
+    assert source.load(range(5), RGB).shape == (5, 6, 6, 3)
+
+
+def test_tiny_imagenet_without_val_or_words(tmp_path):
+    root = tiny(tmp_path, val=False)
+    (root / "words.txt").unlink()
+    source = TinyImageNetSource(root)
+    assert source.class_names == ("n1", "n2")
+    assert len(source) == 3
+    (root / "words.txt").write_text("n1\tcrane, bird\nn2\tcrane\n")
+    assert TinyImageNetSource(root).class_names == ("crane (n1)", "crane (n2)")
+
+
+def test_tiny_imagenet_follows_the_models_classes(tmp_path):
+    tiny(tmp_path)
+    for names in (("dog", "cat", "fish"), ("n2", "cat", "n1")):
+        source = TinyImageNetSource(tmp_path, names)
+        assert source.class_names == names
+        assert source.labels.tolist() == [2, 0, 0, 0, 2]
+    with pytest.raises(InputError, match="labels out of range: dog"):
+        TinyImageNetSource(tmp_path, ("fish",))
+
+
+def test_missing_tiny_imagenet_image_is_found_when_loading(tmp_path):
+    tiny(tmp_path)
+    (tmp_path / "val" / "images" / "val_1.JPEG").unlink()
+    source = TinyImageNetSource(tmp_path)
+    with pytest.raises(InputError, match=r"val_1\.JPEG \(image 3\): image is missing"):
+        source.load([3], RGB)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("wnids.txt", "n1\nn2\nn1\n", "has an id twice"),
+        ("wnids.txt", "\n", "labels out of range"),
+        ("wnids.txt", "n1\n", "line 1: labels out of range"),
+        ("wnids.txt", "n1\nn2\nn3\n", "wnids.txt names n3"),
+        ("val/val_annotations.txt", "val_0.JPEG\n", "line 1: labels out of range"),
+        ("val/val_annotations.txt", "../x.JPEG\tn1\n", "line 1: '../x.JPEG' is no file name"),
+        ("val/val_annotations.txt", "val_0.JPEG\tn9\n", "line 1: labels out of range: .*n9"),
+        ("words.txt", None, "words.txt: is not a text file"),
+        ("val/val_annotations.txt", None, "annotations.txt: is not a text file"),
+    ],
+)
+def test_tiny_imagenet_refuses(tmp_path, file, text, message):
+    (tiny(tmp_path) / file).write_bytes(b"\xff\xff" if text is None else text.encode())
+    with pytest.raises(InputError, match=message):
+        TinyImageNetSource(tmp_path)
+
+
+# TensorFlow Datasets
+
+
+def write_tfds(root, splits, names=("cat", "dog"), file_format="array_record", image=None):
+    """A dataset as TFDS itself would have prepared it, written without TensorFlow."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    folder = root / "mini" / "1.0.0"
+    folder.mkdir(parents=True)
+    image = image or tfds.features.Image(shape=(None, None, 3))
+    label = tfds.features.ClassLabel(names=list(names))
+    tfds.features.FeaturesDict({"image": image, "label": label}).save_config(str(folder))
+    infos = []
+    for split, labels in splits.items():
+        writer = ArrayRecordWriter(
+            str(folder / f"mini-{split}.array_record-00000-of-00001"), "group_size:1"
+        )
+        for i, label in enumerate(labels):
+            stream = io.BytesIO()
+            Image.new("RGB", (8, 6), (10 * i, 0, 0)).save(stream, "PNG")
+            example = tf_example_pb2.Example()
+            content = stream.getvalue() if label >= 0 else b"damaged"
+            example.features.feature["image"].bytes_list.value.append(content)
+            example.features.feature["label"].int64_list.value.append(label)
+            writer.write(example.SerializeToString())
+        writer.close()
+        infos.append(
+            {
+                "name": split,
+                "shardLengths": [str(len(labels))],
+                "numBytes": "1",
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+        )
+    info = {"name": "mini", "version": "1.0.0", "fileFormat": file_format, "splits": infos}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_tfds(tmp_path):
+    write_tfds(tmp_path, {"train": [0, 1, 1], "test": [1, 1, 0, 0], "extra": [0]})
+    source = TfdsSource("mini", data_dir=tmp_path)
+    assert source.class_names == ("cat", "dog")
+    train, val = (np.flatnonzero(source.splits == s) for s in ("train", "val"))
+    assert source.labels[train].tolist() == [0, 1, 1]
+    assert source.labels[val].tolist() == [1, 1, 0, 0]
+    assert source.describe(4) == "tfds:mini[4]"
+    array = source.load([val[1], train[2], val[3]], Preprocess(6, mean=(0,) * 3, std=(1,) * 3))
+    np.testing.assert_allclose(array[:, 0, 0, 0], np.array([10, 20, 30]) / 255, atol=1e-6)
+    assert array.shape == (3, 6, 6, 3)
+    chosen = TfdsSource("mini", tmp_path, ("dog", "cat"), {"val": "extra", "train": "train"})
+    assert chosen.labels.tolist() == [1, 1, 0, 0]
+    assert chosen.splits.tolist() == ["val"] + ["train"] * 3
+    assert chosen.fingerprint() != source.fingerprint()
+
+
+def test_tfds_through_open_source(tmp_path, monkeypatch):
+    write_tfds(tmp_path, {"train": [0, 1]})
+    opened = []
+
+    def here(name, class_names=None):
+        opened.append(name)
+        return TfdsSource(name, data_dir=tmp_path, class_names=class_names)
+
+    monkeypatch.setattr(sources, "TfdsSource", here)
+    assert len(open_source("tfds:mini", ("dog", "cat"))) == 2
+    assert opened == ["mini"]
+
+
+def test_tfds_unlabelled_and_damaged(tmp_path):
+    write_tfds(tmp_path, {"train": [0, -1]})
+    source = TfdsSource("mini", data_dir=tmp_path)
+    assert source.labels.tolist() == [0, -1]
+    ((i, message),) = find_corrupt(source, [0, 1], RGB)
+    assert i == 1 and message.startswith("tfds:mini[1]: image is corrupt")
+
+
+def test_tfds_refuses(tmp_path):
+    with pytest.raises(InputError, match="tfds:minus: Dataset minus not found"):
+        TfdsSource("minus", data_dir=tmp_path)
+    with pytest.raises(InputError, match=r"is not prepared in .*tfds build mnist"):
+        TfdsSource("mnist", data_dir=tmp_path)
+    folder = write_tfds(tmp_path, {"train": [0, 1], "odd": [0]})
+    for splits in ({"val": "test"}, {}, {"test": "train"}):
+        with pytest.raises(InputError, match="to name some of train, odd"):
+            TfdsSource("mini", tmp_path, splits=splits)
+    with pytest.raises(InputError, match="labels out of range: dog"):
+        TfdsSource("mini", tmp_path, ["cat"])
+    next(folder.glob("*train*")).write_bytes(b"x" * 10)
+    with pytest.raises(InputError, match="tfds:mini: cannot be read"):
+        TfdsSource("mini", tmp_path)
+
+
+def test_tfds_refuses_other_formats_and_features(tmp_path):
+    import tensorflow_datasets as tfds
+
+    write_tfds(tmp_path / "a", {"train": [0]}, file_format="tfrecord")
+    with pytest.raises(InputError, match=r"(?s)cannot be read.*file_format=array_record"):
+        TfdsSource("mini", data_dir=tmp_path / "a")
+    write_tfds(tmp_path / "b", {"train": [0]}, image=tfds.features.Text())
+    with pytest.raises(InputError, match="feature 'image' is no Image"):
+        TfdsSource("mini", data_dir=tmp_path / "b")
+
+
+# Opening
+
+
+def test_open_source(classes):
+    assert open_source("digits").name == "digits"
+    source = open_source(str(classes), ("cat", "bee", "ant"))
+    assert isinstance(source, FolderSource)
+    assert source.labels.tolist() == [2, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("spec", ["no/such/folder", "nothing.txt"])
+def test_open_source_refuses(spec):
+    with pytest.raises(InputError, match=f"{spec}: no such folder"):
+        open_source(spec)
