@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from tapvit_jax.data.partition import PartitionConfig
-from tapvit_jax.data.sources import Preprocess
-
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.vit import ViTConfig, vit_config
 from tapvit_jax.pipeline import PruneConfig

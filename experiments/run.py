@@ -17,13 +17,14 @@ import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
-from tapvit_jax.data.partition import Partition, partition
-from tapvit_jax.data.pipeline import load_all
-from tapvit_jax.data.sources import ImageSource, MemorySource, open_source
 
 from experiments import report
 from experiments.config import ExperimentConfig, read
 from tapvit_jax.convert.timm import from_timm, read_safetensors
+from tapvit_jax.data.base import ImageSource
+from tapvit_jax.data.partition import Partition, partition
+from tapvit_jax.data.pipeline import load_all
+from tapvit_jax.data.sources import MemorySource, open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import write_json
 from tapvit_jax.models import convnet, store, vit

@@ -1,1 +1,61 @@
-"""Task-adaptive pruning of vision transformers for many devices."""
+"""Task-adaptive pruning of vision transformers for many devices.
+
+The public face, one line each, in the order of use:
+
+    model  = tap.load_timm("deit_small_patch16_224", "model.safetensors")
+    gmm    = tap.Gmm.fit(features); gmm.save(path); tap.Gmm.load(path)
+    logp   = tap.log_likelihood([gmm, ...], features)
+    chosen = tap.select([gmm, ...], features, count=640)
+    units  = tap.neuron_importance(model, batches, method="tap")
+    layers = tap.layer_importance(model, batches, units, sparsity=(0.3, 0.5, 0.7))
+    plan   = tap.allocate(model, units, layers, tap.Budget(macs=0.5))
+    masked = tap.apply_masks(model, plan)
+    small  = tap.reshape(model, plan)
+    tap.save(small, directory); tap.load(directory)
+"""
+
+from tapvit_jax.convert.timm import load_timm, save_timm
+from tapvit_jax.errors import InputError
+from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
+from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
+from tapvit_jax.models.registry import Model, list_models
+from tapvit_jax.models.store import load, save
+from tapvit_jax.proxy.density import log_likelihood
+from tapvit_jax.proxy.features import Extractor, ExtractorConfig
+from tapvit_jax.proxy.gmm import Gmm, GmmConfig
+from tapvit_jax.proxy.select import SelectConfig, select
+from tapvit_jax.prune.allocate import AllocateConfig, allocate
+from tapvit_jax.prune.budget import Budget
+from tapvit_jax.prune.cost import Cost, cost
+from tapvit_jax.prune.mask import Plan, apply_masks
+from tapvit_jax.prune.reshape import reshape
+
+__all__ = [
+    "AllocateConfig",
+    "Budget",
+    "Cost",
+    "Extractor",
+    "ExtractorConfig",
+    "Gmm",
+    "GmmConfig",
+    "InputError",
+    "LayerConfig",
+    "LayerScores",
+    "Model",
+    "NeuronConfig",
+    "Plan",
+    "SelectConfig",
+    "allocate",
+    "apply_masks",
+    "cost",
+    "layer_importance",
+    "list_models",
+    "load",
+    "load_timm",
+    "log_likelihood",
+    "neuron_importance",
+    "reshape",
+    "save",
+    "save_timm",
+    "select",
+]

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
-from tapvit_jax.data.sources import ImageSource
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
 from tapvit_jax.importance.neurons import NeuronConfig, Scores, neuron_importance

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from tapvit_jax.data.sources import ImageSource, Preprocess, check_indices
+from tapvit_jax.data.base import ImageSource, check_indices
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]

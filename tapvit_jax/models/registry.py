@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from tapvit_jax.data.sources import Preprocess
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import vit
 from tapvit_jax.models.params import Params

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tapvit_jax.data.sources import Preprocess
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_directory, file_hash, read_json, write_json
 from tapvit_jax.models.params import Params, check_params, flatten, unflatten

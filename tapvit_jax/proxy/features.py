@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from sklearn.decomposition import PCA
 
+from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
-from tapvit_jax.data.sources import ImageSource, Preprocess
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_directory, content_hash, file_hash, write_json
 from tapvit_jax.models import convnet, vit

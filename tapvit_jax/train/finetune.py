@@ -13,8 +13,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
-from tapvit_jax.data.sources import ImageSource, Preprocess
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import vit
 from tapvit_jax.models.params import Params

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tapvit_jax import structs
-from tapvit_jax.data import sources
+from tapvit_jax.data import preprocess, sources
 from tapvit_jax.data.sources import (
     DigitsSource,
     FolderSource,
@@ -393,14 +393,14 @@ def test_damaged_png_of_every_length_is_reported(tmp_path):
 
 
 def test_huge_images_are_refused_before_decoding(classes, monkeypatch):
-    monkeypatch.setattr(sources, "_MAX_PIXELS", 35)
+    monkeypatch.setattr(preprocess, "_MAX_PIXELS", 35)
     with pytest.raises(InputError, match=r"1\.png \(image 1\): 6 x 6 pixels, expected at most 35"):
         FolderSource(classes).load([1], RGB)
 
 
 def test_elongated_images_are_refused_before_resizing(tmp_path, monkeypatch):
     save(tmp_path / "c" / "1.png", size=(2000, 1))
-    monkeypatch.setattr(sources, "_MAX_PIXELS", 3000)
+    monkeypatch.setattr(preprocess, "_MAX_PIXELS", 3000)
     ((i, message),) = find_corrupt(FolderSource(tmp_path), [0], RGB)
     assert i == 0 and "1.png (image 0): 2000 x 1 pixels: too elongated" in message
 

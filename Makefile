@@ -1,0 +1,30 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned requirements.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/digits
+SETUP := $(VENV)/.ready
+
+.PHONY: run test lint bench clean
+
+run: $(SETUP)
+	$(BIN)/python -m experiments.run --config=configs/digits.py --workdir=$(WORKDIR)
+
+test: $(SETUP)
+	$(BIN)/python -m pytest
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(SETUP)
+	$(BIN)/python -m experiments.bench_importance
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(SETUP): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(SETUP)

@@ -1,0 +1,62 @@
+"""Forty classes of Tiny-ImageNet and a trained ViT in timm's format; four devices of ten classes.
+
+    python -m experiments.run --config=configs/tiny_imagenet_40.py:DATA,WEIGHTS --workdir=runs/tin40
+
+DATA is a folder in Tiny-ImageNet's own layout, WEIGHTS a .safetensors file. The dense model was
+trained on the train split, so that private images come from the val split alone.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
+    """Four devices, ten classes each, half the MACs and less."""
+    data, _, weights = arg.partition(",")
+    return ConfigDict(
+        {
+            "name": "tiny-imagenet-40",
+            "seed": 0,
+            "data": {
+                "source": data,
+                "preprocess": {
+                    "image_size": 64,
+                    "mean": (0.485, 0.456, 0.406),
+                    "std": (0.229, 0.224, 0.225),
+                },
+                "partition": {
+                    "kind": "disjoint",
+                    "num_devices": 4,
+                    "validation_fraction": 0.1,
+                    "private_test_fraction": 0.5,
+                    "private_split": "val",
+                },
+            },
+            "dense": {
+                "patch_size": 8,
+                "embed_dim": 128,
+                "depth": 8,
+                "num_heads": 4,
+                "weights": weights,
+            },
+            "extractor": {"kind": "embedding", "dim": 32, "embed_dim": 128},
+            "extractor_train": {
+                "epochs": 15,
+                "batch_size": 64,
+                "learning_rate": 2e-3,
+                "weight_decay": 0.05,
+                "shift": 4,
+                "flip": True,
+            },
+            "gmm": {"components": tuple(range(1, 11))},
+            "select": {"method": "importance", "metric_count": 640, "finetune_count": 1600},
+            "budgets": ("macs=0.5", "macs=0.35", "macs=0.5,params=0.45", "macs=0.25"),
+            "recover": {
+                "epochs": 10,
+                "batch_size": 64,
+                "learning_rate": 3e-4,
+                "distill": 0.5,
+                "shift": 4,
+                "flip": True,
+            },
+        }
+    )

@@ -1,0 +1,157 @@
+"""What every source of labelled images has in common."""
+
+import abc
+import concurrent.futures
+import copy
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.errors import InputError
+
+UNLABELLED = -1
+# What the parts of a data set are called, and which of ours each is.
+SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "val"}
+_THREADS = min(16, (os.cpu_count() or 1) + 2)
+
+
+def check_indices(indices: Any, source: "ImageSource") -> Int[np.ndarray, "n"]:
+    """Indices as an array.
+
+    Raises:
+      InputError: not a list of whole numbers, or one that the source does not have.
+    """
+    array = np.asarray(indices)
+    if array.ndim == 1 and array.size == 0:
+        return array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(
+            f"{source.name}: image indices of shape {array.shape} and type {array.dtype}, "
+            "expected a list of whole numbers"
+        )
+    if array.min() < 0 or array.max() >= len(source):
+        raise InputError(
+            f"{source.name}: image indices {array.min()} to {array.max()}, "
+            f"expected 0 to {len(source) - 1}"
+        )
+    return array.astype(np.int64)
+
+
+def align_classes(
+    found: Sequence[tuple[str, ...]], class_names: Sequence[str] | None, where: str
+) -> tuple[tuple[str, ...], Int[np.ndarray, "c"]]:
+    """Place a source's classes, each known by one or more names, among the model's."""
+    if class_names is None:
+        return tuple(names[0] for names in found), np.arange(len(found), dtype=np.int32)
+    index = {name: i for i, name in enumerate(class_names)}
+    if len(index) != len(class_names):
+        raise InputError(f"{where}: class_names has a name twice, expected distinct names")
+    placed = [next((index[n] for n in names if n in index), None) for names in found]
+    unknown = [names[0] for names, i in zip(found, placed, strict=True) if i is None]
+    if unknown:
+        raise InputError(
+            f"{where}: labels out of range: {', '.join(unknown[:10])} are not among the "
+            f"{len(index)} classes of the model"
+        )
+    return tuple(class_names), np.array(placed, np.int32)
+
+
+class ImageSource(abc.ABC):
+    """Labelled images that are read on demand.
+
+    Attributes:
+      name: what the user called it.
+      class_names: names of the classes; empty when nothing is labelled.
+      labels: class of every image, -1 where unknown.
+      splits: "train" or "val" for every image.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    labels: Int[np.ndarray, "n"]
+    splits: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def with_labels(self, labels: Int[np.ndarray, "n"]) -> "ImageSource":
+        """The same images under other labels.
+
+        Raises:
+          InputError: as many labels as there are images were expected.
+        """
+        if len(labels) != len(self):
+            raise InputError(f"{self.name}: {len(labels)} labels for {len(self)} images")
+        other = copy.copy(self)
+        other.labels = np.asarray(labels, np.int32)
+        return other
+
+    @abc.abstractmethod
+    def describe(self, index: int) -> str:
+        """What to call an image in a message: its path, where it has one."""
+
+    @abc.abstractmethod
+    def read(self, index: int, preprocess: Preprocess) -> Float[np.ndarray, "s s c"]:
+        """Read and prepare one image.
+
+        Raises:
+          InputError: the image is missing or damaged.
+        """
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Hash that changes when the images or labels do."""
+
+    def load(
+        self, indices: Int[np.ndarray, "b"], preprocess: Preprocess
+    ) -> Float[np.ndarray, "b s s c"]:
+        """Read and prepare some images, in order, on several threads.
+
+        Raises:
+          InputError: an image is missing or damaged (named), or an index is out of range.
+        """
+        indices = check_indices(indices, self)
+        images = list(_pool().map(lambda i: self.read(int(i), preprocess), indices))
+        side = preprocess.image_size
+        if not images:
+            return np.zeros((0, side, side, preprocess.channels), np.float32)
+        return np.stack(images)
+
+
+@functools.lru_cache(maxsize=1)
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
+
+
+def find_corrupt(
+    source: ImageSource,
+    indices: Int[np.ndarray, "n"],
+    preprocess: Preprocess,
+    on_image: Callable[[], None] | None = None,
+) -> list[tuple[int, str]]:
+    """Read every image and return the indices and messages of those that cannot be read.
+
+    Raises:
+      InputError: an index is out of range.
+    """
+    indices = check_indices(indices, source)
+
+    def attempt(index: int) -> tuple[int, str] | None:
+        try:
+            source.read(index, preprocess)
+        except InputError as error:
+            return index, str(error)
+        return None
+
+    bad = []
+    for found in _pool().map(attempt, map(int, indices)):
+        if on_image is not None:
+            on_image()
+        if found is not None:
+            bad.append(found)
+    return bad

@@ -1,0 +1,227 @@
+"""Images that are files: a folder per class, a list of labels, or Tiny-ImageNet's layout."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes
+from tapvit_jax.data.preprocess import Preprocess, decode
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import content_hash
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+# Without class names, labels that are numbers are bounded by nothing else.
+_MOST_CLASSES = 2**16
+
+
+class _FileSource(ImageSource):
+    """Images that are files under one folder."""
+
+    root: Path
+    paths: list[Path]
+
+    def _set(self, root: Path, rows: list[tuple[Path, int, str]], class_names: Sequence[str]):
+        self.root, self.name = root, str(root)
+        self.paths = [path for path, _, _ in rows]
+        self.labels = np.array([label for _, label, _ in rows], np.int32)
+        self.splits = np.array([split for _, _, split in rows])
+        self.class_names = tuple(class_names)
+        if not rows:
+            raise InputError(f"{root}: holds no images (looked for {', '.join(sorted(_SUFFIXES))})")
+
+    def describe(self, index: int) -> str:
+        """Path of the file."""
+        return str(self.paths[index])
+
+    def read(self, index: int, preprocess: Preprocess) -> Float[np.ndarray, "s s c"]:
+        """Decode and prepare one file.
+
+        Raises:
+          InputError: missing, not an image, truncated, or absurdly large.
+        """
+        path = self.paths[index]
+        return decode(lambda: path.open("rb"), f"{path} (image {index})", preprocess)
+
+    def fingerprint(self) -> str:
+        """Hash of all relative paths, sizes and labels; file contents are not read."""
+        rows = [
+            [str(path.relative_to(self.root)), path.stat().st_size, int(label)]
+            for path, label in zip(self.paths, self.labels, strict=True)
+            if path.is_file()
+        ]
+        return content_hash({"files": rows, "classes": list(self.class_names)})
+
+
+class FolderSource(_FileSource):
+    """A folder per class, with or without train and val above them, or a flat folder of images.
+
+    Args:
+      root: the folder.
+      class_names: the classes that labels refer to, usually a model's; by default the folders'.
+      labels_file: a CSV "path,label" relative to `root`, instead of class folders.
+
+    Raises:
+      InputError: no images, a class folder or label that is not among `class_names`.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        class_names: Sequence[str] | None = None,
+        labels_file: str | os.PathLike | None = None,
+    ):
+        root = Path(root)
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder")
+        if labels_file is not None:
+            rows, names = _read_labels_file(root, Path(labels_file), class_names)
+        else:
+            rows, names = _scan_folders(root, class_names)
+        self._set(root, rows, names)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    # macOS leaves "._photo.jpg" files behind that hold no image.
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _scan_folders(
+    root: Path, class_names: Sequence[str] | None
+) -> tuple[list[tuple[Path, int, str]], Sequence[str]]:
+    folders = _folders_in(root)
+    if folders and all(p.name in SPLITS for p in folders):
+        classes = [(c, SPLITS[p.name]) for p in folders for c in _folders_in(p)]
+    else:
+        classes = [(p, "train") for p in folders]
+    if not classes:
+        flat = [(p, UNLABELLED, "train") for p in _images_below(root)]
+        return flat, class_names or ()
+    names = tuple(class_names or sorted({folder.name for folder, _ in classes}))
+    unknown = sorted({folder.name for folder, _ in classes} - set(names))
+    if unknown:
+        raise InputError(
+            f"{root}: labels out of range: folders {', '.join(unknown[:10])} are not among the "
+            f"{len(names)} classes of the model"
+        )
+    index = {name: i for i, name in enumerate(names)}
+    rows = [(p, index[c.name], split) for c, split in classes for p in _images_below(c)]
+    return rows, names
+
+
+def _read_labels_file(
+    root: Path, path: Path, class_names: Sequence[str] | None
+) -> tuple[list[tuple[Path, int, str]], Sequence[str]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: is not a CSV file that can be read ({error})") from error
+    if lines and lines[0][1] == ["path", "label"]:
+        lines = lines[1:]
+    for number, row in lines:
+        if len(row) != 2:
+            raise InputError(f"{path}: line {number} has {len(row)} fields, expected path,label")
+    labels = [label for _, (_, label) in lines]
+    numbers = [_whole_number(label) for label in labels]
+    if class_names is None and all(n is not None for n in numbers):
+        class_names = [str(i) for i in range(min(max(numbers, default=-1) + 1, _MOST_CLASSES))]
+    elif class_names is None:
+        class_names = sorted(set(labels))
+    index = {name: i for i, name in enumerate(class_names)}
+    rows, seen = [], {}
+    for (number, (name, label)), value in zip(lines, numbers, strict=True):
+        where = f"{path}: line {number}"
+        # A class may be called "3" without being number 3; names go first.
+        value = index.get(label, UNLABELLED if value is None else value)
+        if not label or label.startswith("-") or not 0 <= value < len(class_names):
+            raise InputError(
+                f"{where}: label {label!r} is out of range, "
+                f"expected one of {len(class_names)} classes"
+            )
+        relative = Path(name)
+        if not name or relative.is_absolute() or ".." in relative.parts:
+            raise InputError(f"{where}: path {name!r}, expected one below {root}")
+        if not (root / relative).is_file():
+            raise InputError(f"{where}: {root / relative}: image is missing")
+        if seen.setdefault(relative, number) != number:
+            raise InputError(f"{where}: {name} is in line {seen[relative]} already")
+        above = relative.parts[0] if len(relative.parts) > 1 else "train"
+        rows.append((root / relative, value, SPLITS.get(above, "train")))
+    return rows, class_names
+
+
+def _whole_number(text: str) -> int | None:
+    digits = text.removeprefix("-")
+    # Longer ones are out of any range, and slow to convert.
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
+
+
+class TinyImageNetSource(_FileSource):
+    """Tiny-ImageNet in its own layout, val optional; classes are the wnids in sorted order.
+
+    `class_names`, a model's, may hold the classes' first synonyms or their wnids.
+
+    Raises:
+      InputError: a part of the layout is missing or contradicts itself, or a class is not among
+        `class_names`.
+    """
+
+    def __init__(self, root: str | os.PathLike, class_names: Sequence[str] | None = None):
+        root = Path(root)
+        self.wnids = tuple(sorted(_lines(root / "wnids.txt")))
+        if len(set(self.wnids)) != len(self.wnids):
+            raise InputError(f"{root / 'wnids.txt'}: has an id twice, expected distinct ids")
+        words = {}
+        if (root / "words.txt").is_file():
+            words = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
+        synonyms = [words.get(wnid, "").split(",")[0].strip() or wnid for wnid in self.wnids]
+        names = [
+            name if synonyms.count(name) == 1 else f"{name} ({wnid})"
+            for name, wnid in zip(synonyms, self.wnids, strict=True)
+        ]
+        pairs = list(zip(names, self.wnids, strict=True))
+        names, order = align_classes(pairs, class_names, str(root))
+        index = dict(zip(self.wnids, order.tolist(), strict=True))
+        rows = []
+        for wnid in self.wnids:
+            folder = root / "train" / wnid / "images"
+            if not folder.is_dir():
+                raise InputError(f"{folder}: no such folder, but wnids.txt names {wnid}")
+            rows += [(path, index[wnid], "train") for path in _images_below(folder)]
+        annotations = root / "val" / "val_annotations.txt"
+        for number, line in enumerate(_lines(annotations) if (root / "val").is_dir() else (), 1):
+            fields = line.split("\t")
+            if len(fields) < 2 or fields[1] not in index:
+                raise InputError(
+                    f"{annotations}: line {number}: labels out of range: {line[:60]!r} "
+                    "names no class of wnids.txt"
+                )
+            if Path(fields[0]).name != fields[0]:
+                raise InputError(f"{annotations}: line {number}: {fields[0]!r} is no file name")
+            rows.append((root / "val" / "images" / fields[0], index[fields[1]], "val"))
+        self._set(root, rows, names)
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, but Tiny-ImageNet's layout has one")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not a text file that can be read ({error})") from error
+    return [line.strip() for line in lines if line.strip()]

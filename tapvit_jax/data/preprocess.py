@@ -1,0 +1,133 @@
+"""From an encoded image to a model's input, within limits that damaged files cannot exceed."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import BinaryIO, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from tapvit_jax.errors import InputError
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_MODES = {1: "L", 3: "RGB"}
+_MAX_PIXELS = 2**27
+# Pillow goes by the contents, not by the suffix. Naming the decoders keeps a renamed file away from
+# the many others, some of which start other programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+
+# Images are bounded by _MAX_PIXELS below. Pillow's own warning about large ones comes from decoding
+# threads, where a filter set around one call would leak into all others, so it is set once.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes a model's input; it travels with the model.
+
+    The shorter side is resized to floor(image_size / crop_pct), the centre cropped, pixels scaled
+    to [0, 1], then (x - mean) / std: timm's evaluation transform.
+
+    Raises:
+      InputError: a value out of range, or as many means or deviations as there are no channels.
+    """
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: int = 3
+    crop_pct: float = 1.0
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+
+    def __post_init__(self):
+        if type(self.image_size) is not int or self.image_size < 1:
+            raise InputError(f"image_size is {self.image_size!r}, expected 1 or more")
+        if self.channels not in _MODES:
+            raise InputError(f"channels is {self.channels}, expected 1 or 3")
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"crop_pct is {self.crop_pct}, expected more than 0 and at most 1")
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise InputError(
+                f"mean and std have {len(self.mean)} and {len(self.std)} entries, "
+                f"expected {self.channels}"
+            )
+        if not all(math.isfinite(m) for m in self.mean):
+            raise InputError(f"mean is {self.mean}, expected finite values")
+        if not all(s > 0 and math.isfinite(s) for s in self.std):
+            raise InputError(f"std is {self.std}, expected finite positive values")
+        kinds = get_args(type(self).__annotations__["interpolation"])
+        if self.interpolation not in kinds:
+            raise InputError(
+                f"interpolation is {self.interpolation!r}, expected one of {', '.join(kinds)}"
+            )
+
+    def array(self, image: Image.Image) -> Float[np.ndarray, "s s c"]:
+        """Prepare one image. A grey image of mode "F" holds values in [0, 1] already.
+
+        Raises:
+          InputError: so elongated that the resized image would be absurdly large.
+        """
+        exact = image.mode == "F"
+        if not exact:
+            image = _convert(image, _MODES[self.channels])
+        shorter = math.floor(self.image_size / self.crop_pct)
+        # Rounded down here and to even below, as torchvision does under timm: a pixel more or less
+        # resamples the whole image differently.
+        longer = int(shorter * max(image.size) / min(image.size))
+        if shorter * longer > max(_MAX_PIXELS, shorter**2):
+            raise InputError(
+                f"{image.width} x {image.height} pixels: too elongated to be resized to {shorter} "
+                f"x {longer}, expected at most {_MAX_PIXELS} pixels"
+            )
+        size = (shorter, longer) if image.width <= image.height else (longer, shorter)
+        if min(image.size) != shorter:
+            image = image.resize(size, _FILTERS[self.interpolation])
+        left, top = (round((length - self.image_size) / 2) for length in image.size)
+        image = image.crop((left, top, left + self.image_size, top + self.image_size))
+        pixels = np.asarray(image, np.float32)
+        pixels = pixels.reshape(self.image_size, self.image_size, -1)
+        pixels = pixels if exact else pixels / 255
+        if pixels.shape[-1] != self.channels:
+            pixels = np.repeat(pixels, self.channels, axis=-1)
+        return ((pixels - np.float32(self.mean)) / np.float32(self.std)).astype(np.float32)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow clips 16-bit greys at 255 instead of scaling them.
+        deep = np.clip(np.asarray(image).astype(np.int64), 0, 2**16 - 1)
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        # Straight to RGB gives the same colours and a warning.
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+def decode(
+    read: Callable[[], BinaryIO], name: str, preprocess: Preprocess
+) -> Float[np.ndarray, "s s c"]:
+    """Decode and prepare one encoded image; whatever goes wrong is an InputError that names it."""
+    try:
+        with read() as stream, Image.open(stream, formats=_FORMATS) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise InputError(
+                    f"{image.width} x {image.height} pixels, expected at most {_MAX_PIXELS}"
+                )
+            return preprocess.array(image)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: image is missing") from error
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Damaged files make Pillow's decoders raise nearly anything.
+        raise InputError(f"{name}: image is corrupt or in another format ({error})") from error

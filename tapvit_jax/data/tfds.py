@@ -1,0 +1,118 @@
+"""Images from TensorFlow Datasets, read without TensorFlow."""
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes
+from tapvit_jax.data.preprocess import Preprocess, decode
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import content_hash
+
+
+class TfdsSource(ImageSource):
+    """A TensorFlow Datasets image classification set, read from ArrayRecord without TensorFlow.
+
+    Args:
+      name: such as "cifar100" or "tiny_imagenet:1.0.0".
+      data_dir: where prepared sets lie; TFDS's own default otherwise.
+      class_names: the classes that labels refer to, usually a model's; by default the set's.
+      splits: the set's split to use as "train" and the one to use as "val"; by default "train" and
+        the first of "val", "validation" and "test" that exists.
+
+    Raises:
+      InputError: unknown name, not prepared, prepared in another file format, or a class that is
+        not among `class_names`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data_dir: str | os.PathLike | None = None,
+        class_names: Sequence[str] | None = None,
+        splits: Mapping[str, str] | None = None,
+    ):
+        # Imported here: it takes seconds, and only this source needs it.
+        import tensorflow_datasets as tfds
+
+        self.name = f"tfds:{name}"
+        try:
+            builder = tfds.builder(name, data_dir=None if data_dir is None else str(data_dir))
+        except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+            raise InputError(f"{self.name}: {(str(error).splitlines() or [''])[0]}") from error
+        features = builder.info.features
+        for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+            if key not in features or not isinstance(features[key], kind):
+                raise InputError(f"{self.name}: feature {key!r} is no {kind.__name__}")
+        found = [(name,) for name in features["label"].names or ()]
+        self.class_names, order = align_classes(found, class_names, self.name)
+        prepared = _splits(builder)
+        wanted = {SPLITS[split]: split for split in reversed(SPLITS) if split in prepared}
+        if splits is not None and prepared:
+            wanted = dict(splits)
+            missing = [split for split in wanted.values() if split not in prepared]
+            if missing or not wanted or not set(wanted) <= {"train", "val"}:
+                raise InputError(
+                    f"{self.name}: splits {wanted}, expected 'train' and 'val' to name some of "
+                    f"{', '.join(prepared)}"
+                )
+        if not wanted:
+            raise InputError(
+                f"{self.name}: is not prepared in {builder.data_dir}. Prepare it once, where "
+                "TensorFlow may be installed: pip install tensorflow && "
+                f"tfds build {name} --file_format=array_record"
+            )
+        raw = {"image": tfds.decode.SkipDecoding()}
+        self._parts, labels, kinds = [], [], []
+        for ours, theirs in wanted.items():
+            try:
+                part = builder.as_data_source(theirs, decoders=raw)
+                labels += [int(part[i]["label"]) for i in range(len(part))]
+            except (
+                NotImplementedError,
+                ImportError,
+                ValueError,
+                AssertionError,
+                LookupError,
+                OSError,
+                RuntimeError,
+            ) as error:
+                raise InputError(
+                    f"{self.name}: cannot be read without TensorFlow ({error}); prepare it with "
+                    "--file_format=array_record"
+                ) from error
+            self._parts.append(part)
+            kinds += [ours] * len(part)
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+        # The entry added is that of -1, which some sets have for images without a label.
+        self.labels = np.append(order, np.int32(UNLABELLED))[np.array(labels, np.int64)]
+        self.splits = np.array(kinds)
+
+    def describe(self, index: int) -> str:
+        """Position in the set."""
+        return f"{self.name}[{index}]"
+
+    def read(self, index: int, preprocess: Preprocess) -> Float[np.ndarray, "s s c"]:
+        """Decode and prepare one image.
+
+        Raises:
+          InputError: the image is damaged or absurdly large.
+        """
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[part])
+        return decode(
+            lambda: io.BytesIO(self._parts[part][row]["image"]), self.describe(index), preprocess
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of the name and all labels."""
+        digest = hashlib.sha256(self.labels.tobytes()).hexdigest()
+        return content_hash({"name": self.name, "labels": digest})
+
+
+def _splits(builder) -> dict:
+    return {} if builder.info.splits is None else dict(builder.info.splits)
