@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Four devices of four or five digits each (neighbours share some), four budgets."""
+    """Four devices of four digits each (neighbours share some), four budgets."""
     return ConfigDict(
         {
             "name": "digits",
@@ -36,10 +36,10 @@ def get_config():
                 "depth": 6,
                 "num_heads": 4,
                 "train": {
-                    "epochs": 60,
+                    "epochs": 40,
                     "batch_size": 32,
-                    "learning_rate": 2e-3,
-                    "warmup_epochs": 5.0,
+                    "learning_rate": 1e-3,
+                    "warmup_epochs": 3.0,
                     "weight_decay": 0.05,
                     "label_smoothing": 0.1,
                     "shift": 1,
@@ -59,7 +59,7 @@ def get_config():
             "prune": {"batch_size": 64},
             "budgets": ("macs=0.5", "macs=0.4", "macs=0.5,params=0.45", "macs=0.3"),
             "recover": {
-                "epochs": 15,
+                "epochs": 10,
                 "batch_size": 32,
                 "learning_rate": 1e-3,
                 "distill": 0.5,

@@ -7,103 +7,159 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
-from tapvit_jax.files import atomic_file, write_text
+from experiments import figures
+from experiments.figures import TITLES
+from tapvit_jax.files import write_text
+from tapvit_jax.runtime import one_line
 
-matplotlib.use("Agg")
+# In a table's cell; longer lists of classes are counted instead.
+_LONGEST_LIST = 24
+_NONE = "–"  # noqa: RUF001
 
-_DENSE, _SELECTED = "#6b7280", "#2563eb"
-_PUBLIC = {"pool": "#d97706", "random": "#059669"}
-_TITLES = {"pool": "whole pool", "random": "random subset"}
+_TEXT = ' class="text"'
+_TEXT_HEADS = ("classes", "budget")
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#111827;max-width:1180px;margin:2em auto;
+padding:0 1em}
+h1{line-height:1.2}h2{margin-top:2em}p{max-width:54em}
+table{border-collapse:collapse;margin:1em 0;font-size:13px;font-variant-numeric:tabular-nums}
+caption{text-align:left;font-weight:600;padding:.3em 0}
+th,td{padding:.35em .6em;border-bottom:1px solid #e5e7eb;text-align:right;vertical-align:top}
+th{vertical-align:bottom}thead tr:last-child th{border-bottom:2px solid #9ca3af}
+th[colspan]{text-align:center;border-bottom:1px solid #9ca3af}
+th[rowspan]{border-bottom:2px solid #9ca3af}
+.text{text-align:left}td.text{max-width:20em}small{color:#4b5563;white-space:nowrap}
+svg{width:100%;height:auto}figure{margin:1em 0}.wide{overflow-x:auto}
+summary{cursor:pointer}pre{background:#f3f4f6;padding:1em;overflow-x:auto;font-size:12px}
+"""
 
 
-def columns(results: dict[str, Any]) -> list[str]:
-    """Headings of the result table."""
-    names = ["device", "classes", "payload bytes", "budget", "params", "MACs"]
-    names += ["dense %", "pruned %", "recovered %"]
-    names += [f"{_TITLES[c]} %" for c in results["config"]["comparisons"]]
-    return [*names, "dense ms", "pruned ms"]
+def record(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """One device's results as plain values, the columns of results.csv.
 
-
-def cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    """One device's row of the result table; recovered accuracies for the comparisons."""
+    Accuracies are top-1 on the device's own test images, in percent; those of the comparisons are
+    after recovery.
+    """
     dense, variants = results["dense"], row["variants"]
-    found = [str(row["device"]), " ".join(results["class_names"][c] for c in row["classes"])]
-    found += [f"{row['payload_bytes']:,}", row["budget"]]
+    found = {
+        "device": row["device"],
+        "classes": ";".join(_class_names(row, results)),
+        "test_images": row["private_test"],
+        "payload_bytes": row["payload_bytes"],
+        "budget": row["budget"],
+    }
     for unit in ("params", "macs"):
-        amount = row["cost"][unit]
-        found.append(f"{amount:,} ({100 * amount / dense[unit]:.1f} %)")
-    found.append(_percent(row["dense"]))
-    found += [_percent(variants["selected"][key]) for key in ("pruned", "recovered")]
-    found += [_percent(variants[c]["recovered"]) for c in results["config"]["comparisons"]]
-    return [*found, *(_milliseconds(row["latency_ms"][name]) for name in ("dense", "pruned"))]
+        found[unit] = row["cost"][unit]
+        found[f"{unit}_percent"] = round(100 * row["cost"][unit] / dense[unit], 3)
+    found["dense_top1"] = _percent(row["dense"])
+    for stage in ("pruned", "recovered"):
+        found[f"{stage}_top1"] = _percent(variants["selected"][stage])
+    for name in results["config"]["comparisons"]:
+        found[f"recovered_{name}_top1"] = _percent(variants[name]["recovered"])
+    for name in ("dense", "pruned"):
+        found[f"{name}_ms"] = round(row["latency_ms"][name]["median"], 4)
+    return found
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percent(share: float) -> float:
+    return round(100 * share, 3)
 
 
-def _milliseconds(times: dict[str, float]) -> str:
-    return f"{times['median']:.2f}"
+def _class_names(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    return [one_line(results["class_names"][c]) for c in row["classes"]]
+
+
+def _amount(number: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            if number >= 999.5 * size:
+                break
+            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
+    return f"{number:,}"
 
 
 def table(results: dict[str, Any]) -> str:
     """The result table as aligned text."""
-    rows = [columns(results)] + [cells(row, results) for row in results["devices"]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
+    comparisons = results["config"]["comparisons"]
+    head = ["device", "classes", "payload", "budget", "params", "MACs"]
+    head += ["dense %", "pruned %", "recovered %", *(f"{TITLES[c]} %" for c in comparisons)]
+    head += ["dense ms", "pruned ms"]
+    lines = [head]
+    for row in results["devices"]:
+        found, names = record(row, results), _class_names(row, results)
+        classes = " ".join(names)
+        cells = [str(row["device"])]
+        cells += [classes if len(classes) <= _LONGEST_LIST else f"{len(names)} classes"]
+        cells += [f"{row['payload_bytes']:,} B", row["budget"]]
+        for unit in ("params", "macs"):
+            cells.append(f"{_amount(found[unit])} ({found[f'{unit}_percent']:.1f} %)")
+        stages = ["dense", "pruned", "recovered", *(f"recovered_{c}" for c in comparisons)]
+        cells += [f"{found[f'{stage}_top1']:.1f}" for stage in stages]
+        cells += [f"{found[name]:.2f}" for name in ("dense_ms", "pruned_ms")]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    # Classes and budgets are text, all else numbers.
+    left = {1, 3}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def write(results: dict[str, Any], workdir: Path) -> None:
     """Write results.csv and report.html into the work directory."""
+    records = [record(row, results) for row in results["devices"]]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns(results))
-    writer.writerows(cells(row, results) for row in results["devices"])
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
     write_text(workdir / "results.csv", text.getvalue())
-    with atomic_file(workdir / "report.html") as partial:
-        partial.write_text(page(results), encoding="utf-8")
+    write_text(workdir / "report.html", page(results))
 
 
 def page(results: dict[str, Any]) -> str:
     """The whole report as one HTML page without any outside reference."""
+    name = _escape(results["name"])
     parts = [
-        f"<h1>{html.escape(results['name'])}: task-adaptive pruning</h1>",
+        f"<h1>{name}: task-adaptive pruning</h1>",
         f"<p>{_summary(results)}</p>",
-        _html_table(results),
+        _result_table(results),
         "<h2>Accuracy against MACs</h2>",
-        "<p>Each device on its own private-test images, before and after recovery.</p>",
-        _svg(_accuracy_figure(results), "accuracy against MACs"),
+        "<p>Each device on its own test images, before and after recovery.</p>",
+        _figure(figures.accuracy(results)),
+        "<h2>Accuracy of every device</h2>",
+        _figure(figures.devices(results)),
         "<h2>What each device keeps</h2>",
-        "<p>Share of units kept in every block.</p>",
-        _svg(_keep_figure(results), "keep ratios per layer and device"),
+        "<p>Share of the units that every block keeps, in percent.</p>",
+        _figure(figures.keep_ratios(results)),
         "<h2>What each metric dataset holds</h2>",
         "<p>Classes of the public images chosen for a device; its true classes are shaded. "
         "The cloud never sees those: they are shown because this is a simulation.</p>",
-        _svg(_class_figure(results), "classes in the metric dataset"),
+        _figure(figures.classes(results)),
         _selection_table(results),
         "<h2>How this was run</h2>",
         _settings(results),
     ]
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;"
-        "color:#111827}table{border-collapse:collapse;margin:1em 0;font-size:13px}"
-        "th,td{padding:.35em .6em;border-bottom:1px solid #e5e7eb;text-align:right;"
-        "white-space:nowrap}th{border-bottom:2px solid #9ca3af}"
-        "td:nth-child(2),td:nth-child(4){text-align:left}svg{max-width:100%;height:auto}"
-        ".wide{overflow-x:auto}pre{background:#f3f4f6;padding:1em;overflow-x:auto;font-size:12px}"
-    )
-    title = html.escape(results["name"])
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{style}</style></head><body>{''.join(parts)}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
     )
+
+
+def _escape(text: str) -> str:
+    return html.escape(one_line(text))
+
+
+def _figure(svg: str) -> str:
+    return f"<figure>{svg}</figure>"
 
 
 def _summary(results: dict[str, Any]) -> str:
@@ -115,144 +171,138 @@ def _summary(results: dict[str, Any]) -> str:
     recovered = mean([row["variants"]["selected"]["recovered"] for row in rows])
     dense = mean([row["dense"] for row in rows])
     worst = min(row["variants"]["selected"]["recovered"] - row["dense"] for row in rows)
+    others = "".join(
+        f", {mean([row['variants'][name]['recovered'] for row in rows])} with "
+        f"{'the' if name == 'pool' else 'a'} {TITLES[name]} instead of selected images"
+        for name in results["config"]["comparisons"]
+    )
+    loss = (
+        f"The largest loss of any device is {-100 * worst:.1f} points."
+        if worst < 0
+        else "No device loses accuracy."
+    )
+    sizes, cost = results["sizes"], results["dense"]
     return (
-        f"{len(rows)} devices. Mean accuracy on the devices' own test images: dense {dense}, "
-        f"pruned and recovered {recovered}; the largest loss of any device is "
-        f"{max(0.0, -100 * worst):.1f} points."
+        f"{len(rows)} device{'s' * (len(rows) > 1)}. Mean accuracy on the devices' own test "
+        f"images: dense {dense}, pruned and recovered {recovered}{others}. {loss}<br>"
+        f"Public pool: {sizes['public_pool']:,} images of {len(results['class_names'])} classes; "
+        f"public validation: {sizes['public_validation']:,}. Dense model: {cost['params']:,} "
+        f"parameters, {cost['macs']:,} MACs."
     )
 
 
-def _rows_to_html(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in head) + "</tr>"]
-    for row in rows:
-        lines.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+def _to_table(caption: str, groups: list[tuple[str, list[str]]], rows: list[list[str]]) -> str:
+    """A table with two rows of headings; cells that start with "<td" bring their own tag."""
+    first = second = ""
+    for title, heads in groups:
+        if title:
+            first += f'<th scope="colgroup" colspan="{len(heads)}">{title}</th>'
+            second += "".join(f'<th scope="col">{head}</th>' for head in heads)
+        else:
+            first += "".join(
+                f'<th scope="col" rowspan="2"{_TEXT * (head in _TEXT_HEADS)}>{head}</th>'
+                for head in heads
+            )
+    body = "".join(
+        "<tr>" + "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in row) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide" tabindex="0"><table><caption>{caption}</caption>'
+        f"<thead><tr>{first}</tr><tr>{second}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
-def _html_table(results: dict[str, Any]) -> str:
+def _text_cell(text: str) -> str:
+    return f"<td{_TEXT}>{text}</td>"
+
+
+def _classes_cell(row: dict[str, Any], results: dict[str, Any]) -> str:
+    names = _class_names(row, results)
+    listed = html.escape(", ".join(names))
+    if len(", ".join(names)) <= _LONGEST_LIST:
+        return _text_cell(listed)
+    return _text_cell(
+        f"<details><summary>{len(names)} classes</summary><small style='white-space:normal'>"
+        f"{listed}</small></details>"
+    )
+
+
+def _result_table(results: dict[str, Any]) -> str:
+    comparisons = results["config"]["comparisons"]
+    groups = [
+        ("", ["device", "classes", "test images", "payload, bytes", "budget", "params", "MACs"]),
+        ("top-1, %", ["dense", "pruned", "recovered"]),
+        ("top-1, %, recovered with", [TITLES[c] for c in comparisons]),
+        ("latency, ms", ["dense", "pruned"]),
+    ]
+    rows = []
+    for row in results["devices"]:
+        found = record(row, results)
+        cells = [str(row["device"]), _classes_cell(row, results)]
+        cells += [f"{row['private_test']:,}", f"{row['payload_bytes']:,}"]
+        cells.append(_text_cell("<br>".join(map(_escape, row["budget"].split(", ")))))
+        for unit in ("params", "macs"):
+            share = f"{found[f'{unit}_percent']:.1f} %"
+            cells.append(f"{_amount(found[unit])}<br><small>{share}</small>")
+        cells += [f"{found['dense_top1']:.1f}", f"{found['pruned_top1']:.1f}"]
+        cells.append(f"<strong>{found['recovered_top1']:.1f}</strong>")
+        cells += [f"{found[f'recovered_{c}_top1']:.1f}" for c in comparisons]
+        for name in ("dense", "pruned"):
+            times = row["latency_ms"][name]
+            spread = f"{times['low']:.1f}–{times['high']:.1f}"  # noqa: RUF001
+            cells.append(f"{times['median']:.2f}<br><small>{spread}</small>")
+        rows.append(cells)
+    compared = (
+        "<em>Recovered with</em> another set: the same budget and the same number of fine-tuning "
+        "steps with those public images in place of the selected ones. "
+    )
     note = (
-        "<p>Columns after <em>recovered</em>: the same budget and the same number of fine-tuning "
-        f"steps with other public images in place of the selected ones. Latency: median forward "
-        f"pass of {results['config']['latency_batch']} images in JAX on this machine "
-        f"({html.escape(results['backend'])}).</p>"
+        f"<p>Percentages under params and MACs: of the dense model. {compared * bool(comparisons)}"
+        f"Latency: median (and 10th to 90th percentile) of the forward pass of "
+        f"{results['config']['latency_batch']} images in JAX on this machine "
+        f"({_escape(results['backend'])}).</p>"
     )
-    return _rows_to_html(columns(results), [cells(r, results) for r in results["devices"]]) + note
+    groups = [(title, heads) for title, heads in groups if heads]
+    return _to_table("Results, on every device's own test images", groups, rows) + note
 
 
 def _selection_table(results: dict[str, Any]) -> str:
-    head = ["device", "true classes", "in its classes %", "mixture components in use"]
-    head += ["distance to held-out features: chosen", "whole pool"]
+    groups = [
+        ("", ["device", "images", "of its true classes, %", "mixture components in use"]),
+        ("distance to its held-out features", ["chosen images", "whole pool"]),
+    ]
     rows = []
     for row in results["devices"]:
         found = row["selection"]
         histogram = np.asarray(found["class_histogram"])
         inside = histogram[row["classes"]].sum() / max(histogram.sum(), 1)
-        rows.append(
-            [
-                str(row["device"]),
-                " ".join(results["class_names"][c] for c in row["classes"]),
-                _percent(inside),
-                f"{found['effective_components']:.1f}",
-                _number(found["energy_distance"]),
-                _number(found["pool_energy_distance"]),
-            ]
-        )
-    return _rows_to_html(head, rows)
+        cells = [str(row["device"]), f"{found['count']:,}", f"{100 * inside:.1f}"]
+        cells.append(f"{found['effective_components']:.1f}")
+        cells += [_number(found[f"{which}energy_distance"]) for which in ("", "pool_")]
+        rows.append(cells)
+    note = (
+        "<p>Distance: energy distance between features; the smaller, the more alike. Components "
+        "in use: how many the chosen images spread over (exponential of the entropy).</p>"
+    )
+    return _to_table("Metric datasets", groups, rows) + note
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return _NONE if value is None else f"{value:.3f}"
 
 
 def _settings(results: dict[str, Any]) -> str:
-    libraries = ", ".join(f"{name} {v}" for name, v in results["libraries"].items())
+    libraries = ", ".join(
+        f"{name} {version}"
+        for name, version in results["libraries"].items()
+        if version != "not installed"
+    )
     config = html.escape(json.dumps(results["config"], indent=1))
+    names = ", ".join(f"{i}: {_escape(name)}" for i, name in enumerate(results["class_names"]))
     return (
-        f"<p>Seed {results['seed']}; {results['seconds']} s in this run; "
-        f"{html.escape(libraries)}.</p><details><summary>Resolved configuration</summary>"
-        f"<pre>{config}</pre></details>"
+        f"<p>Seed {results['seed']}; {results['seconds']:,} s in this run; "
+        f"{_escape(libraries)}.</p>"
+        f"<details><summary>Numbers and names of the classes</summary><p>{names}</p></details>"
+        f"<details><summary>Resolved configuration</summary><pre>{config}</pre></details>"
     )
-
-
-def _svg(figure: Figure, label: str) -> str:
-    text = io.StringIO()
-    # Text stays text, so that it can be selected and found; no date, so that pages compare equal.
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(
-        "<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1
-    )
-
-
-def _accuracy_figure(results: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(figsize=(9, 4.2))
-    dense_macs = results["dense"]["macs"]
-    for row in results["devices"]:
-        x = 100 * row["cost"]["macs"] / dense_macs
-        selected = row["variants"]["selected"]
-        first = row is results["devices"][0]
-        before, after = 100 * selected["pruned"], 100 * selected["recovered"]
-        axes.plot([x, x], [before, after], color=_SELECTED, alpha=0.35, zorder=1)
-        axes.scatter(
-            x, before, facecolors="none", edgecolors=_SELECTED, label="pruned" if first else None
-        )
-        axes.scatter(x, after, color=_SELECTED, label="recovered" if first else None, zorder=3)
-        for name, color in _PUBLIC.items():
-            if name in row["variants"]:
-                y = 100 * row["variants"][name]["recovered"]
-                label = f"recovered, {_TITLES[name]}" if first else None
-                axes.scatter(x, y, color=color, marker="_", s=120, label=label, zorder=2)
-        axes.scatter(
-            100, 100 * row["dense"], color=_DENSE, marker="s", label="dense" if first else None
-        )
-        axes.annotate(
-            f"device {row['device']}", (x, after), xytext=(6, 5), textcoords="offset points", size=8
-        )
-    axes.set_xlabel("MACs, % of the dense model")
-    axes.set_ylabel("top-1 on private-test, %")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return figure
-
-
-def _keep_figure(results: dict[str, Any]) -> Figure:
-    rows = results["devices"]
-    kinds = {"mlp": "MLP units", "qk": "query-key dims", "vo": "value dims"}
-    figure, grid = plt.subplots(
-        1, len(kinds), figsize=(11, 1.2 + 0.42 * len(rows)), sharey=True, layout="constrained"
-    )
-    for axes, (kind, title) in zip(grid, kinds.items(), strict=True):
-        ratios = np.array([row["keep_ratios"][kind] for row in rows])
-        image = axes.imshow(ratios, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        for (y, x), value in np.ndenumerate(ratios):
-            color = "white" if value > 0.6 else "#111827"
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", size=7, color=color)
-        axes.set_title(title, size=10)
-        axes.set_xlabel("block")
-        axes.set_xticks(range(ratios.shape[1]))
-        axes.set_yticks(range(len(rows)), [f"device {row['device']}" for row in rows])
-    figure.colorbar(image, ax=grid, label="keep ratio", fraction=0.02)
-    return figure
-
-
-def _class_figure(results: dict[str, Any]) -> Figure:
-    rows, names = results["devices"], results["class_names"]
-    figure, grid = plt.subplots(
-        len(rows), 1, figsize=(11, 1.35 * len(rows)), sharex=True, squeeze=False
-    )
-    for axes, row in zip(grid[:, 0], rows, strict=True):
-        histogram = row["selection"]["class_histogram"]
-        for c in row["classes"]:
-            axes.axvspan(c - 0.5, c + 0.5, color="#bfdbfe", zorder=0)
-        axes.bar(range(len(histogram)), histogram, color=_SELECTED, width=0.7)
-        axes.set_ylabel(f"device {row['device']}", size=9)
-        axes.tick_params(labelsize=8)
-    axes = grid[-1, 0]
-    # Beyond a few dozen classes the names would only overlap.
-    if len(names) <= 30:
-        axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 4 else 90)
-    axes.set_xlabel("class")
-    axes.set_xlim(-0.5, len(names) - 0.5)
-    return figure

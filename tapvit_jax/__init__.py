@@ -7,7 +7,7 @@ The public face, one line each, in the order of use:
     logp   = tap.log_likelihood([gmm, ...], features)
     chosen = tap.select([gmm, ...], features, count=640)
     units  = tap.neuron_importance(model, batches, method="tap")
-    layers = tap.layer_importance(model, batches, units, sparsity=(0.3, 0.5, 0.7))
+    layers = tap.layer_importance(model, batches, units, sparsity=(0.5, 0.7, 0.9))
     plan   = tap.allocate(model, units, layers, tap.Budget(macs=0.5))
     masked = tap.apply_masks(model, plan)
     small  = tap.reshape(model, plan)

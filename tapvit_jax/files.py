@@ -1,6 +1,7 @@
 """Writing files so that nobody ever sees half of one."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,17 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from tapvit_jax.errors import InputError
 
+# What a full or failing disk says, whoever happens to write at that moment.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
-def _partial_name(path: Path, directory: bool) -> Path:
+
+def _cannot_write(path: Path, reason: object) -> InputError:
+    return InputError(f"{path}: cannot be written: {reason}")
+
+
+def _partial_name(path: Path, target: Path, directory: bool) -> Path:
     # In the target's own folder, so that the final rename never crosses a file system.
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         make = tempfile.mkdtemp if directory else _temporary_file
-        return Path(make(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        return Path(make(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{path}: lies below a file, expected a folder there") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise _cannot_write(path, error.strerror) from error
 
 
 def _temporary_file(prefix: str, suffix: str, dir: Path) -> str:
@@ -29,28 +41,58 @@ def _temporary_file(prefix: str, suffix: str, dir: Path) -> str:
     return name
 
 
-def _user_mode(path: Path, mode: int) -> None:
-    # tempfile makes everything private to the user; give what the user's umask would have given.
+@contextlib.contextmanager
+def _disk_errors_name(path: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        # From a file within a folder: say its name as it would have been.
+        raise InputError(str(error).replace(str(partial), str(path))) from error
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise _cannot_write(path, error.strerror) from error
+    except safetensors.SafetensorError as error:
+        # All that the library lets through of an OSError is its text.
+        if "os error" not in str(error):
+            raise
+        raise _cannot_write(path, error) from error
+
+
+def _finish(partial: Path) -> None:
+    """Flush a file and give it the mode that the user's umask would have given.
+
+    tempfile makes everything private to the user, and so does the safetensors library.
+    """
+    if not partial.is_dir():
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(mode & ~mask)
+    partial.chmod((0o777 if partial.is_dir() else 0o666) & ~mask)
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` if the body succeeds and vanishes if it does not.
 
+    A link stays, and what it points to is replaced.
+
     Raises:
-      InputError: the folder cannot be made or written to.
+      InputError: `path` is no regular file, its folder cannot be made or written to, or the disk is
+        full, even when that shows inside the body.
     """
     path = Path(path)
-    partial = _partial_name(path, directory=False)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        # Not even a device: root could replace /dev/null by a file.
+        raise InputError(f"{path}: is a folder or a device, expected a file or nothing")
+    partial = _partial_name(path, target, directory=False)
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        _user_mode(partial, 0o666)
-        partial.replace(path)
+        with _disk_errors_name(path, partial):
+            yield partial
+            _finish(partial)
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -59,28 +101,53 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` if the body succeeds and vanishes otherwise.
 
-    A folder that stood at `path` is replaced; it is moved aside first, so that a crash between the
-    two renames leaves the old or the new contents on disk, never a mixture.
+    A folder that stood at `path` is replaced, unless it holds anything that the new one does not:
+    that would be lost. It is moved aside first, so that a crash between the two renames leaves the
+    old or the new contents on disk, never a mixture. A link stays, and what it points to is
+    replaced.
 
     Raises:
-      InputError: `path` is a file, or its parent cannot be made or written to.
+      InputError: `path` is a file or a folder with other contents, its parent cannot be made or
+        written to, or the disk is full, even when that shows inside the body.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
         raise InputError(f"{path}: is a file, expected a folder or nothing")
-    partial = _partial_name(path, directory=True)
+    partial = _partial_name(path, target, directory=True)
     try:
-        yield partial
-        _user_mode(partial, 0o777)
-        if path.exists():
-            old = partial.with_suffix(".old")
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        with _disk_errors_name(path, partial):
+            yield partial
+            for made in (*partial.rglob("*"), partial):
+                _finish(made)
+            if target.exists():
+                _replace_directory(path, target, partial)
+            else:
+                partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_directory(path: Path, target: Path, partial: Path) -> None:
+    new = {entry.name for entry in partial.iterdir()}
+    lost = sorted(entry.name for entry in target.iterdir() if entry.name not in new)
+    if lost:
+        raise InputError(
+            f"{path}: holds {lost[0]!r}, which would be lost; choose another folder or delete it"
+        )
+    old = partial.with_suffix(".old")
+    try:
+        target.rename(old)
+    except OSError as error:
+        # A mount point, for one, cannot be moved.
+        raise _cannot_write(path, error.strerror) from error
+    try:
+        partial.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -107,9 +174,14 @@ def read_json(path: str | os.PathLike, limit_bytes: int = 64 * 2**20) -> Any:
     if path.stat().st_size > limit_bytes:
         raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {limit_bytes}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        # Not only what json itself finds: also other encodings, endless numbers and deep nesting.
         raise InputError(f"{path}: is not valid JSON ({error})") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def content_hash(value: Any) -> str:

@@ -18,12 +18,14 @@ class Progress:
     """
 
     def __init__(self, total: float, quiet: bool = False):
-        self._total, self._done, self._quiet = total, 0.0, quiet
+        # Never quite nothing: shares of it are printed.
+        self._total, self._done, self._quiet = max(total, 1e-9), 0.0, quiet
         self._start = self._logged = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
             disable=quiet or not self._terminal,
+            leave=False,
             bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} elapsed, {remaining} left  {desc}",
         )
 
@@ -33,8 +35,13 @@ class Progress:
         step = Step(self, name, units)
         self._bar.set_description_str(name)
         start = time.monotonic()
-        yield step
-        step.advance(1.0)
+        try:
+            yield step
+        except BaseException:
+            # The message that follows gets a line of its own.
+            self._bar.close()
+            raise
+        self._count(step.take(1.0))
         self._line(f"{name} ({time.monotonic() - start:.1f} s)")
 
     def close(self) -> None:
@@ -43,19 +50,25 @@ class Progress:
 
     def advance(self, name: str, units: float) -> None:
         """Count units of the step `name` as done."""
-        self._done += units
-        self._bar.update(units)
+        self._count(units)
         if not self._terminal and time.monotonic() - self._logged > _LOG_SECONDS:
             self._line(f"{name} ...")
+
+    def _count(self, units: float) -> None:
+        units = min(units, self._total - self._done)
+        self._done += units
+        self._bar.update(units)
 
     def _line(self, text: str) -> None:
         if self._quiet:
             return
         self._logged = time.monotonic()
         elapsed = self._logged - self._start
-        left = elapsed * (self._total - self._done) / max(self._done, 1e-9)
+        left = "?"
+        if self._done > 0:
+            left = tqdm.format_interval(elapsed * (self._total - self._done) / self._done)
         share = 100 * self._done / self._total
-        times = f"{tqdm.format_interval(elapsed)} elapsed, {tqdm.format_interval(left)} left"
+        times = f"{tqdm.format_interval(elapsed)} elapsed, {left} left"
         tqdm.write(f"{share:3.0f}%  {times}  {text}", file=sys.stderr)
 
 
@@ -67,6 +80,10 @@ class Step:
 
     def advance(self, share: float) -> None:
         """Say that a further share of this step is done; together they never exceed the whole."""
-        share = min(share, 1.0 - self._share)
+        self._progress.advance(self._name, self.take(share))
+
+    def take(self, share: float) -> float:
+        """Units of a further share, as far as the step has them left."""
+        share = min(max(share, 0.0), 1.0 - self._share)
         self._share += share
-        self._progress.advance(self._name, share * self._units)
+        return share * self._units

@@ -1,5 +1,6 @@
 """What every program does first and last: JAX's caches, and errors that users can read."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -9,27 +10,47 @@ import jax
 
 from tapvit_jax.errors import InputError
 
+# What is wrong is the machine's state or the user's rights, not this program.
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+
 
 def set_up_jax() -> None:
     """Keep compiled programs on disk, so that a second run of a program does not compile again.
 
     The directory is $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's cache directory.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(cache) / "tapvit_jax"
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not directory:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = str(Path(cache) / "tapvit_jax")
+    jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def one_line(text: str) -> str:
+    """Text with escapes for all that is not printable.
+
+    Names may come from files of others: they bring no line breaks and no terminal commands.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_program(main: Callable[[], object]) -> int:
     """Run a program; return its exit code.
 
-    0 after success, 2 with one line on stderr when an input is wrong, 130 after Ctrl-C.
+    0 after success, 2 with one line on stderr when an input is wrong or the disk is full or closed
+    to the user, 130 after Ctrl-C.
     """
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {one_line(where + error.strerror)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues where this stopped", file=sys.stderr)

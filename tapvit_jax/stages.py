@@ -5,6 +5,7 @@ appears by a rename when it is whole, so that a run killed at any moment continu
 """
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_directory, content_hash, file_hash, read_json, write_json
 from tapvit_jax.versions import library_versions
 
-_LAYOUT = 1
+_LAYOUT = 2
 _META = "stage.json"
 _ARRAYS = "arrays.safetensors"
 
@@ -64,12 +65,16 @@ class Stages:
             except InputError as error:
                 log.warning("%s; computing it again", error)
         arrays, meta = compute()
-        arrays = {n: np.ascontiguousarray(array) for n, array in arrays.items()}
+        # Not ascontiguousarray, which makes a vector of a scalar.
+        arrays = {n: np.asarray(array, order="C") for n, array in arrays.items()}
+        spec = {"key": key, "inputs": inputs, "meta": meta, "libraries": library_versions()}
+        # As it will be read: a first run and a second one get the same.
+        spec = json.loads(json.dumps(spec, allow_nan=False))
         with atomic_directory(directory) as partial:
             safetensors.numpy.save_file(arrays, partial / _ARRAYS)
-            spec = {"key": key, "inputs": inputs, "meta": meta, "libraries": library_versions()}
-            write_json(partial / _META, spec | {"sha256": file_hash(partial / _ARRAYS)})
-        return Artefact(key, arrays, meta, cached=False)
+            spec["sha256"] = file_hash(partial / _ARRAYS)
+            write_json(partial / _META, spec | {"spec_sha256": content_hash(spec)})
+        return Artefact(key, arrays, spec["meta"], cached=False)
 
     def scratch(self, name: str) -> Path:
         """A directory for a stage's own unfinished work, such as checkpoints."""
@@ -80,6 +85,8 @@ class Stages:
         path = directory / _ARRAYS
         if not isinstance(spec, dict) or spec.get("key") != key or not path.is_file():
             raise InputError(f"{directory}: is not the stage it should be")
+        if spec.pop("spec_sha256", None) != content_hash(spec):
+            raise InputError(f"{directory / _META}: altered")
         if spec.get("sha256") != file_hash(path):
             raise InputError(f"{path}: truncated or altered")
         try:
@@ -99,6 +106,8 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / "config.json"
     if path.exists():
         found = read_json(path)
+        if not isinstance(found, dict):
+            raise InputError(f"{path}: is not a configuration; choose another --workdir")
         differing = differences(found, config)
         if differing:
             raise InputError(
@@ -119,7 +128,9 @@ def differences(found: Any, expected: Any, name: str = "") -> list[str]:
         for key in sorted(found.keys() | expected.keys()):
             path = f"{name}.{key}" if name else str(key)
             if key not in found or key not in expected:
-                result.append(f"{path} ({'added' if key not in found else 'removed'})")
+                there = repr(found[key]) if key in found else "nothing"
+                here = repr(expected[key]) if key in expected else "nothing"
+                result.append(f"{path} ({there} there, {here} here)")
             else:
                 result += differences(found[key], expected[key], path)
         return result

@@ -11,6 +11,10 @@ from tapvit_jax.errors import InputError
 
 T = TypeVar("T")
 
+# Characters of a value or name in a message, and problems in one: files may hold any number.
+_LONGEST = 100
+_MOST_PROBLEMS = 20
+
 
 def to_plain(value: Any) -> Any:
     """Turn nested dataclasses, tuples and mappings into dicts and lists that JSON can hold."""
@@ -32,8 +36,19 @@ def from_plain(cls: type[T], value: Any, name: str = "config") -> T:
     problems: list[str] = []
     result = _convert(cls, value, name, problems)
     if problems:
-        raise InputError("; ".join(problems))
+        more = len(problems) - _MOST_PROBLEMS
+        rest = [f"and {more} more"] if more > 0 else []
+        raise InputError("; ".join(problems[:_MOST_PROBLEMS] + rest))
     return result
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _listing(options: tuple) -> str:
+    return ", ".join(map(repr, options))
 
 
 def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
@@ -53,8 +68,9 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
         problems.extend(min(attempts, key=len))
         return None
     if origin is typing.Literal:
-        if value not in args:
-            problems.append(f"{name} is {value!r}, expected one of {', '.join(map(repr, args))}")
+        # Types too: True equals 1 but is no such number.
+        if not any(type(value) is type(option) and value == option for option in args):
+            problems.append(f"{name} is {_show(value)}, expected one of {_listing(args)}")
         return value
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, name, problems)
@@ -62,19 +78,23 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
         return _convert_tuple(args, value, name, problems)
     if origin in (dict, Mapping) or origin is getattr(typing, "Mapping", None):
         if not isinstance(value, Mapping):
-            problems.append(f"{name} is {value!r}, expected a mapping")
+            problems.append(f"{name} is {_show(value)}, expected a mapping")
             return None
         return {k: _convert(args[1], v, f"{name}.{k}", problems) for k, v in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            problems.append(f"{name} is {_show(value)}, expected a smaller number")
+            return value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        problems.append(f"{name} is {value!r}, expected {kind.__name__}")
+        problems.append(f"{name} is {_show(value)}, expected {kind.__name__}")
     return value
 
 
 def _convert_tuple(args: tuple, value: Any, name: str, problems: list[str]) -> Any:
     if not isinstance(value, list | tuple):
-        problems.append(f"{name} is {value!r}, expected a list")
+        problems.append(f"{name} is {_show(value)}, expected a list")
         return None
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(_convert(args[0], v, f"{name}[{i}]", problems) for i, v in enumerate(value))
@@ -91,16 +111,16 @@ def _convert_dataclass(kind: Any, value: Any, name: str, problems: list[str]) ->
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        problems.append(f"{name} is {value!r}, expected a mapping of {kind.__name__}'s fields")
+        problems.append(f"{name} is {_show(value)}, expected a mapping of {kind.__name__}'s fields")
         return None
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     before = len(problems)
-    for key in value:
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(fields)}"
-            problems.append(f"unknown field {name}.{key}: {hint}")
+    for key in [key for key in value if key not in fields][:_MOST_PROBLEMS]:
+        text = str(key)[:_LONGEST]
+        close = difflib.get_close_matches(text, fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(fields)}"
+        problems.append(f"unknown field {name}.{text}: {hint}")
     arguments = {}
     for key, field in fields.items():
         if key in value:

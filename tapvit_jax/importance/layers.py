@@ -42,7 +42,7 @@ class LayerConfig:
       max_batches: batches beyond these are not read.
     """
 
-    sparsity: tuple[float, ...] = (0.3, 0.5, 0.7)
+    sparsity: tuple[float, ...] = (0.5, 0.7, 0.9)
     direction: Literal["forward", "reverse"] = "forward"
     batch_quirk: bool = False
     ragged: bool = False

@@ -36,6 +36,8 @@ Scores = dict[str, Float[np.ndarray, "..."]]
 
 Terms = dict[str, dict[str, Float[Array, "..."]]]
 Loss = Literal["label", "entropy", "kl"]
+# Relative to a unit's largest value: what float32 leaves of a coordinate that should be constant.
+_ROUNDING = 1e-6
 Method = Literal["tap", "tap_published", "taylor"]
 
 
@@ -62,7 +64,8 @@ class NeuronConfig:
       mlp: weights of the terms for MLP units.
       attn: weights of the terms for attention dims.
       standardize: divide each coordinate by its (unbiased) standard deviation over the batch before
-        the relevance kernel. As published only the mean is divided, which changes nothing.
+        the relevance kernel; coordinates that vary by no more than rounding count as constant. As
+        published only the mean is divided, which changes nothing.
       bandwidth: kernel bandwidths, see `hsic.rbf_kernel`.
       scale: scale the terms to [0, 1] in every batch ("batch", as published), which makes a batch
         of odd images count as much as any other, or once over all batches ("total").
@@ -120,6 +123,8 @@ class NeuronConfig:
 
 def min_max(values: Float[Array, "..."]) -> Float[Array, "..."]:
     """Scale to [0, 1] over all entries; equal entries become 0."""
+    if values.size == 0:
+        return values
     low, high = values.min(), values.max()
     return jnp.where(high > low, (values - low) / jnp.where(high > low, high - low, 1.0), 0.0)
 
@@ -150,11 +155,14 @@ def neuron_importance(
       "blocks_i/head" (h,), the mean of the head's value dims.
 
     Raises:
-      InputError: no batches, a batch of one image, or labels missing for loss "label".
+      InputError: no batch of two images or more, labels missing for loss "label", or coupled scores
+        of unequal query-key and value dims.
 
     Source: TAP-ViTs (arXiv 2601.02437), with the gradient term and the fixes ours.
     """
     config = config or NeuronConfig.of_method(method)
+    if config.couple_qk_vo:
+        _check_coupling(model.config)
     key = jax.random.key(seed)
     sums: Terms | None = None
     for i, batch in enumerate(itertools.islice(batches, config.max_batches)):
@@ -162,7 +170,7 @@ def neuron_importance(
         if len(images) < 2:
             # A trailing batch of one image has no distances, so it says nothing about units.
             continue
-        if config.loss == "label" and config.needs_gradient and labels is None:
+        if config.loss == "label" and config.needs_gradient and not _labelled(labels):
             raise InputError("loss 'label' needs batches with labels")
         labels = np.zeros(len(images), np.int32) if labels is None else labels
         found = batch_terms(
@@ -195,19 +203,27 @@ def unpack_batch(batch: Any) -> tuple[Float[np.ndarray, "b s s ch"], Int[np.ndar
     return batch, None
 
 
+def _labelled(labels: Int[np.ndarray, "b"] | None) -> bool:
+    return labels is not None and bool((np.asarray(labels) >= 0).all())
+
+
+def _check_coupling(model_config: ViTConfig) -> None:
+    for i, block in enumerate(model_config.blocks):
+        if block.attn and block.qk_dim != block.v_dim:
+            raise InputError(
+                f"blocks_{i}: coupled scores need equal qk_dim and v_dim, "
+                f"found {block.qk_dim} and {block.v_dim}"
+            )
+
+
 def _finish(model_config: ViTConfig, config: NeuronConfig, scores: Scores) -> Scores:
     result = {key: np.asarray(value) for key, value in scores.items()}
     for i, block in enumerate(model_config.blocks):
         if block.attn:
             vo = result[unit_key(i, "vo")]
             if config.couple_qk_vo:
-                if block.qk_dim != block.v_dim:
-                    raise InputError(
-                        f"blocks_{i}: coupled scores need equal qk_dim and v_dim, "
-                        f"found {block.qk_dim} and {block.v_dim}"
-                    )
                 result[unit_key(i, "qk")] = vo
-            result[unit_key(i, "head")] = vo.mean(axis=1)
+            result[unit_key(i, "head")] = vo.mean(axis=1) if vo.shape[1] else np.zeros(len(vo))
     return result
 
 
@@ -285,9 +301,15 @@ def _relevance_kernel(
 ) -> Float[Array, "u b b"]:
     if not config.standardize:
         return shared
+    # Constant coordinates are common (the first block's class token, empty image borders): divided
+    # by the deviation that rounding leaves them, they would drown all others.
     points = points.astype(jnp.float32)
-    deviation = points.std(axis=0, ddof=1) + 1e-12
-    return rbf_kernel(squared_distances(points / deviation), config.bandwidth)
+    rounding = _ROUNDING * jnp.abs(points).max(axis=(0, 1))
+    points = points - points.mean(axis=0)
+    deviation = jnp.sqrt(jnp.square(points).sum(axis=0) / (points.shape[0] - 1))
+    varies = deviation > rounding
+    points = jnp.where(varies, points / jnp.where(varies, deviation, 1.0), 0.0)
+    return rbf_kernel(squared_distances(points), config.bandwidth)
 
 
 def _mlp_terms(

@@ -1,8 +1,8 @@
 """From scores and a budget to widths, and from widths to the units that stay."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -14,20 +14,19 @@ from tapvit_jax.prune.cost import Cost, cost
 from tapvit_jax.prune.mask import Plan, top_k_mask
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.prune.units import UnitGroup, unit_key, unit_table
+from tapvit_jax.prune.widths import (
+    BRANCHES,
+    BranchScores,
+    Keeps,
+    Rule,
+    check_scores,
+    sensitivity_rule,
+    softmax_keep,
+    softmax_rule,
+)
 
 Counts = dict[str, int]
 """Units to keep by group key; for qk and vo the count is per head, unless ragged."""
-
-
-Share = Callable[[Float[np.ndarray, "l"], float], Float[np.ndarray, "l"]]
-
-
-class BranchScores(Protocol):
-    """What `allocate` asks of layer scores (see `importance.layers.LayerScores`)."""
-
-    def mean(self, branch: Any) -> Float[np.ndarray, "l"]:
-        """Score of every block's branch."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +34,25 @@ class AllocateConfig:
     """How widths follow from layer scores.
 
     Attributes:
+      widths: "sensitivity" prunes where the divergence rises least per unit of cost, MLPs and
+        attention together; "softmax" is the published rule, with a fixed ratio between the two.
       alpha: temperature of the softmax over layers (published: 1.1).
-      attn_share: how much of the MLPs' pruned share the attention branches lose on average; the
-        published budgets prune .216 of attention where they prune .342 of MLPs, ratio 0.63.
+      attn_share: for the softmax, how much of the MLPs' pruned share the attention branches lose on
+        average; the published budgets prune .216 of attention where they prune .342 of MLPs.
       min_keep: no branch keeps less than this share of its units.
       min_dim: no branch keeps fewer units than this (dims per head for attention).
       round_to: widths become multiples of this where the dense width allows it.
       ragged: kept attention dims may differ from head to head (as published); reshaping pads them
         to the widest head, and the cost counts the padding.
       coupled: queries, keys and values keep the same index set (as published).
-      clip: "water_fill" hands what the softmax gives beyond a full layer to the other layers;
-        "clip" drops it, as published, and so falls short of the budget.
+      clip: for the softmax: "water_fill" hands what it gives beyond a full layer to the other
+        layers; "clip" drops it, as published, and so falls short of the budget.
     """
 
+    widths: Literal["sensitivity", "softmax"] = "sensitivity"
     alpha: float = 1.1
-    attn_share: float = 1.0
-    min_keep: float = 0.0
+    attn_share: float = 0.216 / 0.342
+    min_keep: float = 0.1
     min_dim: int = 1
     round_to: int = 1
     ragged: bool = False
@@ -65,56 +67,8 @@ class AllocateConfig:
 
     @classmethod
     def as_published(cls) -> "AllocateConfig":
-        """Ragged, coupled, clipped, attention pruned less, as in TAP-ViTs (arXiv 2601.02437)."""
-        return cls(attn_share=0.216 / 0.342, ragged=True, coupled=True, clip="clip")
-
-
-def softmax_keep(weights: Float[np.ndarray, "l"], average: float) -> Float[np.ndarray, "l"]:
-    """Keep ratios as published, from softmax weights w: clip(w_l L average, 0, 1).
-
-    Clipping loses what it cuts, so that the mean falls short of `average`; `water_fill` does not.
-
-    Source: TAP-ViTs (arXiv 2601.02437).
-    """
-    return np.clip(np.asarray(weights) * len(weights) * average, 0.0, 1.0)
-
-
-def water_fill(
-    weights: Float[np.ndarray, "l"], average: float, low: float = 0.0
-) -> Float[np.ndarray, "l"]:
-    """Keep ratios proportional to weights, inside [low, 1], whose mean is exactly `average`.
-
-        keep_l = clip(c w_l, low, 1),  c such that mean(keep) = average
-
-    Source: ours.
-
-    Raises:
-      InputError: `average` outside [low, 1], or weights that are not positive.
-    """
-    weights = np.asarray(weights, np.float64)
-    if not low <= average <= 1:
-        raise InputError(f"average keep ratio {average} lies outside [{low}, 1]")
-    if not np.all(weights > 0) or not np.all(np.isfinite(weights)):
-        raise InputError("layer weights must be positive and finite")
-    # The mean grows with c in straight pieces that end where a layer reaches low or 1: find the
-    # piece, then solve it exactly.
-    knots = np.unique(np.concatenate([low / weights, 1.0 / weights]))
-    means = np.clip(knots[:, None] * weights, low, 1.0).mean(axis=1)
-    if average >= means[-1]:
-        return np.ones_like(weights)
-    right = int(np.searchsorted(means, average, side="right"))
-    if right == 0:
-        return np.clip(average / max(means[0], 1e-300) * knots[0] * weights, low, 1.0)
-    step = (average - means[right - 1]) / (means[right] - means[right - 1])
-    return np.clip(
-        (knots[right - 1] + step * (knots[right] - knots[right - 1])) * weights, low, 1.0
-    )
-
-
-def layer_softmax(x: Float[np.ndarray, "l"]) -> Float[np.ndarray, "l"]:
-    """Softmax over layers, floored so that a full budget can fill even a hopeless layer."""
-    shifted = np.exp(np.maximum(x - x.max(), -60.0))
-    return shifted / shifted.sum()
+        """Softmax, clipped, ragged and coupled, as in TAP-ViTs (arXiv 2601.02437)."""
+        return cls(widths="softmax", min_keep=0.0, ragged=True, coupled=True, clip="clip")
 
 
 def allocate(
@@ -127,21 +81,21 @@ def allocate(
 ) -> Plan:
     """Choose every width and every kept unit of a model under a budget.
 
-    Layer scores share out an average keep ratio t by softmax and water-filling; t is the largest
-    that fits the budget; then single steps fill what rounding left, until no further step of any
-    width fits. So the result never exceeds the budget and cannot be grown inside it.
+    A rule (see `prune.widths`) turns layer scores and one number t into keep ratios; t is the
+    largest that fits the budget; then single steps fill what rounding left, until no further step
+    of any width fits. So the result never exceeds the budget and cannot be grown inside it.
 
     Args:
       model: a `Model` or its config.
       units: scores by group key for kinds mlp, qk and vo.
-      layers: layer scores; None treats all layers alike.
+      layers: layer scores; None treats all layers alike, under the softmax rule.
       budget: bounds on parameters, MACs or both.
       config: temperature, floors, rounding, published switches.
 
     Raises:
       InputError: an infeasible budget (names the smallest feasible value), or missing scores.
 
-    Source: softmax as published (arXiv 2601.02437); water-filling and filling are ours.
+    Source: softmax as published (arXiv 2601.02437); all else is ours.
     """
     dense: ViTConfig = getattr(model, "config", model)
     config = config or AllocateConfig()
@@ -152,22 +106,23 @@ def allocate(
     if missing:
         raise InputError(f"no scores for {', '.join(missing)}")
     planner = _Planner(dense, config, groups, units)
-    weights = _layer_weights(dense, config, layers)
+    rule = _rule(dense, config, layers, limits)
 
     low, high = 0.0, 1.0
-    best = planner.counts(weights, 0.0)
-    if planner.fits(full := planner.counts(weights, 1.0), limits):
+    best = planner.counts(rule(0.0))
+    if planner.fits(full := planner.counts(rule(1.0)), limits):
         best, low = full, 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        counts = planner.counts(weights, middle)
+        counts = planner.counts(rule(middle))
         if planner.fits(counts, limits):
             best, low = counts, middle
         else:
             high = middle
-    if config.clip == "clip":
-        return planner.plan(planner.round(planner.ideal(weights, low, softmax_keep)))
-    return planner.plan(planner.fill(best, planner.ideal(weights, low), limits))
+    if config.clip == "clip" and config.widths == "softmax":
+        clipped = softmax_rule(dense, layers, config.alpha, config.attn_share, softmax_keep)
+        return planner.plan(planner.counts(clipped(low)))
+    return planner.plan(planner.fill(best, planner.ideal(rule(low)), limits))
 
 
 def check_budget(model: Any, budget: Budget, config: AllocateConfig | None = None) -> None:
@@ -224,21 +179,32 @@ def _round_count(count: int, size: int, step: int) -> int:
     return min(size, -(-count // step) * step)
 
 
-def _layer_weights(
-    dense: ViTConfig, config: AllocateConfig, layers: BranchScores | None
-) -> dict[str, Float[np.ndarray, "l"]]:
-    weights = {}
-    for branch in ("mlp", "attn"):
-        present = np.array([getattr(block, branch) for block in dense.blocks])
-        scores = np.zeros(len(present)) if layers is None else np.asarray(layers.mean(branch))
-        if scores.shape != present.shape:
-            raise InputError(f"layer scores have shape {scores.shape}, expected {present.shape}")
-        if not np.isfinite(scores).all():
-            raise InputError("layer scores are not finite")
-        weights[branch] = np.zeros(len(present))
-        if present.any():
-            weights[branch][present] = layer_softmax(config.alpha * scores[present])
-    return weights
+def _rule(
+    dense: ViTConfig, config: AllocateConfig, layers: BranchScores | None, limits: dict[str, int]
+) -> Rule:
+    if layers is not None:
+        check_scores(dense, layers)
+    if config.widths == "softmax" or layers is None:
+        return softmax_rule(dense, layers, config.alpha, config.attn_share)
+    return sensitivity_rule(dense, layers, _branch_costs(dense, limits))
+
+
+def _branch_costs(dense: ViTConfig, limits: dict[str, int]) -> dict[str, Float[np.ndarray, "l"]]:
+    """Share of the bounds that each branch's units take; several bounds add up."""
+    full = cost(dense)
+    costs = {branch: np.zeros(len(dense.blocks)) for branch in BRANCHES}
+    for i, block in enumerate(dense.blocks):
+        for branch, bare in (
+            ("mlp", dataclasses.replace(block, mlp_dim=0)),
+            ("attn", dataclasses.replace(block, qk_dim=0, v_dim=0)),
+        ):
+            blocks = (*dense.blocks[:i], bare, *dense.blocks[i + 1 :])
+            without = cost(dataclasses.replace(dense, blocks=blocks))
+            costs[branch][i] = sum(
+                (getattr(full, unit) - getattr(without, unit)) / limit
+                for unit, limit in limits.items()
+            )
+    return costs
 
 
 class _Planner:
@@ -260,30 +226,19 @@ class _Planner:
         least = _round_count(_floor(size, self.config), size, self.config.round_to)
         return least * group.shape[0] if self.config.ragged and group.kind != "mlp" else least
 
-    def ideal(self, weights: dict, t: float, share: Share = water_fill) -> dict[str, float]:
-        """Fractional counts at an average keep ratio of t for MLPs, and attn_share's for heads."""
-        averages = {"mlp": t, "attn": 1.0 - self.config.attn_share * (1.0 - t)}
-        keeps = {}
-        for branch, weight in weights.items():
-            present = weight > 0
-            keeps[branch] = np.zeros(len(weight))
-            if present.any():
-                keeps[branch][present] = share(weight[present], averages[branch])
+    def ideal(self, keeps: Keeps) -> dict[str, float]:
+        """Fractional counts."""
         return {
             group.key: keeps["mlp" if group.kind == "mlp" else "attn"][group.block]
             * self.sizes[group.key]
             for group in self.groups
         }
 
-    def counts(self, weights: dict, t: float) -> Counts:
-        """Whole counts at t."""
-        return self.round(self.ideal(weights, t))
-
-    def round(self, ideal: dict[str, float]) -> Counts:
+    def counts(self, keeps: Keeps) -> Counts:
         """Whole counts: rounded down to steps, but not below the floors."""
         step = self.config.round_to
         counts = {}
-        for key, value in ideal.items():
+        for key, value in self.ideal(keeps).items():
             size = self.sizes[key]
             count = size if value >= size - 1e-9 else int(value + 1e-9) // step * step
             counts[key] = max(count, self.floors[key])

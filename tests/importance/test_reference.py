@@ -10,10 +10,10 @@ from tapvit_jax.importance.layers import LayerConfig, layer_importance
 from tapvit_jax.importance.neurons import neuron_importance
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.vit import vit_config
-from tapvit_jax.prune.allocate import layer_softmax, softmax_keep
 from tapvit_jax.prune.mask import Plan, apply_masks, top_k_mask
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.prune.units import unit_key
+from tapvit_jax.prune.widths import layer_softmax, softmax_keep
 
 DATA = Path(__file__).parents[1] / "data"
 DEPTH = 12

@@ -15,14 +15,13 @@ from tapvit_jax.prune.allocate import (
     allocate,
     check_budget,
     smallest_cost,
-    softmax_keep,
-    water_fill,
 )
 from tapvit_jax.prune.budget import Budget, within
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.prune.units import unit_key, unit_table
+from tapvit_jax.prune.widths import divergence_curves, softmax_keep, water_fill
 
 SMALL = vit_config(image_size=16, patch_size=4, num_classes=10, depth=4, num_heads=4, embed_dim=64)
 UNITS = ("params", "macs", "encoder_params")
@@ -57,11 +56,12 @@ def grown(config: ViTConfig, dense: ViTConfig, step: int):
     bounds=st.dictionaries(st.sampled_from(UNITS), st.floats(0.05, 1.0), min_size=1),
     round_to=st.sampled_from([1, 1, 4, 8]),
     min_keep=st.sampled_from([0.0, 0.1]),
+    widths=st.sampled_from(["sensitivity", "softmax"]),
 )
-def test_budget_is_kept_and_used(seed, ties, bounds, round_to, min_keep):
+def test_budget_is_kept_and_used(seed, ties, bounds, round_to, min_keep, widths):
     units, layers = random_scores(SMALL, seed, ties)
     budget = Budget(**bounds)
-    config = AllocateConfig(round_to=round_to, min_keep=min_keep)
+    config = AllocateConfig(round_to=round_to, min_keep=min_keep, widths=widths)
     limits = budget.limits(SMALL)
     smallest = smallest_cost(SMALL, config)
     if not within(smallest, limits):
@@ -124,10 +124,47 @@ def test_a_full_budget_keeps_everything():
 def test_more_important_layers_keep_more():
     units, _ = random_scores(SMALL, 2, ties=False)
     layers = LayerScores((0.5,), np.array([[0.0, 1.0, 2.0, 3.0]]), np.zeros((1, 4)))
-    small = reshaped_config(allocate(SMALL, units, layers, Budget(macs=0.4)))
-    widths = [block.mlp_dim for block in small.blocks]
-    assert widths == sorted(widths)
-    assert widths[0] < widths[-1]
+    for rule in ("sensitivity", "softmax"):
+        config = AllocateConfig(widths=rule)
+        small = reshaped_config(allocate(SMALL, units, layers, Budget(macs=0.6), config=config))
+        widths = [block.mlp_dim for block in small.blocks]
+        assert widths == sorted(widths)
+        assert widths[0] < widths[-1]
+
+
+def test_sensitivity_prunes_the_branch_that_minds_least():
+    units, _ = random_scores(SMALL, 2, ties=False)
+    probes = np.array([0.3, 0.5, 0.7])
+    quiet, loud = np.tile(0.01 * probes[:, None] ** 2, 4), np.tile(probes[:, None] ** 2, 4)
+    for mlp, attn in ((quiet, loud), (loud, quiet)):
+        layers = LayerScores(tuple(probes), mlp, attn)
+        small = reshaped_config(allocate(SMALL, units, layers, Budget(macs=0.7)))
+        kept = [(b.mlp_dim / 256, b.qk_dim / 16) for b in small.blocks]
+        for mlp_keep, attn_keep in kept:
+            assert (mlp_keep < attn_keep) == (mlp is quiet)
+
+
+def test_sensitivity_meets_its_first_order_conditions():
+    # Two free widths: no exchange of cost between them may lower the predicted divergence.
+    units, _ = random_scores(SMALL, 2, ties=False)
+    probes = (0.25, 0.5, 0.75)
+    rng = np.random.default_rng(0)
+    a = rng.uniform(0.1, 1.0, (2, 4))
+    p = rng.uniform(1.5, 3.0, (2, 4))
+    layers = LayerScores(probes, *(a[i] * np.array(probes)[:, None] ** p[i] for i in range(2)))
+    small = reshaped_config(allocate(SMALL, units, layers, Budget(params=0.6)))
+    pruned = np.array([[1 - b.mlp_dim / 256 for b in small.blocks]])
+    slopes = (a[0] * p[0] * pruned ** (p[0] - 1))[0]
+    np.testing.assert_allclose(slopes, slopes.mean(), rtol=0.05)
+
+
+def test_curves_are_recovered_from_their_points():
+    probes = np.array([0.3, 0.5, 0.7])
+    a, p = np.array([0.5, 2.0]), np.array([1.5, 3.0])
+    layers = LayerScores(tuple(probes), a * probes[:, None] ** p, np.zeros((3, 2)))
+    curves = divergence_curves(layers)
+    np.testing.assert_allclose(curves["mlp"], (a, p), rtol=1e-6)
+    assert np.all(np.isfinite(curves["attn"]))
 
 
 def test_published_clipping_loses_budget_and_water_filling_does_not():

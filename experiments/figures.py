@@ -1,0 +1,213 @@
+"""The drawings of an experiment's report, as SVG that can stand in an HTML page."""
+
+import html
+import io
+import re
+import warnings
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tapvit_jax.runtime import one_line
+
+TITLES = {"pool": "whole pool", "random": "random subset"}
+_INK, _DENSE, _SELECTED, _OWN = "#111827", "#6b7280", "#2563eb", "#bfdbfe"
+# Hollow and large: where it covers another mark, both are seen.
+_SQUARE = {"s": 70, "marker": "s", "facecolors": "none", "edgecolors": _INK}
+# Colours that are told apart with any colour vision; the shapes differ as well.
+_MARKS = {"pool": ("#d97706", "^"), "random": ("#059669", "D")}
+_WIDTH = 11.0
+# Beyond as many, names or numbers inside a drawing would only overlap.
+_NAMED_CLASSES, _NUMBERED_BLOCKS, _NUMBERED_DEVICES = 30, 16, 20
+
+
+def accuracy(results: dict[str, Any]) -> str:
+    """Accuracy against MACs: every device before and after recovery, and the dense model."""
+    figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
+    axes = figure.subplots()
+    x, dense, pruned, recovered = _series(results)
+    axes.vlines(x, pruned, recovered, color=_SELECTED, alpha=0.35, zorder=1)
+    axes.scatter(x, pruned, facecolors="white", edgecolors=_SELECTED, label="pruned", zorder=2)
+    axes.scatter(x, recovered, color=_SELECTED, label="pruned and recovered", zorder=3)
+    axes.scatter(np.full(len(x), 100.0), dense, label="dense", zorder=2, **_SQUARE)
+    _percent_scale(axes, "y", [*dense, *pruned, *recovered])
+    axes.set_xlim(min(x) - 4, 104)
+    if len(x) <= _NUMBERED_DEVICES:
+        _number(axes, x, recovered, [str(row["device"]) for row in results["devices"]])
+        axes.set_title("numbers: devices", size=9, loc="right")
+    axes.set_xlabel("MACs of the pruned model, % of the dense model's")
+    axes.set_ylabel("top-1 on the device's test images, %")
+    axes.grid(alpha=0.25)
+    _legend(figure)
+    return _svg(figure, f"Accuracy against MACs of {len(x)} devices")
+
+
+def _series(results: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    """Share of MACs and accuracy of the dense, pruned and recovered model, in percent."""
+    rows = results["devices"]
+    selected = [row["variants"]["selected"] for row in rows]
+    return (
+        np.array([100 * row["cost"]["macs"] / results["dense"]["macs"] for row in rows]),
+        np.array([100 * row["dense"] for row in rows]),
+        np.array([100 * found["pruned"] for found in selected]),
+        np.array([100 * found["recovered"] for found in selected]),
+    )
+
+
+def _percent_scale(axes: Axes, direction: str, values: list[float]) -> None:
+    low, high = min(values), max(values)
+    edge = max(0.06 * (high - low), 2.0)
+    getattr(axes, f"set_{direction}lim")(max(low - edge, -2.0), min(high + edge, 102.0))
+
+
+def _number(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
+    """Write a name right of every point, moved up where it would cover another."""
+    width, height = np.ptp(axes.get_xlim()) * 0.03, np.ptp(axes.get_ylim()) * 0.05
+    placed: list[tuple[float, float]] = []
+    for i in np.argsort(y):
+        level = y[i]
+        for other_x, other_level in sorted(placed, key=lambda p: p[1]):
+            if abs(other_x - x[i]) < width and abs(other_level - level) < height:
+                level = other_level + height
+        placed.append((x[i], level))
+        axes.annotate(
+            names[i],
+            (x[i], y[i]),
+            xytext=(x[i] + width / 3, level),
+            va="center",
+            size=8,
+            color=_INK,
+            arrowprops={"arrowstyle": "-", "color": _DENSE, "lw": 0.5} if level > y[i] else None,
+        )
+    top = max(level for _, level in placed) + height / 2
+    axes.set_ylim(top=max(axes.get_ylim()[1], top))
+
+
+def devices(results: dict[str, Any]) -> str:
+    """Accuracy of every device's models, the comparisons' too, a line for each device."""
+    rows = results["devices"]
+    figure = Figure(figsize=(_WIDTH, 1.1 + _row_height(rows) * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    at = np.arange(len(rows))
+    _, dense, pruned, recovered = _series(results)
+    values = [*dense, *pruned, *recovered]
+    axes.hlines(at, pruned, recovered, color=_SELECTED, alpha=0.35, zorder=1)
+    axes.scatter(pruned, at, facecolors="white", edgecolors=_SELECTED, label="pruned", zorder=3)
+    axes.scatter(recovered, at, color=_SELECTED, label="pruned and recovered", zorder=4)
+    for name, offset in zip(results["config"]["comparisons"], (-0.25, 0.25), strict=False):
+        found = [100 * row["variants"][name]["recovered"] for row in rows]
+        color, marker = _MARKS[name]
+        label = f"recovered, {TITLES[name]}"
+        axes.scatter(found, at + offset, s=18, color=color, marker=marker, label=label, zorder=2)
+        values += found
+    axes.scatter(dense, at, label="dense", zorder=5, **_SQUARE)
+    _percent_scale(axes, "x", values)
+    _name_devices(axes, rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("top-1 on the device's test images, %")
+    axes.grid(alpha=0.25, axis="x")
+    _legend(figure)
+    return _svg(figure, f"Accuracy of the models of {len(rows)} devices")
+
+
+def keep_ratios(results: dict[str, Any]) -> str:
+    """Share of the units that every block keeps, a line for each device."""
+    rows = results["devices"]
+    kinds = {"mlp": "MLP units", "qk": "query-key dims", "vo": "value dims"}
+    height = 1.2 + _row_height(rows) * len(rows)
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    grid = figure.subplots(1, len(kinds), sharey=True)
+    for axes, (kind, title) in zip(grid, kinds.items(), strict=True):
+        ratios = 100 * np.array([row["keep_ratios"][kind] for row in rows])
+        image = axes.imshow(
+            ratios, vmin=0, vmax=100, cmap="Blues", aspect="auto", interpolation="nearest"
+        )
+        if ratios.shape[1] <= _NUMBERED_BLOCKS:
+            for (y, x), value in np.ndenumerate(ratios):
+                color = "white" if value > 60 else _INK
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", size=7, color=color)
+        axes.set_title(title, size=10)
+        axes.set_xlabel("block")
+        axes.set_xticks(range(0, ratios.shape[1], 1 + ratios.shape[1] // _NUMBERED_BLOCKS))
+        axes.tick_params(labelsize=8)
+        _name_devices(axes, rows)
+    figure.colorbar(image, ax=grid, label="kept, %", fraction=0.02)
+    return _svg(figure, f"Share of units that every block of {len(rows)} devices keeps")
+
+
+def classes(results: dict[str, Any]) -> str:
+    """Classes of every device's metric dataset; the device's own classes are shaded."""
+    rows, names = results["devices"], results["class_names"]
+    step = max(0.45, 2.4 / len(rows))
+    figure = Figure(figsize=(_WIDTH, 1.1 + step * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    histograms = np.array([row["selection"]["class_histogram"] for row in rows])
+    tallest = max(int(histograms.max()), 1)
+    edges = np.arange(len(names) + 1) - 0.5
+    # Bars with gaps between them, as one path however many they are.
+    bar_edges = (np.arange(len(names))[:, None] + (-0.36, 0.36)).ravel()
+    for at, (row, histogram) in enumerate(zip(rows, histograms, strict=True)):
+        # Rows go down the page, hence bars up from at + 0.4 are negative.
+        base = at + 0.4
+        own = np.isin(np.arange(len(names)), row["classes"])
+        style = {"baseline": base, "fill": True, "linewidth": 0}
+        axes.stairs(base - 0.9 * own, edges, color=_OWN, **style)
+        heights = np.stack([histogram, np.zeros_like(histogram)], axis=1).ravel()[:-1]
+        axes.stairs(base - 0.85 * heights / tallest, bar_edges, color=_SELECTED, **style)
+        axes.axhline(base, color=_DENSE, linewidth=0.5)
+    _name_devices(axes, rows)
+    axes.set_ylim(len(rows) - 0.5, -0.6)
+    axes.set_xlim(edges[0], edges[-1])
+    if len(names) <= _NAMED_CLASSES:
+        # A "$" in a name is a dollar, not mathematics.
+        axes.set_xticks(
+            range(len(names)),
+            [_shorten(one_line(name), 24) for name in names],
+            rotation=0 if max(map(len, names)) * len(names) < 100 else 90,
+            parse_math=False,
+        )
+        axes.set_xlabel("class")
+    else:
+        axes.set_xlabel("number of the class")
+    axes.set_title(f"full height: {tallest} images", size=9, loc="right")
+    return _svg(figure, f"Classes in the metric datasets of {len(rows)} devices")
+
+
+def _shorten(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _row_height(rows: list[dict[str, Any]]) -> float:
+    return 0.36 if len(rows) <= _NUMBERED_DEVICES else 0.22
+
+
+def _name_devices(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.set_yticks(range(len(rows)), [f"device {row['device']}" for row in rows], size=8)
+
+
+def _legend(figure: Figure) -> None:
+    # Above the drawing, where it never covers a point.
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8
+    )
+
+
+def _svg(figure: Figure, label: str) -> str:
+    text = io.StringIO()
+    # Text stays text, so that it can be selected and found; no date, so that pages compare equal.
+    unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    options = {"svg.fonttype": "none", "svg.hashsalt": label, "font.sans-serif": ["DejaVu Sans"]}
+    with warnings.catch_warnings(), matplotlib.rc_context(options):
+        # The browser has letters that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(text, format="svg", metadata=unsaid)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Every drawing has a figure_1; in one page, names must differ.
+    prefix = re.sub(r"\W+", "-", label).lower()
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

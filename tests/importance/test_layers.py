@@ -1,0 +1,185 @@
+"""Layer scores against the slow way: mask one branch, run the whole model again, compare."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.importance import layers
+from tapvit_jax.importance.layers import LayerConfig, layer_importance, probe_count
+from tapvit_jax.models import vit
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.vit import BlockConfig
+from tapvit_jax.prune.mask import Plan, apply_masks
+from tapvit_jax.prune.units import unit_table
+from tests.conftest import realistic
+
+KINDS = {"mlp": ("mlp",), "attn": ("qk", "vo")}
+
+
+def random_scores(config, seed=0):
+    rng = np.random.default_rng(seed)
+    return {group.key: rng.random(group.shape) for group in unit_table(config)}
+
+
+def kept(scores, sparsity, ragged):
+    """The highest scores: of all heads together, or of every head alike."""
+    if scores.ndim == 1 or ragged:
+        count = int(scores.size * (1 - sparsity) + 1e-9)
+        return scores >= np.sort(scores.ravel())[scores.size - count]
+    return np.stack([kept(row, sparsity, False) for row in scores])
+
+
+def log_probabilities(model, images):
+    logits = np.float64(model.apply(images))
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def slow_divergences(model, images, units, config):
+    """The divergence of every image for (branch, sparsity, block)."""
+    original = log_probabilities(model, images)
+    found = {branch: np.zeros((len(config.sparsity), 0, len(images))) for branch in KINDS}
+    for branch, kinds in KINDS.items():
+        columns = []
+        for i, block in enumerate(model.config.blocks):
+            column = np.zeros((len(config.sparsity), len(images)))
+            for row, sparsity in enumerate(config.sparsity if getattr(block, branch) else ()):
+                keys = [f"blocks_{i}/{kind}" for kind in kinds]
+                keep = {key: kept(units[key], sparsity, config.ragged) for key in keys}
+                pruned = log_probabilities(apply_masks(model, Plan(model.config, keep)), images)
+                a, b = (original, pruned) if config.direction == "forward" else (pruned, original)
+                column[row] = (np.exp(a) * (a - b)).sum(axis=1)
+            columns.append(column)
+        found[branch] = np.stack(columns, axis=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def units(tiny_config):
+    return random_scores(tiny_config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LayerConfig((0.3, 0.75)),
+        LayerConfig((0.3, 0.75), direction="reverse", ragged=True),
+    ],
+    ids=["forward", "reverse"],
+)
+def test_scores_equal_the_slow_way(tiny_model, images, units, config):
+    found = layer_importance(tiny_model, [images], units, config=config)
+    expected = slow_divergences(tiny_model, images, units, config)
+    for branch in KINDS:
+        scores = getattr(found, branch)
+        assert scores.min() > 1e-4
+        np.testing.assert_allclose(scores, expected[branch].mean(axis=-1), atol=1e-5)
+        np.testing.assert_allclose(found.mean(branch), scores.mean(axis=0))
+
+
+def test_several_sparsities_equal_separate_calls(tiny_model, images, units):
+    together = layer_importance(tiny_model, [images], units, (0.3, 0.75))
+    for row, sparsity in enumerate((0.3, 0.75)):
+        alone = layer_importance(tiny_model, [images], units, sparsity)
+        assert alone.sparsity == (sparsity,)
+        np.testing.assert_allclose(alone.mlp[0], together.mlp[row], rtol=1e-4)
+        np.testing.assert_allclose(alone.attn[0], together.attn[row], rtol=1e-4)
+
+
+def test_a_sparsity_that_is_named_twice_scores_the_same_twice(tiny_model, images, units):
+    found = layer_importance(tiny_model, [images], units, (0.3, 0.3))
+    np.testing.assert_array_equal(found.mlp[0], found.mlp[1])
+    np.testing.assert_array_equal(found.attn[0], found.attn[1])
+
+
+@pytest.fixture(scope="module")
+def sparse_model(tiny_config):
+    """Blocks without MLP, without attention, without either, and with groups of no units."""
+    blocks = (
+        BlockConfig(2, 4, 4, 0, mlp=False),
+        BlockConfig(0, 0, 0, 0, attn=False, mlp=False),
+        BlockConfig(0, 0, 0, 6, attn=False),
+        BlockConfig(0, 0, 0, 0),
+    )
+    config = dataclasses.replace(tiny_config, blocks=blocks)
+    return Model(config, realistic(vit.init(config, jax.random.key(5)), 5))
+
+
+@pytest.mark.parametrize("quirk", [False, True])
+def test_absent_branches_and_batches_of_two_sizes(sparse_model, images, quirk):
+    config = LayerConfig((0.5,), batch_quirk=quirk)
+    units = random_scores(sparse_model.config, 1)
+    padded = {"image": images, "mask": np.float32([1, 0, 1, 1, 1, 0])}
+    found = layer_importance(sparse_model, [images, images[:0], padded], units, config=config)
+    slow = slow_divergences(sparse_model, images, units, config)
+    real = padded["mask"] > 0
+    for branch in KINDS:
+        every = slow[branch]
+        if quirk:
+            expected = every.mean(axis=-1) / 6 + every[..., real].mean(axis=-1) / 4
+        else:
+            expected = (every.sum(axis=-1) + every[..., real].sum(axis=-1)) / 10
+        np.testing.assert_allclose(getattr(found, branch), expected, atol=1e-5)
+    assert np.flatnonzero(found.mlp).tolist() == [2]
+    assert np.flatnonzero(found.attn).tolist() == [0]
+
+
+def test_probes_share_the_dense_prefix(tiny_model, images, units, monkeypatch):
+    evaluated = []
+
+    def counted(name):
+        original = getattr(layers, name)
+
+        def run(*args):
+            out = original(*args)
+            evaluated.append((name, len(out) // len(images)))
+            return out
+
+        monkeypatch.setattr(layers, name, run)
+
+    counted("_run_block")
+    counted("_gated_block")
+    layer_importance(tiny_model, [images], units, (0.3, 0.75))
+    depth, probes = len(tiny_model.config.blocks), 2
+    assert [n for name, n in evaluated if name == "_gated_block"] == [2 * probes] * depth
+    total = depth + 2 * probes * depth + probes * depth * (depth - 1)
+    assert sum(n for _, n in evaluated) == total
+
+
+def test_no_batch_beyond_max_batches_is_read(tiny_model, images, units):
+    def batches():
+        yield images
+        raise AssertionError("read too far")
+
+    config = LayerConfig((0.3, 0.75), max_batches=1)
+    found = layer_importance(tiny_model, batches(), units, config=config)
+    np.testing.assert_array_equal(
+        found.mlp, layer_importance(tiny_model, [images], units, (0.3, 0.75)).mlp
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "sparsity", "count"),
+    [(10, 0.3, 7), (10, 0.9, 1), (10, 0.99, 0), (7, 0.5, 3), (1, 0.5, 0), (0, 0.5, 0)],
+)
+def test_probe_count(size, sparsity, count):
+    assert probe_count(size, sparsity) == count
+
+
+@pytest.mark.parametrize("sparsity", [(), (0.0,), (1.0,), (0.5, -0.1), (float("nan"),)])
+def test_sparsities_outside_0_to_1_are_refused(tiny_model, images, units, sparsity):
+    with pytest.raises(InputError, match="expected values between 0 and 1"):
+        layer_importance(tiny_model, [images], units, sparsity)
+
+
+@pytest.mark.parametrize("batches", [[], [np.zeros((0, 8, 8, 3), np.float32)]])
+def test_no_images_are_refused(tiny_model, units, batches):
+    with pytest.raises(InputError, match="at least one batch"):
+        layer_importance(tiny_model, batches, units)
+
+
+def test_scores_that_are_nan_are_refused(tiny_model, images, units):
+    with pytest.raises(InputError, match="NaN"):
+        layer_importance(tiny_model, [images], units | {"blocks_1/mlp": np.full(32, np.nan)})

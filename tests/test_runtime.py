@@ -1,0 +1,104 @@
+import errno
+import importlib.metadata
+import os
+import platform
+
+import jax
+import pytest
+
+from tapvit_jax import versions
+from tapvit_jax.errors import InputError
+from tapvit_jax.runtime import run_program, set_up_jax
+
+
+def program(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_success_is_silent(capsys):
+    ran = []
+    assert run_program(lambda: ran.append(1)) == 0
+    # What a program returns is not its exit code.
+    assert run_program(lambda: 7) == 0
+    assert ran == [1] and capsys.readouterr() == ("", "")
+
+
+def test_wrong_input_is_one_line_and_2(capsys):
+    assert run_program(program(InputError("a.gmm: weights sum to 2, expected 1"))) == 2
+    assert capsys.readouterr() == ("", "error: a.gmm: weights sum to 2, expected 1\n")
+
+
+def test_names_from_elsewhere_cannot_break_the_line_or_command_the_terminal(capsys):
+    name = "a\nb\r\x1b[2J\u202e\udc80é中"
+    assert run_program(program(InputError(f"unknown field {name}"))) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: unknown field a\\nb\\r\\x1b[2J\\u202e\\udc80é中\n")
+
+
+def test_interruption_is_one_message_and_130(capsys):
+    assert run_program(program(KeyboardInterrupt())) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.strip().splitlines() == [
+        "interrupted: the same command continues where this stopped"
+    ]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_full_or_closed_disk_is_one_line_and_2(capsys, code):
+    assert run_program(program(OSError(code, os.strerror(code), "x\ny"))) == 2
+    assert run_program(program(OSError(code, os.strerror(code)))) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"error: x\\ny: {os.strerror(code)}\nerror: {os.strerror(code)}\n",
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError("x"), SystemExit(3)])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)) as caught:
+        run_program(program(error))
+    assert caught.value is error
+
+
+@pytest.fixture
+def settings():
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_where_the_user_says(settings, monkeypatch, tmp_path):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    expected = {
+        "HOME": tmp_path / ".cache" / "tapvit_jax",
+        "XDG_CACHE_HOME": tmp_path / "tapvit_jax",
+        "JAX_COMPILATION_CACHE_DIR": tmp_path,
+    }
+    for variable, directory in expected.items():
+        monkeypatch.setenv(variable, str(tmp_path))
+        set_up_jax()
+        assert jax.config.jax_compilation_cache_dir == str(directory)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    set_up_jax()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "tapvit_jax")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_versions_name_what_decides_results(monkeypatch):
+    found = versions.library_versions()
+    assert found["python"] == platform.python_version()
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn"):
+        assert found[name] == importlib.metadata.version(name)
+    monkeypatch.setattr(versions, "_RECORDED", ("no-such-library", "numpy"))
+    assert versions.library_versions.__wrapped__() == {
+        "python": found["python"],
+        "no-such-library": "not installed",
+        "numpy": found["numpy"],
+        "scikit-learn": found["scikit-learn"],
+    }

@@ -1,0 +1,272 @@
+import json
+import logging
+import os
+import pickle
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import content_hash, file_hash
+from tapvit_jax.stages import Stages, claim_workdir, differences
+
+INPUTS = {"seed": 1, "options": {"epochs": 2, "names": ["a", "b"]}}
+ARRAYS = {
+    "w": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    "scalar": np.float32(2.5),
+    "empty": np.zeros((0, 4), np.int64),
+}
+META = {"best": 0.25, "record": [{"epoch": 1, "loss": 1e-7}], "bic": {10: 1.0, 9: 2.0}}
+
+
+class Work:
+    """Counts how often it is done."""
+
+    def __init__(self, arrays=ARRAYS, meta=META):
+        self.arrays, self.meta, self.times = arrays, meta, 0
+
+    def __call__(self):
+        self.times += 1
+        return self.arrays, self.meta
+
+
+def entries(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+def check(artefact, cached):
+    assert artefact.cached == cached
+    assert artefact.arrays.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        found = artefact.arrays[name]
+        assert found.dtype == array.dtype and found.shape == array.shape, name
+        np.testing.assert_array_equal(found, array)
+    # The same from the first run and from all later ones.
+    assert artefact.meta == json.loads(json.dumps(META))
+
+
+def test_the_second_run_is_cached(tmp_path, caplog):
+    work, stages = Work(), Stages(tmp_path / "stages")
+    first = stages.run("train", INPUTS, work)
+    check(first, cached=False)
+    reordered = json.loads(json.dumps(dict(reversed(INPUTS.items()))))
+    for again in (stages, Stages(tmp_path / "stages")):
+        found = again.run("train", reordered, work)
+        check(found, cached=True)
+        assert found.key == first.key
+    assert work.times == 1 and not caplog.records
+    (made,) = (tmp_path / "stages").iterdir()
+    assert made.name == f"train-{first.key[:16]}"
+
+
+def test_nothing_but_a_stage_without_arrays(tmp_path):
+    work, stages = Work({}, {}), Stages(tmp_path)
+    for cached in (False, True):
+        found = stages.run("empty", {}, work)
+        assert (dict(found.arrays), dict(found.meta), found.cached) == ({}, {}, cached)
+
+
+def test_other_inputs_and_other_names_are_computed_anew(tmp_path):
+    work, stages = Work(), Stages(tmp_path)
+    keys = {
+        stages.run(name, inputs, work).key
+        for name, inputs in [
+            ("train", INPUTS),
+            ("score", INPUTS),
+            ("train", INPUTS | {"seed": 2}),
+            ("train", INPUTS | {"seed": "1"}),
+            ("train", INPUTS | {"more": None}),
+            ("train", {"seed": 1, "options": {"epochs": 2, "names": ["b", "a"]}}),
+        ]
+    }
+    assert len(keys) == work.times == 6
+    check(stages.run("train", INPUTS, work), cached=True)
+
+
+class Explode:
+    """Unpickling this leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def alter(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def delete(path):
+    path.unlink()
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_pickle(path):
+    path.write_bytes(pickle.dumps(Explode(path.parent.parent / "exploded")))
+
+
+def edit_meta(path):
+    # Valid JSON with another result in it.
+    path.write_text(path.read_text().replace("0.25", "0.75"))
+
+
+def other_stage(path):
+    spec = json.loads(path.read_text())
+    path.write_text(json.dumps(spec | {"key": "0" * 64}))
+
+
+def no_mapping(path):
+    path.write_text("[1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *(
+            (file, damage)
+            for file in ("stage.json", "arrays.safetensors")
+            for damage in (truncate, empty, alter, delete, folder, replace_by_pickle)
+        ),
+        *(("stage.json", damage) for damage in (edit_meta, other_stage, no_mapping)),
+    ],
+)
+def test_a_damaged_artefact_is_computed_again_and_that_is_said(tmp_path, caplog, file, damage):
+    work, stages = Work(), Stages(tmp_path)
+    key = stages.run("train", INPUTS, work).key
+    path = tmp_path / f"train-{key[:16]}" / file
+    damage(path)
+    with caplog.at_level(logging.WARNING):
+        check(stages.run("train", INPUTS, work), cached=False)
+    (record,) = caplog.records
+    assert str(path.parent) in record.getMessage()
+    assert record.getMessage().endswith("; computing it again")
+    check(stages.run("train", INPUTS, work), cached=True)
+    assert work.times == 2 and len(caplog.records) == 1
+    assert entries(path.parent) == ["arrays.safetensors", "stage.json"]
+    assert list(tmp_path.iterdir()) == [path.parent]
+
+
+def test_a_pickle_with_matching_checksums_is_not_executed_either(tmp_path, caplog):
+    work, stages = Work(), Stages(tmp_path)
+    directory = tmp_path / f"train-{stages.run('train', INPUTS, work).key[:16]}"
+    replace_by_pickle(directory / "arrays.safetensors")
+    spec = json.loads((directory / "stage.json").read_text())
+    del spec["spec_sha256"]
+    spec["sha256"] = file_hash(directory / "arrays.safetensors")
+    (directory / "stage.json").write_text(json.dumps(spec | {"spec_sha256": content_hash(spec)}))
+    with caplog.at_level(logging.WARNING):
+        check(stages.run("train", INPUTS, work), cached=False)
+    assert "not a .safetensors file" in caplog.text
+    assert not (tmp_path / "exploded").exists()
+    # The trap is a trap.
+    pickle.loads(pickle.dumps(Explode(tmp_path / "exploded")))
+    assert (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_killed_while_computing_leaves_nothing(tmp_path, stop):
+    def compute():
+        raise stop
+
+    stages = Stages(tmp_path / "stages")
+    with pytest.raises(stop):
+        stages.run("train", INPUTS, compute)
+    assert entries(tmp_path) == []
+    check(stages.run("train", INPUTS, Work()), cached=False)
+
+
+def test_killed_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    save = safetensors.numpy.save_file
+
+    def save_and_stop(arrays, path):
+        save(arrays, path)
+        raise KeyboardInterrupt
+
+    stages = Stages(tmp_path / "stages")
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("train", INPUTS, Work())
+    assert entries(tmp_path) == ["stages"]
+    monkeypatch.undo()
+    check(stages.run("train", INPUTS, Work()), cached=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_results_that_are_no_numbers_are_not_cached(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Stages(tmp_path).run("train", INPUTS, Work(meta={"loss": value}))
+    assert entries(tmp_path) == []
+
+
+def test_scratch_lies_beside_the_artefacts(tmp_path):
+    stages = Stages(tmp_path)
+    assert stages.scratch("a") != stages.scratch("b")
+    assert tmp_path in stages.scratch("a").parents
+    assert entries(tmp_path) == []
+
+
+CONFIG = {"seed": 0, "train": {"epochs": 3, "rates": [0.1, 0.2]}, "name": "a"}
+
+
+def test_a_work_directory_serves_one_configuration(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    claim_workdir(workdir, CONFIG)
+    (workdir / "results.json").write_text("{}")
+    claim_workdir(workdir, dict(reversed(CONFIG.items())))
+    assert json.loads((workdir / "config.json").read_text()) == CONFIG
+    other = {"seed": 1, "train": {"epochs": 3, "rates": [0.1, 0.3]}, "title": "a"}
+    with pytest.raises(InputError) as caught:
+        claim_workdir(workdir, other)
+    assert str(caught.value) == (
+        f"{workdir}: belongs to another configuration; these fields differ: "
+        "name ('a' there, nothing here), seed (0 there, 1 here), title (nothing there, 'a' here), "
+        "train.rates ([0.1, 0.2] there, [0.1, 0.3] here). "
+        "Choose another --workdir or delete this one"
+    )
+    assert json.loads((workdir / "config.json").read_text()) == CONFIG
+
+
+def test_an_empty_work_directory_is_claimed(tmp_path):
+    claim_workdir(tmp_path, CONFIG)
+    assert entries(tmp_path) == ["config.json"]
+
+
+def test_foreign_work_directories_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match=r"is not empty and holds no config\.json"):
+        claim_workdir(tmp_path, CONFIG)
+    for text, message in (("{", "is not valid JSON"), ("[1]", "is not a configuration")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=rf"config\.json: {message}"):
+            claim_workdir(tmp_path, CONFIG)
+    assert entries(tmp_path) == ["config.json", "thesis.tex"]
+
+
+def test_work_directories_that_cannot_be_written_are_refused(tmp_path):
+    (tmp_path / "file").write_text("here")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=rf"{workdir}/config\.json: lies below a file"):
+            claim_workdir(workdir, CONFIG)
+    assert entries(tmp_path) == ["file"]
+
+
+def test_differences():
+    assert differences(CONFIG, CONFIG) == []
+    assert differences({"a": {"b": 1}}, {"a": 2}) == ["a ({'b': 1} there, 2 here)"]
+    assert differences({"a": None}, {}) == ["a (None there, nothing here)"]
