@@ -208,7 +208,8 @@ def _to_table(caption: str, groups: list[tuple[str, list[str]]], rows: list[list
         for row in rows
     )
     return (
-        f'<div class="wide" tabindex="0"><table><caption>{caption}</caption>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{caption}"><table>'
+        f"<caption>{caption}</caption>"
         f"<thead><tr>{first}</tr><tr>{second}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

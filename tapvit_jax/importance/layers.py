@@ -49,8 +49,11 @@ class LayerConfig:
     max_batches: int = 50
 
     def __post_init__(self):
-        if not self.sparsity or any(not 0 < s < 1 for s in self.sparsity):
-            raise InputError(f"sparsity is {self.sparsity}, expected values between 0 and 1")
+        distinct = len(set(self.sparsity)) == len(self.sparsity)
+        if not self.sparsity or not distinct or any(not 0 < s < 1 for s in self.sparsity):
+            raise InputError(
+                f"sparsity is {self.sparsity}, expected different values between 0 and 1"
+            )
 
     @classmethod
     def as_published(cls, sparsity: tuple[float, ...] = (0.5,)) -> "LayerConfig":
@@ -173,7 +176,7 @@ def _probe_gates(
 
 def probe_mask(scores: Float[np.ndarray, "..."], sparsity: float, ragged: bool) -> np.ndarray:
     """Mask of the units that a probe keeps: over all heads together if ragged, else per head."""
-    if scores.ndim == 1 or ragged:
+    if scores.ndim == 1 or ragged or scores.size == 0:
         return top_k_mask(scores, probe_count(scores.size, sparsity))
     count = probe_count(scores.shape[1], sparsity)
     return np.stack([top_k_mask(row, count) for row in scores])

@@ -1,8 +1,10 @@
 """Parameter trees: plain nested dicts of arrays, addressed by paths."""
 
+import hashlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from tapvit_jax.errors import InputError
 
@@ -25,6 +27,16 @@ def unflatten(leaves: dict[Path, jax.Array]) -> Params:
             node = node.setdefault(name, {})
         node[path[-1]] = leaf
     return tree
+
+
+def tree_hash(tree: Params) -> str:
+    """SHA-256 (hex) over the path, type, shape and bytes of every leaf."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(tree).items()):
+        array = np.asarray(leaf)
+        digest.update(f"{'/'.join(path)} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def check_params(shapes: Params, params: Params, name: str = "params") -> None:

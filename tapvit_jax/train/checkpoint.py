@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from tapvit_jax.errors import InputError
@@ -18,6 +19,8 @@ class Checkpoints:
     Orbax writes each state beside the last one and renames it when it is whole, so that a run that
     is killed at any moment resumes from a whole state.
 
+    As a context manager it removes them when the body succeeds and keeps them otherwise.
+
     Args:
       directory: where to keep them.
       identity: plain values that say which run this is; a resumed run must have the same.
@@ -27,6 +30,8 @@ class Checkpoints:
         # Orbax tells every step of its work at INFO level; users want the progress line instead.
         logging.getLogger("absl").setLevel(logging.WARNING)
         self._directory = directory.resolve()
+        if self._directory.exists() and not self._directory.is_dir():
+            raise InputError(f"{directory}: cannot hold checkpoints (is a file)")
         self._identity = content_hash(identity)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1, create=True, enable_async_checkpointing=False
@@ -36,13 +41,19 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"{directory}: cannot hold checkpoints ({error})") from error
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self.close(delete=kind is None)
+
     def save(self, epoch: int, state: Any, record: dict[str, Any]) -> None:
         """Keep the state after an epoch, and what was measured so far."""
         meta = {"identity": self._identity, "record": record}
         self._manager.save(
             epoch,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                state=ocp.args.StandardSave(_entries(state)), meta=ocp.args.JsonSave(meta)
             ),
         )
 
@@ -61,14 +72,21 @@ class Checkpoints:
                 f"{self._directory}: holds checkpoints of a run with another configuration; "
                 "choose another work directory or delete them"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        state = self._manager.restore(
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _entries(template))
+        found = self._manager.restore(
             epoch, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         )["state"]
-        return epoch, state, meta["meta"]["record"]
+        leaves, structure = jax.tree.flatten(template)
+        leaves = [found.get(str(i), leaf) for i, leaf in enumerate(leaves)]
+        return epoch, jax.tree.unflatten(structure, leaves), meta["meta"]["record"]
 
     def close(self, delete: bool = False) -> None:
         """Release the directory; `delete` removes it once the run's result is stored elsewhere."""
         self._manager.close()
         if delete:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _entries(state: Any) -> dict[str, Any]:
+    # Orbax refuses arrays without entries, which fully pruned widths have.
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state)) if np.size(leaf)}

@@ -1,11 +1,12 @@
 """Training: from scratch, and recovery of a masked or reshaped model by fine-tuning."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import vit
-from tapvit_jax.models.params import Params
+from tapvit_jax.models.params import Params, tree_hash
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
 from tapvit_jax.train.evaluate import Forward, Metrics, evaluate
@@ -62,13 +63,24 @@ class TrainConfig:
     checkpoint_epochs: int = 5
 
     def __post_init__(self):
-        for field in ("batch_size", "checkpoint_epochs"):
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
-        if self.epochs < 0 or self.learning_rate <= 0 or self.temperature <= 0:
-            raise InputError("epochs must not be negative, learning_rate and temperature positive")
-        if not 0 <= self.distill <= 1 or not 0 <= self.label_smoothing < 1:
-            raise InputError("distill must lie in [0, 1] and label_smoothing in [0, 1)")
+        images, schedules = self.images_per_epoch, get_args(type(self).__annotations__["schedule"])
+        for field, fine, expected in (
+            ("epochs", self.epochs >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("images_per_epoch", images is None or images >= 1, "1 or more, or None"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "more than 0"),
+            ("schedule", self.schedule in schedules, f"one of {', '.join(schedules)}"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
+            ("distill", 0 <= self.distill <= 1, "0 to 1"),
+            ("temperature", 0 < self.temperature < math.inf, "more than 0"),
+            ("shift", self.shift >= 0, "0 or more"),
+            ("clip_norm", self.clip_norm > 0, "more than 0"),
+            ("checkpoint_epochs", self.checkpoint_epochs >= 1, "1 or more"),
+        ):
+            if not fine:
+                raise InputError(f"{field} is {getattr(self, field)!r}, expected {expected}")
 
     @classmethod
     def as_published(cls) -> "TrainConfig":
@@ -172,50 +184,64 @@ def train(
         "best": masked,
     }
     record = [{"epoch": 0, "top1": start.top1, "loss": start.loss}]
-    keeper, first = None, 1
-    if checkpoints is not None:
-        identity = {"options": to_plain(options), "config": to_plain(config), "seed": seed}
-        keeper = Checkpoints(checkpoints, identity | {"train": data.train.tolist()})
-        found = keeper.restore(state)
-        if found is not None:
-            epoch, state, kept = found
-            record, first = kept["epochs"], epoch + 1
     key = jax.random.key(seed)
-    for epoch in range(first, options.epochs + 1):
-        losses = []
-        for i, batch in enumerate(_train_batches(data, options, seed, epoch, per_epoch)):
-            batch_key = jax.random.fold_in(jax.random.fold_in(key, epoch), i)
-            state["params"], state["moments"], state["step"], loss = _step(
-                (forward, config, options, teacher and (teacher.forward, teacher.config)),
-                state["params"],
-                state["moments"],
-                state["step"],
-                batch,
-                masks,
-                teacher.params if teacher else None,
-                schedule,
-                batch_key,
+    with contextlib.ExitStack() as stack:
+        keeper, first = None, 1
+        if checkpoints is not None:
+            identity = {"options": to_plain(options), "config": to_plain(config), "seed": seed}
+            identity |= _start_identity(params, data, masks, teacher)
+            keeper = stack.enter_context(Checkpoints(checkpoints, identity))
+            found = keeper.restore(state)
+            if found is not None:
+                epoch, state, kept = found
+                record, first = kept["epochs"], epoch + 1
+        for epoch in range(first, options.epochs + 1):
+            losses = []
+            for i, batch in enumerate(_train_batches(data, options, seed, epoch, per_epoch)):
+                batch_key = jax.random.fold_in(jax.random.fold_in(key, epoch), i)
+                state["params"], state["moments"], state["step"], loss = _step(
+                    (forward, config, options, teacher and (teacher.forward, teacher.config)),
+                    state["params"],
+                    state["moments"],
+                    state["step"],
+                    batch,
+                    masks,
+                    teacher.params if teacher else None,
+                    schedule,
+                    batch_key,
+                )
+                losses.append(loss)
+            mean_loss = float(jnp.stack(losses).mean())
+            found = evaluate(config, state["params"], _validation_batches(data, options), forward)
+            if not math.isfinite(mean_loss + found.loss):
+                raise InputError(
+                    f"the training loss became {mean_loss} and the validation loss {found.loss} "
+                    f"in epoch {epoch}: lower learning_rate (now {options.learning_rate})"
+                )
+            record.append(
+                {"epoch": epoch, "top1": found.top1, "loss": found.loss, "train_loss": mean_loss}
             )
-            losses.append(loss)
-        mean_loss = float(jnp.stack(losses).mean())
-        if not math.isfinite(mean_loss):
-            raise InputError(
-                f"the training loss became {mean_loss} in epoch {epoch}: lower learning_rate "
-                f"(now {options.learning_rate})"
-            )
-        found = evaluate(config, state["params"], _validation_batches(data, options), forward)
-        record.append(
-            {"epoch": epoch, "top1": found.top1, "loss": found.loss, "train_loss": mean_loss}
-        )
-        if _best(record) == epoch:
-            state["best"] = state["params"]
-        if keeper is not None and epoch % options.checkpoint_epochs == 0:
-            keeper.save(epoch, state, {"epochs": record})
-        if on_epoch is not None:
-            on_epoch(epoch, found)
-    if keeper is not None:
-        keeper.close(delete=True)
+            if _best(record) == epoch:
+                state["best"] = state["params"]
+            if keeper is not None and epoch % options.checkpoint_epochs == 0:
+                keeper.save(epoch, state, {"epochs": record})
+            if on_epoch is not None:
+                on_epoch(epoch, found)
     return TrainResult(state["best"], _best(record), record)
+
+
+def _start_identity(
+    params: Params, data: TrainData, masks: Params | None, teacher: Teacher | None
+) -> dict[str, Any]:
+    return {
+        "source": data.source.fingerprint(),
+        "preprocess": to_plain(data.preprocess),
+        "train": data.train.tolist(),
+        "validation": data.validation.tolist(),
+        "params": tree_hash(params),
+        "masks": None if masks is None else tree_hash(masks),
+        "teacher": teacher and [to_plain(teacher.config), tree_hash(teacher.params)],
+    }
 
 
 def _best(record: list[Record]) -> int:

@@ -160,11 +160,9 @@ def test_csv_holds_plain_numbers(tmp_path):
     report.write(found, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.csv"]
     rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text("utf-8"))))
-    head = (
-        "device classes test_images payload_bytes budget params params_percent macs macs_percent "
-    )
-    head += "dense_top1 pruned_top1 recovered_top1 recovered_pool_top1 recovered_random_top1 "
-    assert " ".join(rows[0]) == head + "dense_ms pruned_ms"
+    head = "device classes test_images payload_bytes budget params params_percent macs "
+    head += "macs_percent dense_top1 pruned_top1 recovered_top1 recovered_pool_top1 "
+    assert " ".join(rows[0]) == head + "recovered_random_top1 dense_ms pruned_ms"
     for row, device in zip(rows, found["devices"], strict=True):
         assert row["classes"].count(";") == len(device["classes"]) - 1
         assert row["budget"] == device["budget"]

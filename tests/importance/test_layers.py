@@ -8,7 +8,7 @@ import pytest
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance import layers
-from tapvit_jax.importance.layers import LayerConfig, layer_importance, probe_count
+from tapvit_jax.importance.layers import LayerConfig, layer_importance, probe_count, probe_mask
 from tapvit_jax.models import vit
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.vit import BlockConfig
@@ -26,10 +26,11 @@ def random_scores(config, seed=0):
 
 def kept(scores, sparsity, ragged):
     """The highest scores: of all heads together, or of every head alike."""
-    if scores.ndim == 1 or ragged:
-        count = int(scores.size * (1 - sparsity) + 1e-9)
-        return scores >= np.sort(scores.ravel())[scores.size - count]
-    return np.stack([kept(row, sparsity, False) for row in scores])
+    if scores.ndim == 2 and not ragged:
+        return np.stack([kept(row, sparsity, ragged) for row in scores])
+    count = int(scores.size * (1 - sparsity) + 1e-9)
+    ranks = np.argsort(np.argsort(-scores, axis=None)).reshape(scores.shape)
+    return ranks < count
 
 
 def log_probabilities(model, images):
@@ -88,23 +89,17 @@ def test_several_sparsities_equal_separate_calls(tiny_model, images, units):
         np.testing.assert_allclose(alone.attn[0], together.attn[row], rtol=1e-4)
 
 
-def test_a_sparsity_that_is_named_twice_scores_the_same_twice(tiny_model, images, units):
-    found = layer_importance(tiny_model, [images], units, (0.3, 0.3))
-    np.testing.assert_array_equal(found.mlp[0], found.mlp[1])
-    np.testing.assert_array_equal(found.attn[0], found.attn[1])
-
-
 @pytest.fixture(scope="module")
 def sparse_model(tiny_config):
-    """Blocks without MLP, without attention, without either, and with groups of no units."""
+    """Blocks without MLP, without attention, and without either."""
     blocks = (
         BlockConfig(2, 4, 4, 0, mlp=False),
         BlockConfig(0, 0, 0, 0, attn=False, mlp=False),
         BlockConfig(0, 0, 0, 6, attn=False),
-        BlockConfig(0, 0, 0, 0),
     )
     config = dataclasses.replace(tiny_config, blocks=blocks)
-    return Model(config, realistic(vit.init(config, jax.random.key(5)), 5))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), vit.param_shapes(config))
+    return Model(config, realistic(ones, 5))
 
 
 @pytest.mark.parametrize("quirk", [False, True])
@@ -168,9 +163,14 @@ def test_probe_count(size, sparsity, count):
     assert probe_count(size, sparsity) == count
 
 
-@pytest.mark.parametrize("sparsity", [(), (0.0,), (1.0,), (0.5, -0.1), (float("nan"),)])
-def test_sparsities_outside_0_to_1_are_refused(tiny_model, images, units, sparsity):
-    with pytest.raises(InputError, match="expected values between 0 and 1"):
+@pytest.mark.parametrize("shape", [(0,), (0, 0), (2, 0)])
+def test_probes_of_groups_without_units(shape):
+    assert probe_mask(np.zeros(shape), 0.5, ragged=False).shape == shape
+
+
+@pytest.mark.parametrize("sparsity", [(), (0.0,), (1.0,), (0.5, -0.1), (np.nan,), (0.3, 0.3)])
+def test_useless_sparsities_are_refused(tiny_model, images, units, sparsity):
+    with pytest.raises(InputError, match="expected different values between 0 and 1"):
         layer_importance(tiny_model, [images], units, sparsity)
 
 

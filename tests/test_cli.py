@@ -1,0 +1,252 @@
+"""The command line, as a user runs it: image files in, a smaller model out."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import tapvit_jax as tap
+from tapvit_jax.__main__ import main
+from tapvit_jax.convert.timm import save_timm
+from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.models import vit
+from tapvit_jax.models.registry import Model
+from tapvit_jax.runtime import run_program
+
+CLASSES = ("0", "1", "2")
+PREPROCESS = Preprocess(image_size=8, channels=1, mean=(0.3,), std=(0.4,))
+
+
+def write_digits(root, start, stop):
+    digits = load_digits()
+    for i in range(start, stop):
+        if str(digits.target[i]) in CLASSES:
+            folder = root / str(digits.target[i])
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = (digits.images[i] * 15).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A pool, a private set, a dense model, an extractor and a payload, all made by commands."""
+    root = tmp_path_factory.mktemp("cli")
+    write_digits(root / "pool", 0, 400)
+    write_digits(root / "private", 400, 700)
+    config = vit.vit_config(
+        image_size=8,
+        patch_size=4,
+        in_channels=1,
+        num_classes=3,
+        depth=2,
+        num_heads=2,
+        embed_dim=16,
+    )
+    model = Model(config, vit.init(config, jax.random.key(0)), PREPROCESS, CLASSES, name="dense")
+    tap.save(model, root / "dense")
+    call("extractor", "--model", root / "dense", "--pool", root / "pool", "--dim", "4",
+         "--depth", "1", "--out", root / "extractor")  # fmt: skip
+    call("device-fit", "--extractor", root / "extractor", "--images", root / "private",
+         "--components", "1-4", "--out", root / "device.gmm")  # fmt: skip
+    return root
+
+
+def call(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def prune(work, out, *more, budget="macs=0.5", pool="pool"):
+    call("prune", "--model", work / "dense", "--pool", work / pool, "--budget", budget,
+         "--recover-epochs", "1", "--count", "64", "--out", out, *more)  # fmt: skip
+
+
+def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
+    call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
+         "--pool", work / "pool", "--count", "64", "--finetune-count", "100",
+         "--out", tmp_path / "selection.json")  # fmt: skip
+    prune(work, tmp_path / "small", "--selection", tmp_path / "selection.json")
+    printed = capsys.readouterr().out
+    assert "dense:" in printed
+    assert "pruned:" in printed
+    assert "top-1 on" in printed
+    small, dense = tap.load(tmp_path / "small"), tap.load(work / "dense")
+    share = tap.cost(small.config).macs / tap.cost(dense.config).macs
+    assert 0.45 <= share <= 0.5
+    assert small.preprocess == PREPROCESS
+    assert small.history["budget"] == "macs=0.5"
+    call("evaluate", "--model", tmp_path / "small", "--images", work / "private")
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_payload_can_be_given_instead_of_a_selection(work, tmp_path, capsys):
+    prune(work, tmp_path / "small", "--payload", work / "device.gmm",
+          "--extractor", work / "extractor", "--method", "taylor", "--label-free")  # fmt: skip
+    assert "agreement with the dense model" in capsys.readouterr().out
+    assert tap.load(tmp_path / "small").name == "dense-pruned"
+
+
+def test_published_method(work, tmp_path):
+    prune(work, tmp_path / "small", "--payload", work / "device.gmm",
+          "--extractor", work / "extractor", "--method", "tap_published")  # fmt: skip
+    assert tap.cost(tap.load(tmp_path / "small").config).macs > 0
+
+
+def test_selections_are_deterministic(work, tmp_path):
+    for name in ("a.json", "b.json"):
+        call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
+             "--pool", work / "pool", "--count", "20", "--out", tmp_path / name)  # fmt: skip
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_inspect_reads_everything(work, tmp_path, capsys):
+    call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
+         "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip
+    expected = {
+        work / "dense": "block  1: 2 heads x (8 qk, 8 v)",
+        work / "extractor": "extractor: backbone, 4 features",
+        work / "device.gmm": "4 dimensions, diag covariance",
+        tmp_path / "s.json": "device.gmm",
+    }
+    for path, text in expected.items():
+        call("inspect", path)
+        assert text in capsys.readouterr().out
+
+
+def test_embedding_extractor(work, tmp_path, capsys):
+    call("extractor", "--model", work / "dense", "--pool", work / "pool", "--kind", "embedding",
+         "--epochs", "1", "--dim", "3", "--out", tmp_path / "extractor")  # fmt: skip
+    assert "3 features" in capsys.readouterr().out
+
+
+def test_timm_weights_are_converted(work, tmp_path, capsys):
+    config, _ = vit_preset()
+    params = vit.init(config, jax.random.key(3))
+    save_timm(tmp_path / "weights.safetensors", config, params)
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    call("convert", "--preset", "deit_tiny_patch16_224",
+         "--weights", tmp_path / "weights.safetensors", *OVERRIDES,
+         "--classes", tmp_path / "names.txt", "--out", tmp_path / "model")  # fmt: skip
+    model = tap.load(tmp_path / "model")
+    assert model.class_names == ("cat", "dog")
+    assert model.preprocess.crop_pct == 0.9
+    assert "parameters" in capsys.readouterr().out
+
+
+OVERRIDES = [
+    item
+    for value in ("img_size=32", "depth=1", "embed_dim=12", "num_classes=2")
+    for item in ("--set", value)
+]
+
+
+def vit_preset():
+    from tapvit_jax.models.registry import create
+
+    return create("deit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_classes=2)
+
+
+def test_corrupt_images_are_named_or_skipped_and_counted(work, tmp_path, capsys):
+    write_digits(tmp_path / "private", 400, 500)
+    broken = tmp_path / "private" / "0" / "broken.png"
+    broken.write_bytes(b"not an image")
+    arguments = ["device-fit", "--extractor", work / "extractor", "--images", tmp_path / "private",
+                 "--components", "1", "--out", tmp_path / "device.gmm"]  # fmt: skip
+    with pytest.raises(tap.InputError, match=str(broken)):
+        call(*arguments)
+    assert not (tmp_path / "device.gmm").exists()
+    call(*arguments, "--skip-corrupt")
+    assert "skipped 1 of" in capsys.readouterr().err
+    assert tap.Gmm.load(tmp_path / "device.gmm").components == 1
+
+
+def device_fit(work, out, *more):
+    call("device-fit", "--extractor", work / "extractor", "--images", work / "private",
+         "--out", out, *more)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("macs=0", "more than 0"),
+        ("macs=-1", "more than 0"),
+        ("macs=1.5", "at most 1.0"),
+        ("watts=0.5", "unit one of"),
+        ("macs=0.0001", "smallest feasible"),
+    ],
+)
+def test_bad_budgets_are_refused_before_any_work(work, tmp_path, budget, message):
+    with pytest.raises(tap.InputError, match=message):
+        # The pool does not even exist: the budget is looked at first.
+        prune(work, tmp_path / "small", "--payload", work / "device.gmm",
+              "--extractor", work / "extractor", budget=budget, pool="nowhere")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_inputs_leave_nothing_behind(work, tmp_path):
+    out = tmp_path / "out"
+    payload = (work / "device.gmm").read_bytes()
+    (work / "truncated.gmm").write_bytes(payload[:-10])
+    foreign = tap.Gmm.load(work / "device.gmm")
+    foreign.save(work / "foreign.gmm", extractor="ab" * 32)
+    select = ["select", "--extractor", work / "extractor", "--pool", work / "pool", "--out", out]
+    cases = {
+        "truncated": [*select, "--count", "10", "--payload", work / "truncated.gmm"],
+        "extractor": [*select, "--count", "10", "--payload", work / "foreign.gmm"],
+        "99999": [*select, "--count", "99999", "--payload", work / "device.gmm"],
+        "no such": [*select, "--count", "10", "--payload", work / "missing.gmm"],
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(tap.InputError, match=message):
+            call(*arguments)
+    with pytest.raises(tap.InputError, match="components"):
+        device_fit(work, out, "--components", "200")
+    with pytest.raises(tap.InputError, match="range such as"):
+        device_fit(work, out, "--components", "many")
+    with pytest.raises(tap.InputError, match="split"):
+        device_fit(work, out, "--split", "dusk")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_selection_of_another_pool_is_refused(work, tmp_path):
+    call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
+         "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip
+    with pytest.raises(tap.InputError, match="another pool"):
+        prune(work, tmp_path / "small", "--selection", tmp_path / "s.json", pool="private")
+    with pytest.raises(tap.InputError, match="--device is 3"):
+        prune(work, tmp_path / "small", "--selection", tmp_path / "s.json", "--device", "3")
+    spec = json.loads((tmp_path / "s.json").read_text())
+    spec["devices"][0]["indices"][0] = 10**9
+    (tmp_path / "bad.json").write_text(json.dumps(spec))
+    with pytest.raises(tap.InputError, match="must lie in"):
+        call("inspect", tmp_path / "bad.json")
+
+
+def test_labels_out_of_range_are_refused(work, tmp_path):
+    (tmp_path / "images" / "9").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "9" / "a.png")
+    with pytest.raises(tap.InputError, match="out of range"):
+        call("evaluate", "--model", work / "dense", "--images", tmp_path / "images")
+
+
+def test_exit_codes(capsys):
+    assert run_program(lambda: main(["inspect", "missing.gmm"])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: missing.gmm")
+    assert error.count("\n") == 1
+
+
+def test_a_fresh_process_prints_one_line_and_exits_with_2():
+    found = subprocess.run(
+        [sys.executable, "-m", "tapvit_jax", "inspect", "nothing.gmm"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: nothing.gmm")
+    assert "Traceback" not in found.stderr
