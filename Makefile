@@ -18,7 +18,7 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 
 bench: $(SETUP)
-	$(BIN)/python -m experiments.bench_importance
+	$(BIN)/python -m experiments.bench_scoring
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

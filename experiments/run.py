@@ -469,6 +469,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_c
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results and unfinished work are kept.")
 
 
+def _config_problem(error: Exception) -> str:
+    text = str(error.args[0] if error.args else error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"--config: {' '.join(lines[:4])}"
+
+
 def main(argv: list[str]) -> None:
     """Run the experiment that the arguments name and print its table.
 
@@ -479,16 +485,22 @@ def main(argv: list[str]) -> None:
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # ml_collections reports unknown fields and unreadable config files through all of these.
-        raise InputError(" ".join(str(error).split())) from error
+        # ml_collections reports unknown fields and unreadable config files through all of these,
+        # the cause in the first line and its own call stack behind it.
+        raise InputError(_config_problem(error)) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: fields are set as --config.FIELD=VALUE")
     for flag in (_CONFIG, _WORKDIR):
         if flag.value is None:
             raise InputError(f"--{flag.name} is missing")
+    try:
+        config = read(_CONFIG.value)
+    except OSError as error:
+        # A config file that cannot be loaded shows itself only when the config is first used.
+        raise InputError(_config_problem(error)) from error
     set_up_jax()
     workdir = Path(_WORKDIR.value)
-    results = Experiment(read(_CONFIG.value), workdir).run()
+    results = Experiment(config, workdir).run()
     print(report.table(results))
     print(f"\nreport: {workdir / 'report.html'}   models: {workdir / 'models'}")
 

@@ -19,12 +19,20 @@ def flatten(tree: Params) -> dict[Path, jax.Array]:
 
 
 def unflatten(leaves: dict[Path, jax.Array]) -> Params:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`.
+
+    Raises:
+      InputError: a path that continues another one.
+    """
     tree: Params = {}
     for path, leaf in leaves.items():
         node = tree
-        for name in path[:-1]:
+        for i, name in enumerate(path[:-1]):
             node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise InputError(f"names {'/'.join(path[: i + 1])} as an array and as a group")
+        if path[-1] in node:
+            raise InputError(f"names {'/'.join(path)} as an array and as a group")
         node[path[-1]] = leaf
     return tree
 

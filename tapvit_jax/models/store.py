@@ -5,6 +5,7 @@ format's version, the config, the checksum, and every parameter's presence, shap
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ def save(model: Model, directory: str | os.PathLike) -> None:
     """Write a model to a directory, all or nothing; a model that stood there is replaced.
 
     Raises:
-      InputError: the parameters do not match the config, or the directory cannot be written.
+      InputError: the parameters or class names do not match the config, or the directory cannot be
+        written.
     """
     check_params(param_shapes(model.config), model.params, model.name)
+    _check_class_names(model.class_names, model.config, model.name)
     with atomic_directory(directory) as partial:
         save_params(model.params, partial / PARAMS_FILE)
         spec = {
@@ -58,21 +61,28 @@ def load(directory: str | os.PathLike) -> Model:
       InputError: a missing, damaged or foreign file, or parameters that do not match the config.
     """
     directory = Path(directory)
-    spec = read_spec(directory / SPEC_FILE, FORMAT, VERSION)
-    config = from_plain(ViTConfig, spec.get("config"), f"{directory / SPEC_FILE}: config")
-    preprocess = spec.get("preprocess")
-    if preprocess is not None:
-        preprocess = from_plain(Preprocess, preprocess, f"{directory / SPEC_FILE}: preprocess")
+    path = directory / SPEC_FILE
+    spec = read_spec(path, FORMAT, VERSION)
+    kinds = {
+        "config": ViTConfig,
+        "preprocess": Preprocess | None,
+        "class_names": tuple[str, ...],
+        "name": str,
+        "history": Mapping[str, Any],
+    }
+    fields = {n: from_plain(kind, spec.get(n), f"{path}: {n}") for n, kind in kinds.items()}
+    config = fields["config"]
+    _check_class_names(fields["class_names"], config, str(path))
     params = load_params(directory / PARAMS_FILE, spec.get("params_sha256"))
     check_params(param_shapes(config), params, str(directory))
-    return Model(
-        config=config,
-        params=jax.tree.map(jax.numpy.asarray, params),
-        preprocess=preprocess,
-        class_names=tuple(spec.get("class_names", ())),
-        name=str(spec.get("name", "vit")),
-        history=spec.get("history", {}),
-    )
+    return Model(params=jax.tree.map(jax.numpy.asarray, params), **fields)
+
+
+def _check_class_names(class_names: tuple[str, ...], config: ViTConfig, name: str) -> None:
+    if class_names and len(class_names) != config.num_classes:
+        raise InputError(
+            f"{name}: {len(class_names)} class names, expected {config.num_classes} or none"
+        )
 
 
 def read_spec(path: Path, expected_format: str, expected_version: int) -> dict[str, Any]:
@@ -97,18 +107,21 @@ def save_params(params: Params, path: Path) -> None:
     safetensors.numpy.save_file(arrays, path)
 
 
-def load_params(path: Path, sha256: str | None = None) -> Params:
-    """Read a parameter tree that `save_params` wrote.
+def load_params(path: Path, sha256: Any) -> Params:
+    """Read a parameter tree that `save_params` wrote, if its checksum is the one in its spec.
 
     Raises:
       InputError: missing, damaged, or with another checksum.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    if sha256 is not None and file_hash(path) != sha256:
+    if file_hash(path) != sha256:
         raise InputError(f"{path}: checksum differs from its spec: truncated or altered")
     try:
         arrays = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path}: truncated or not a .safetensors file ({error})") from error
-    return unflatten({tuple(name.split("/")): array for name, array in arrays.items()})
+    try:
+        return unflatten({tuple(name.split("/")): array for name, array in arrays.items()})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -5,7 +5,7 @@ Letters: b batch, n tokens, d embedding, h heads, k qk dim, v value dim, f MLP h
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -76,9 +76,19 @@ class ViTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        for field in ("image_size", "patch_size", "num_classes", "embed_dim", "head_dim"):
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
+        sizes = ("image_size", "patch_size", "num_classes", "embed_dim", "head_dim", "in_channels")
+        for field in sizes:
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{field} is {value!r}, expected a whole number, 1 or more")
+        for field in ("pool", "dtype"):
+            known = get_args(type(self).__annotations__[field])
+            if getattr(self, field) not in known:
+                raise InputError(
+                    f"{field} is {getattr(self, field)!r}, expected one of {', '.join(known)}"
+                )
+        if not self.layer_norm_eps > 0:
+            raise InputError(f"layer_norm_eps is {self.layer_norm_eps}, expected more than 0")
         if self.image_size % self.patch_size:
             raise InputError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
@@ -115,8 +125,12 @@ def vit_config(
     """Build the config of a dense ViT, all blocks alike.
 
     Raises:
-      InputError: `embed_dim` is not a multiple of `num_heads`.
+      InputError: a size out of range, or `embed_dim` is not a multiple of `num_heads`.
     """
+    if num_heads < 1 or depth < 0:
+        raise InputError(
+            f"num_heads is {num_heads} and depth is {depth}, expected 1 and 0 or more"
+        )
     if embed_dim % num_heads:
         raise InputError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
     head_dim = embed_dim // num_heads

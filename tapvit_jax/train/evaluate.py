@@ -34,13 +34,14 @@ class Metrics:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_sums(forward: Forward, config: Any, params: Params, batch: Mapping) -> Float[Array, "3"]:
+def _batch_sums(forward: Forward, config: Any, params: Params, batch: Mapping) -> Float[Array, "4"]:
     logits = forward(config, params, batch["image"]).astype(jnp.float32)
     labels, mask = batch["label"], batch["mask"]
     log_p = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
-    return jnp.stack([(correct * mask).sum(), (loss * mask).sum(), mask.sum()])
+    foreign = labels >= logits.shape[-1]
+    return jnp.stack([(values * mask).sum() for values in (correct, loss, jnp.ones(()), foreign)])
 
 
 def evaluate(
@@ -54,7 +55,8 @@ def evaluate(
     Sums stay on the device until the end.
 
     Raises:
-      InputError: no examples, or an example without a label.
+      InputError: no examples, or an example without a label or with one that the network does not
+        have.
     """
     total = None
     for batch in batches:
@@ -64,7 +66,11 @@ def evaluate(
         batch = {name: batch[name] for name in ("image", "label", "mask")}
         found = _batch_sums(forward, config, params, batch)
         total = found if total is None else total + found
-    correct, loss, count = (0.0, 0.0, 0.0) if total is None else map(float, total)
+    correct, loss, count, foreign = (0.0,) * 4 if total is None else map(float, total)
     if count == 0:
         raise InputError("evaluation needs at least one example")
+    if foreign:
+        raise InputError(
+            f"{round(foreign)} of {round(count)} labels are beyond the network's classes"
+        )
     return Metrics(top1=correct / count, loss=loss / count, count=round(count))

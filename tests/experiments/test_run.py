@@ -1,0 +1,206 @@
+"""The main job on tiny shapes, and what it refuses."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import tapvit_jax as tap
+from configs import digits, tiny_imagenet_40
+from experiments import run
+from experiments.config import read
+from experiments.run import Experiment
+from tapvit_jax.errors import InputError
+from tapvit_jax.models import vit
+from tapvit_jax.structs import to_plain
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny():
+    """The digits config, shrunk until it runs in seconds; everything it does is still done."""
+    config = digits.get_config()
+    config.dense.update({"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4})
+    config.dense.train.epochs = 2
+    config.extractor.update({"widths": (4,), "embed_dim": 8, "dim": 4})
+    config.extractor_train.epochs = 1
+    config.gmm.components = (1, 2)
+    config.select.update({"metric_count": 32, "finetune_count": 64})
+    config.recover.epochs = 1
+    config.data.partition.num_devices = 2
+    config.budgets = ("macs=0.5", "macs=0.4,params=0.45")
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "digits"
+    return Experiment(read(tiny()), workdir, quiet=True).run(), workdir
+
+
+def test_every_promised_file_is_there(finished):
+    results, workdir = finished
+    assert json.loads((workdir / "results.json").read_text())["seed"] == 0
+    assert (workdir / "results.csv").read_text().count("\n") == 3
+    assert (workdir / "report.html").stat().st_size > 10_000
+    assert results["config"] == json.loads((workdir / "config.json").read_text())
+    for row in results["devices"]:
+        payload = workdir / "payloads" / f"device_{row['device']}.gmm"
+        assert payload.stat().st_size == row["payload_bytes"] < 20_000
+        assert tap.load(workdir / row["model"]).history["budget"] == row["budget"]
+
+
+def test_budgets_are_kept_and_costs_are_those_of_the_saved_model(finished):
+    results, workdir = finished
+    for row in results["devices"]:
+        small = tap.load(workdir / row["model"])
+        assert dataclasses.asdict(tap.cost(small.config)) == row["cost"]
+        for unit, limit in row["limits"].items():
+            assert row["cost"][unit] <= limit
+
+
+def test_accuracies_are_those_of_the_saved_models(finished):
+    results, workdir = finished
+    experiment = Experiment(read(tiny()), workdir, quiet=True)
+    experiment._read_data()
+    for row in results["devices"]:
+        test = experiment.parts.devices[row["device"]].private_test
+        images = experiment.source.load(test, experiment.config.data.preprocess)
+        answers = np.asarray(tap.load(workdir / row["model"]).apply(images)).argmax(axis=1)
+        accuracy = (answers == experiment.files.labels[test]).mean()
+        assert accuracy == pytest.approx(row["variants"]["selected"]["recovered"])
+
+
+def test_both_comparisons_are_made_under_the_same_budget(finished):
+    results, _ = finished
+    for row in results["devices"]:
+        assert set(row["variants"]) == {"selected", "pool", "random"}
+
+
+def test_a_second_run_computes_nothing_again(finished, monkeypatch):
+    results, workdir = finished
+
+    def refuse(*arguments, **options):
+        raise AssertionError("training again")
+
+    monkeypatch.setattr(run, "train", refuse)
+    again = Experiment(read(tiny()), workdir, quiet=True).run()
+    for row, other in zip(results["devices"], again["devices"], strict=True):
+        assert row["variants"] == other["variants"]
+
+
+def test_a_killed_run_continues_to_the_same_result(finished, tmp_path, monkeypatch):
+    results, _ = finished
+    real, calls = run.train, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(run, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Experiment(read(tiny()), tmp_path / "run", quiet=True).run()
+    again = Experiment(read(tiny()), tmp_path / "run", quiet=True).run()
+    for row, other in zip(results["devices"], again["devices"], strict=True):
+        assert row["variants"] == other["variants"]
+        assert row["cost"] == other["cost"]
+
+
+def test_a_work_directory_of_another_config_is_refused(finished):
+    _, workdir = finished
+    config = tiny()
+    config.seed = 7
+    with pytest.raises(InputError, match=r"seed \(0 there, 7 here\)"):
+        Experiment(read(config), workdir, quiet=True)
+
+
+def test_an_infeasible_budget_is_refused_before_any_work(tmp_path):
+    config = tiny()
+    config.budgets = ("macs=0.0001",)
+    with pytest.raises(InputError, match="smallest feasible"):
+        Experiment(read(config), tmp_path / "run", quiet=True).run()
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_the_backbone_can_be_the_extractor(tmp_path):
+    config = tiny()
+    config.extractor = {"kind": "backbone", "depth": 1, "dim": 4}
+    config.comparisons = ()
+    config.data.partition.update({"num_devices": 1})
+    results = Experiment(read(config), tmp_path / "run", quiet=True).run()
+    assert len(results["devices"]) == 1
+
+
+def test_weights_are_loaded_instead_of_trained(tmp_path):
+    config = tiny()
+    config.comparisons = ()
+    shapes = read(config).dense.vit(read(config).data.preprocess, 10)
+    params = vit.init(shapes, jax.random.key(9))
+    tap.save_timm(tmp_path / "weights.safetensors", shapes, params)
+    config.dense.weights = str(tmp_path / "weights.safetensors")
+    Experiment(read(config), tmp_path / "run", quiet=True).run()
+    dense = tap.load(tmp_path / "run" / "models" / "dense")
+    np.testing.assert_array_equal(dense.params["head"]["kernel"], params["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sede": 1}, "unknown field config.sede: did you mean seed"),
+        ({"budgets": ()}, "at least one"),
+        ({"budgets": ("macs=2.0",)}, "at most 1.0"),
+        ({"extractor": {"dim": 2.5}}, "config.extractor.dim is 2.5, expected int"),
+        ({"comparisons": ("oracle",)}, "expected one of"),
+    ],
+)
+def test_bad_configs_are_refused(change, message):
+    config = digits.get_config()
+    with config.ignore_type():
+        config.update(change)
+    with pytest.raises(InputError, match=message):
+        read(config)
+
+
+@pytest.mark.parametrize(
+    "config", [digits.get_config(), tiny_imagenet_40.get_config("data,weights.safetensors")]
+)
+def test_shipped_configs_are_valid(config):
+    found = read(config)
+    assert found.data.partition.num_devices >= 4
+    assert len(set(found.budgets)) >= 4
+    assert to_plain(found)["name"] == config.name
+
+
+def run_program(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/digits.py", "--config.sede=1", "--workdir=w"], "sede"),
+        (["--config=configs/missing.py", "--workdir=w"], "missing.py"),
+        (["--config=configs/digits.py"], "--workdir is missing"),
+        (["--config=configs/digits.py", "--workdir=w", "seed=1"], "unexpected argument 'seed=1'"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_exit_code_2(arguments, message):
+    found = run_program(*arguments)
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.count("\n") == 1
+    assert message in found.stderr
+    assert not (ROOT / "w").exists()
