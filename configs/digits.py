@@ -66,6 +66,7 @@ def get_config():
                 "shift": 1,
                 "checkpoint_epochs": 5,
             },
+            "recover_on": "masked",
             "latency_batch": 64,
         }
     )

@@ -77,6 +77,8 @@ class ExperimentConfig:
       budgets: one per device, such as "macs=0.5" or "macs=0.4,params=0.5"; used in turn.
       extractor_train: recipe of the embedding network, for extractor kind "embedding".
       recover: fine-tuning after pruning.
+      recover_on: fine-tune the "masked" model (one compiled program for all devices) or the
+        "reshaped" one (fewer operations, but every device compiles its own).
       validation_share: share of public-validation, the most likely under the device's GMM, that
         chooses the device's epoch.
       comparisons: metric sets to stand beside the selected one: the whole pool, or a random public
@@ -95,6 +97,7 @@ class ExperimentConfig:
     gmm: GmmConfig = GmmConfig()
     prune: PruneConfig = PruneConfig()
     recover: TrainConfig = TrainConfig()
+    recover_on: Literal["masked", "reshaped"] = "masked"
     validation_share: float = 0.5
     comparisons: tuple[Comparison, ...] = ("pool", "random")
     latency_batch: int = 1

@@ -26,7 +26,7 @@ from tapvit_jax.data.partition import Partition, partition
 from tapvit_jax.data.pipeline import load_all
 from tapvit_jax.data.sources import MemorySource, open_source
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import write_json
+from tapvit_jax.files import file_hash, write_json
 from tapvit_jax.models import convnet, store, vit
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
@@ -47,8 +47,9 @@ from tapvit_jax.proxy.select import select, selection_report
 from tapvit_jax.prune.allocate import allocate, check_budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks
+from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.runtime import run_program, set_up_jax
-from tapvit_jax.stages import Artefact, Stages, claim_workdir
+from tapvit_jax.stages import Stages, claim_workdir
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 from tapvit_jax.versions import library_versions
@@ -157,6 +158,10 @@ class Experiment:
             return _to_arrays(result.params), {"weights": None, "record": result.record}
 
         inputs = {"data": self.data_key, "dense": to_plain(dense)}
+        if dense.weights is not None:
+            if not Path(dense.weights).is_file():
+                raise InputError(f"{dense.weights}: no such file, expected the dense weights")
+            inputs["weights_sha256"] = file_hash(dense.weights)
         found = self.stages.run("dense", inputs, compute)
         history = {"trained_on": config.data.source, "seed": config.seed}
         model = Model(
@@ -300,23 +305,19 @@ class Experiment:
             with self.progress.step(f"device {d}, {variant}: score and plan", _UNITS["score"]):
                 plan, plan_key = self._plan(d, variant, sets)
             with self.progress.step(f"device {d}, {variant}: recover", _UNITS["recover"]) as step:
-                recovered = self._recover(d, variant, plan, plan_key, sets, step)
+                recovered, best_epoch = self._recover(d, variant, plan, plan_key, sets, step)
             masked = apply_masks(self.dense, plan)
-            params = _to_params(recovered.arrays)
-            dense_shaped = self.dense.replace(params=params)
             variants[variant] = {
                 "pruned": evaluate_model(masked, self.source, test).top1,
-                "recovered": evaluate_model(dense_shaped, self.source, test).top1,
-                "best_epoch": recovered.meta["best_epoch"],
-                "plan": plan,
-                "model": dense_shaped,
+                "recovered": evaluate_model(recovered, self.source, test).top1,
+                "best_epoch": best_epoch,
             }
-        images = next(iter(self._probe_images(test)))
-        selected = variants[SELECTED]
-        name = f"{config.name}-device{d}"
-        small, difference = reshape_checked(selected["model"], selected["plan"], images)
+            if variant == SELECTED:
+                selected_plan = plan
+                small, difference = self._reshape(recovered, plan, test)
         small = small.replace(
-            name=name, history={**small.history, "budget": str(budget), "device": d}
+            name=f"{config.name}-device{d}",
+            history={**small.history, "budget": str(budget), "device": d},
         )
         directory = self.workdir / "models" / f"device_{d}"
         store.save(small, directory)
@@ -332,20 +333,20 @@ class Experiment:
             "limits": budget.limits(self.dense.config),
             "cost": dataclasses.asdict(cost(small.config)),
             "dense": evaluate_model(self.dense, self.source, test).top1,
-            "variants": {
-                name: {k: v for k, v in found.items() if k not in ("plan", "model")}
-                for name, found in variants.items()
-            },
+            "variants": variants,
             "latency_ms": times,
             "reshape_difference": difference,
-            "keep_ratios": _keep_ratios(selected["plan"]),
+            "keep_ratios": _keep_ratios(selected_plan),
             "selection": chosen["reports"][d],
             "model": str(directory.relative_to(self.workdir)),
         }
 
-    def _probe_images(self, indices: np.ndarray):
-        images, _ = load_all(self.source, indices[:64], self.config.data.preprocess)
-        yield images
+    def _reshape(self, recovered: Model, plan: Plan, test: np.ndarray) -> tuple[Model, float]:
+        """The smaller model, and how far masking and reshaping differ on real images."""
+        images = self.source.load(test[:64], self.config.data.preprocess)
+        if self.config.recover_on == "masked":
+            return reshape_checked(recovered, plan, images)
+        return recovered, reshape_checked(self.dense, plan, images)[1]
 
     def _image_sets(self, d: int, variant: str, chosen: dict[str, Any]) -> dict[str, Any]:
         """Metric, fine-tuning and validation images of a variant."""
@@ -395,20 +396,22 @@ class Experiment:
         plan_key: dict[str, Any],
         sets: dict[str, Any],
         step: Step,
-    ) -> Artefact:
+    ) -> tuple[Model, int]:
         config = self.config
+        masked = config.recover_on == "masked"
+        start = self.dense if masked else reshape(self.dense, plan)
         # Every variant gets as many steps: the whole pool is sampled afresh every epoch.
         options = dataclasses.replace(config.recover, images_per_epoch=config.select.finetune_count)
         name = f"recover_{variant}_{d}"
 
         def compute():
             result = train(
-                self.dense.config,
-                self.dense.params,
+                start.config,
+                start.params,
                 self._train_data(sets["finetune"], sets["validation"]),
                 options,
                 seed=config.seed + 100 + d,
-                masks=plan_masks(plan),
+                masks=plan_masks(plan) if masked else None,
                 teacher=Teacher(self.dense.config, self.dense.params),
                 checkpoints=self.stages.scratch(name),
                 on_epoch=_report_epochs(step, options),
@@ -421,9 +424,11 @@ class Experiment:
             "finetune": sets["finetune"].tolist(),
             "validation": sets["validation"].tolist(),
             "recover": to_plain(options),
+            "recover_on": config.recover_on,
             "seed": config.seed,
         }
-        return self.stages.run(name, inputs, compute)
+        found = self.stages.run(name, inputs, compute)
+        return start.replace(params=_to_params(found.arrays)), found.meta["best_epoch"]
 
     # Results.
 

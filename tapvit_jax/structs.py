@@ -42,6 +42,18 @@ def from_plain(cls: type[T], value: Any, name: str = "config") -> T:
     return result
 
 
+def check_choices(config: Any) -> None:
+    """Refuse a dataclass one of whose Literal fields holds anything else.
+
+    Raises:
+      InputError: names the field.
+    """
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value, options = getattr(config, name), typing.get_args(kind)
+        if typing.get_origin(kind) is typing.Literal and value not in options:
+            raise InputError(f"{name} is {_show(value)}, expected one of {_listing(options)}")
+
+
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."

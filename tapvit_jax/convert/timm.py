@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -87,14 +88,15 @@ def _attention_rules(config: ViTConfig, i: int) -> list[_Rule]:
     h, k, v = block.num_heads, block.qk_dim, block.v_dim
     ours, theirs = (f"blocks_{i}", "attn"), f"blocks.{i}.attn"
     splits = (h * k, 2 * h * k)
-    names = ("q", "k", "v")
+    names, dims = ("q", "k", "v"), (k, k, v)
 
     def kernels(a: np.ndarray) -> tuple[np.ndarray, ...]:
         parts = np.split(a, splits)
-        return tuple(part.T.reshape(d, h, -1) for part in parts)
+        return tuple(part.T.reshape(d, h, dim) for part, dim in zip(parts, dims, strict=True))
 
     def biases(a: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(part.reshape(h, -1) for part in np.split(a, splits))
+        parts = np.split(a, splits)
+        return tuple(part.reshape(h, dim) for part, dim in zip(parts, dims, strict=True))
 
     rules = [
         _Rule(
@@ -148,8 +150,11 @@ def from_timm(config: ViTConfig, state: StateDict, name: str = "state dict") -> 
                 f"{rule.timm} (ours: {ours}) has shape {array.shape}, expected {rule.shape}"
             )
             continue
-        if not np.issubdtype(array.dtype, np.floating):
-            problems.append(f"{rule.timm} has dtype {array.dtype}, expected a float type")
+        # JAX's test, since NumPy does not know bfloat16.
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            problems.append(
+                f"{rule.timm} (ours: {ours}) has dtype {array.dtype}, expected a float type"
+            )
             continue
         parts = rule.ours(array.astype(np.float32))
         leaves |= dict(zip(rule.paths, map(np.ascontiguousarray, parts), strict=True))

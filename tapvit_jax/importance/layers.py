@@ -23,6 +23,7 @@ from tapvit_jax.models.registry import Model
 from tapvit_jax.models.vit import Block, BlockConfig, ViTConfig, apply_block, classify, embed
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.units import unit_key
+from tapvit_jax.structs import check_choices
 
 Branch = Literal["mlp", "attn"]
 
@@ -49,6 +50,9 @@ class LayerConfig:
     max_batches: int = 50
 
     def __post_init__(self):
+        check_choices(self)
+        if self.max_batches < 1:
+            raise InputError(f"max_batches is {self.max_batches}, expected 1 or more")
         distinct = len(set(self.sparsity)) == len(self.sparsity)
         if not self.sparsity or not distinct or any(not 0 < s < 1 for s in self.sparsity):
             raise InputError(

@@ -30,6 +30,7 @@ from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.vit import Gates, Taps, ViTConfig, apply_with_taps
 from tapvit_jax.prune.units import unit_key
+from tapvit_jax.structs import check_choices
 
 Scores = dict[str, Float[np.ndarray, "..."]]
 """Scores by group key of the unit table; higher means keep."""
@@ -84,6 +85,11 @@ class NeuronConfig:
     couple_qk_vo: bool = False
     loss: Loss = "kl"
     max_batches: int = 50
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.max_batches < 1:
+            raise InputError(f"max_batches is {self.max_batches}, expected 1 or more")
 
     @classmethod
     def as_published(cls) -> "NeuronConfig":

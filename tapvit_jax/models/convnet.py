@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tapvit_jax.errors import InputError
 from tapvit_jax.models.params import Params
 
 
@@ -28,6 +29,13 @@ class ConvNetConfig:
     widths: tuple[int, ...] = (32, 64, 128)
     embed_dim: int = 64
     stem_stride: Literal[1, 2, 4] = 1
+
+    def __post_init__(self):
+        for field in ("image_size", "num_classes", "in_channels", "embed_dim"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
+        if not self.widths or min(self.widths) < 1:
+            raise InputError(f"widths is {self.widths}, expected one width or more, all positive")
 
 
 class ConvNet(nn.Module):

@@ -5,7 +5,7 @@ Letters: b batch, n tokens, d embedding, h heads, k qk dim, v value dim, f MLP h
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.params import Params
+from tapvit_jax.structs import check_choices
 
 Taps = dict[str, Array]
 Gates = dict[str, Array]
@@ -81,12 +82,7 @@ class ViTConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{field} is {value!r}, expected a whole number, 1 or more")
-        for field in ("pool", "dtype"):
-            known = get_args(type(self).__annotations__[field])
-            if getattr(self, field) not in known:
-                raise InputError(
-                    f"{field} is {getattr(self, field)!r}, expected one of {', '.join(known)}"
-                )
+        check_choices(self)
         if not self.layer_norm_eps > 0:
             raise InputError(f"layer_norm_eps is {self.layer_norm_eps}, expected more than 0")
         if self.image_size % self.patch_size:
@@ -128,9 +124,7 @@ def vit_config(
       InputError: a size out of range, or `embed_dim` is not a multiple of `num_heads`.
     """
     if num_heads < 1 or depth < 0:
-        raise InputError(
-            f"num_heads is {num_heads} and depth is {depth}, expected 1 and 0 or more"
-        )
+        raise InputError(f"num_heads is {num_heads} and depth is {depth}, expected 1 and 0 or more")
     if embed_dim % num_heads:
         raise InputError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
     head_dim = embed_dim // num_heads

@@ -28,7 +28,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_directory, content_hash, file_hash, write_json
 from tapvit_jax.models import convnet, vit
 from tapvit_jax.models.convnet import ConvNetConfig
-from tapvit_jax.models.params import Params, check_params
+from tapvit_jax.models.params import Params, check_params, flatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.store import load_params, read_spec, save_params
 from tapvit_jax.models.vit import ViTConfig
@@ -144,20 +144,31 @@ class Extractor:
         network_type = ConvNetConfig if kind == "embedding" else ViTConfig
         network = from_plain(network_type, spec.get("network"), f"{path}: network")
         preprocess = from_plain(Preprocess, spec.get("preprocess"), f"{path}: preprocess")
+        prepared = (preprocess.image_size, preprocess.channels)
+        if prepared != (network.image_size, network.in_channels):
+            raise InputError(
+                f"{path}: prepares images of {prepared[0]} pixels and {prepared[1]} channels, "
+                f"expected {network.image_size} and {network.in_channels} for its network"
+            )
         arrays = load_params(directory / PARAMS_FILE, spec.get("params_sha256"))
-        pca = arrays.get("pca", {})
-        width = network.embed_dim
-        if set(pca) != {"mean", "projection"} or pca["mean"].shape != (width,):
-            raise InputError(f"{directory}: the PCA is missing or does not fit the network")
-        if pca["projection"].ndim != 2 or pca["projection"].shape[0] != width:
-            raise InputError(f"{directory}: the PCA does not fit the network")
-        check_params(_used_shapes(network), arrays.get("network", {}), str(directory))
+        check_params(_tree_shapes(network, arrays), arrays, str(directory))
+        pca = arrays["pca"]
         return cls(kind, network, arrays["network"], preprocess, pca["mean"], pca["projection"])
 
 
 def _tree(extractor: Extractor) -> Params:
     pca = {"mean": extractor.mean, "projection": extractor.projection}
     return {"network": extractor.params, "pca": pca}
+
+
+def _tree_shapes(network: ConvNetConfig | ViTConfig, found: Params) -> Params:
+    # Only the file knows how many dimensions were kept.
+    projection = flatten(found).get(("pca", "projection"))
+    kept = projection.shape[-1] if projection is not None and projection.ndim else 1
+    width = network.embed_dim
+    shapes = {"mean": (width,), "projection": (width, min(max(kept, 1), width))}
+    pca = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    return {"network": _used_shapes(network), "pca": pca}
 
 
 def _flat_arrays(extractor: Extractor) -> dict[str, np.ndarray]:
@@ -238,7 +249,8 @@ def build_extractor(
       params: its parameters.
 
     Raises:
-      InputError: more dimensions asked than the network's output or the pool has.
+      InputError: a part missing, or more dimensions asked than the network's output or the pool
+        has.
     """
     if config.kind == "backbone":
         if model is None:
@@ -255,9 +267,11 @@ def build_extractor(
     identity = np.eye(network.embed_dim, dtype=np.float32)
     zero = np.zeros(network.embed_dim, np.float32)
     raw = Extractor(config.kind, network, params, preprocess, zero, identity).features(source, pool)
-    if config.dim > min(raw.shape):
+    # Once centred, n images span n - 1 dimensions.
+    most = min(len(raw) - 1, raw.shape[1])
+    if not 1 <= config.dim <= most:
         raise InputError(
-            f"the PCA keeps {config.dim} dimensions, expected at most {min(raw.shape)} "
+            f"the PCA keeps {config.dim} dimensions, expected 1 to {max(most, 0)} "
             f"({raw.shape[0]} pool images, {raw.shape[1]} features)"
         )
     # "full" has no randomness, so that the same pool gives the same extractor.

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import vit
 from tapvit_jax.models.params import Params, tree_hash
-from tapvit_jax.structs import to_plain
+from tapvit_jax.structs import check_choices, to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
 from tapvit_jax.train.evaluate import Forward, Metrics, evaluate
 
@@ -63,13 +63,13 @@ class TrainConfig:
     checkpoint_epochs: int = 5
 
     def __post_init__(self):
-        images, schedules = self.images_per_epoch, get_args(type(self).__annotations__["schedule"])
+        check_choices(self)
+        images = self.images_per_epoch
         for field, fine, expected in (
             ("epochs", self.epochs >= 0, "0 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("images_per_epoch", images is None or images >= 1, "1 or more, or None"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "more than 0"),
-            ("schedule", self.schedule in schedules, f"one of {', '.join(schedules)}"),
             ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "0 or more"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and less than 1"),

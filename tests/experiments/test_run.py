@@ -138,6 +138,20 @@ def test_the_backbone_can_be_the_extractor(tmp_path):
     assert len(results["devices"]) == 1
 
 
+def test_the_reshaped_model_can_be_recovered(finished, tmp_path):
+    config = tiny()
+    config.recover_on = "reshaped"
+    results = Experiment(read(config), tmp_path / "run", quiet=True).run()
+    for row, other in zip(finished[0]["devices"], results["devices"], strict=True):
+        assert row["cost"] == other["cost"]
+        for variant, found in row["variants"].items():
+            # Masked and reshaped training are the same arithmetic in another order.
+            assert found["pruned"] == other["variants"][variant]["pruned"]
+            assert found["recovered"] == pytest.approx(
+                other["variants"][variant]["recovered"], abs=0.05
+            )
+
+
 def test_weights_are_loaded_instead_of_trained(tmp_path):
     config = tiny()
     config.comparisons = ()

@@ -183,3 +183,9 @@ def test_no_images_are_refused(tiny_model, units, batches):
 def test_scores_that_are_nan_are_refused(tiny_model, images, units):
     with pytest.raises(InputError, match="NaN"):
         layer_importance(tiny_model, [images], units | {"blocks_1/mlp": np.full(32, np.nan)})
+
+
+@pytest.mark.parametrize("changes", [{"direction": "both"}, {"max_batches": 0}])
+def test_bad_options_are_refused(changes):
+    with pytest.raises(InputError, match=f"{next(iter(changes))} is "):
+        LayerConfig(**changes)

@@ -21,7 +21,7 @@ from tapvit_jax.importance.neurons import (
 from tapvit_jax.models import vit
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.vit import BlockConfig, apply_with_taps
-from tapvit_jax.prune.units import unit_key, unit_table
+from tapvit_jax.prune.units import unit_table
 from tapvit_jax.sharding import data_mesh, shard_rows
 from tests.conftest import realistic
 from tests.importance.test_hsic import slow_hsic, slow_kernel
@@ -96,7 +96,9 @@ class SlowScores:
 
     def _heads(self, points, activation):
         _, _, h, k = points.shape
-        heads = [slow_kernel(points[:, :, i].mean(axis=-1), self.config.bandwidth) for i in range(h)]
+        heads = [
+            slow_kernel(points[:, :, i].mean(axis=-1), self.config.bandwidth) for i in range(h)
+        ]
         relevance, redundancy = np.zeros((h, k)), np.zeros((h, k))
         for i in range(h):
             others = heads[:i] + heads[i + 1 :]
@@ -172,7 +174,9 @@ def test_a_coordinate_that_never_varies_says_nothing():
     relevance = []
     for constant in (np.zeros(3), np.random.default_rng(6).standard_normal(3)):
         hidden[:, 0] = constant
-        terms = jax.jit(neurons._mlp_terms, static_argnums=0)(NeuronConfig(), hidden, np.eye(6)[None])
+        terms = jax.jit(neurons._mlp_terms, static_argnums=0)(
+            NeuronConfig(), hidden, np.eye(6)[None]
+        )
         relevance.append(terms["relevance"])
     np.testing.assert_allclose(*relevance, rtol=1e-4)
 
@@ -366,3 +370,13 @@ def test_coupled_scores_of_unequal_dims_are_refused(tiny_config, images):
 def test_useless_weights_are_refused(weights):
     with pytest.raises(InputError, match="term weights"):
         TermWeights(*weights)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "mse"}, {"bandwidth": "median"}, {"scale": "image"}, {"max_batches": 0}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_bad_options_are_refused(changes):
+    with pytest.raises(InputError, match=f"{next(iter(changes))} is "):
+        NeuronConfig(**changes)

@@ -37,7 +37,9 @@ def all_gates(config, b):
 
 
 def test_gates_of_ones_change_nothing(tiny_model, images):
-    found, _ = with_taps(tiny_model.config, tiny_model.params, images, all_gates(tiny_model.config, 6))
+    found, _ = with_taps(
+        tiny_model.config, tiny_model.params, images, all_gates(tiny_model.config, 6)
+    )
     np.testing.assert_allclose(found, tiny_model.apply(images), atol=1e-5)
 
 
@@ -67,7 +69,7 @@ def test_a_gate_acts_on_its_own_image(tiny_model, images):
 
 def test_taps(tiny_model, images):
     gates = all_gates(tiny_model.config, 6)
-    logits, taps = with_taps(tiny_model.config, tiny_model.params, images, gates)
+    _, taps = with_taps(tiny_model.config, tiny_model.params, images, gates)
     tokens, heads = tiny_model.config.num_tokens, (2, 8)
     assert tokens == 5
     assert taps.keys() == {"blocks_0", "blocks_1", "blocks_2"}
@@ -169,9 +171,7 @@ def test_an_absent_block_is_the_identity(tiny_config, images):
     renamed = {name: leaf for name, leaf in model.params.items() if not name.startswith("blocks")}
     renamed["blocks_0"] = model.params["blocks_1"]
     assert "blocks_0" not in model.params
-    np.testing.assert_array_equal(
-        model.apply(images), Model(alone, renamed).apply(images)
-    )
+    np.testing.assert_array_equal(model.apply(images), Model(alone, renamed).apply(images))
 
 
 def test_no_biases_for_queries_keys_and_values(tiny_config):
@@ -194,8 +194,8 @@ FIELDS = {"image_size": 8, "patch_size": 4, "num_classes": 5}
         ({"embed_dim": 0}, "embed_dim is 0"),
         ({"class_token": False}, "need class_token=True"),
         ({"pool": "mean", "distilled": True}, "expected pool='cls'"),
-        ({"pool": "max"}, "pool is 'max', expected one of cls, mean"),
-        ({"dtype": "float16"}, "dtype is 'float16', expected one of float32, bfloat16"),
+        ({"pool": "max"}, "pool is 'max', expected one of 'cls', 'mean'"),
+        ({"dtype": "float16"}, "dtype is 'float16', expected one of 'float32', 'bfloat16'"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0.0"),
         ({"num_heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
         ({"num_heads": 0}, "num_heads is 0"),

@@ -124,7 +124,9 @@ def test_the_first_step_is_known_by_hand(states, tmp_path, smoothing):
         before = np.float64(params["dense"][name])
         update = clipped / (np.abs(clipped) + 1e-8) + decay * before
         (state,) = states
-        np.testing.assert_allclose(state["params"]["dense"][name], before - 1e-3 * update, rtol=1e-5)
+        np.testing.assert_allclose(
+            state["params"]["dense"][name], before - 1e-3 * update, rtol=1e-5
+        )
         np.testing.assert_allclose(state["moments"][1].mu["dense"][name], 0.1 * clipped, rtol=1e-4)
     assert state["step"] == 1
 
