@@ -38,15 +38,7 @@ def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
                 "num_heads": 4,
                 "weights": weights,
             },
-            "extractor": {"kind": "embedding", "dim": 32, "embed_dim": 128},
-            "extractor_train": {
-                "epochs": 15,
-                "batch_size": 64,
-                "learning_rate": 2e-3,
-                "weight_decay": 0.05,
-                "shift": 4,
-                "flip": True,
-            },
+            "extractor": {"kind": "backbone", "depth": 8, "dim": 16},
             "gmm": {"components": tuple(range(1, 11))},
             # A probe costs a third of a forward pass: 128 images settle which layers matter.
             "prune": {"layers": {"max_batches": 2}},

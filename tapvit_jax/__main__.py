@@ -22,7 +22,7 @@ from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import write_json
+from tapvit_jax.files import check_directory, write_json
 from tapvit_jax.importance.neurons import Method, NeuronConfig
 from tapvit_jax.models import convnet, store
 from tapvit_jax.models.registry import Model
@@ -121,6 +121,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """Build the feature extractor that devices run: fit it on the public pool."""
+    check_directory(args.out, (extractors.SPEC_FILE, extractors.PARAMS_FILE))
     model = store.load(args.model)
     preprocess = _preprocess_of(model)
     pool = open_images(args.pool, preprocess, split=args.split, skip_corrupt=args.skip_corrupt)
@@ -198,6 +199,7 @@ def choose(args: argparse.Namespace) -> None:
 
 def prune(args: argparse.Namespace) -> None:
     """Score, plan, reshape and recover one device's model."""
+    check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
     model = store.load(args.model)
     preprocess = _preprocess_of(model)
     budget = Budget.parse(args.budget)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,32 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace_directory(path: Path, target: Path, partial: Path) -> None:
-    new = {entry.name for entry in partial.iterdir()}
-    lost = sorted(entry.name for entry in target.iterdir() if entry.name not in new)
+def check_directory(path: str | os.PathLike, names: Iterable[str]) -> None:
+    """Refuse a path at which `atomic_directory` could not put a folder of these entries.
+
+    For programs that work long before they write.
+
+    Raises:
+      InputError: `path` is a file, lies below one, or holds anything else.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{path}: lies below a file, expected a folder there")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{path}: is a file, expected a folder or nothing")
+    lost = sorted({entry.name for entry in target.iterdir()} - set(names))
     if lost:
         raise InputError(
             f"{path}: holds {lost[0]!r}, which would be lost; choose another folder or delete it"
         )
+
+
+def _replace_directory(path: Path, target: Path, partial: Path) -> None:
+    check_directory(path, (entry.name for entry in partial.iterdir()))
     old = partial.with_suffix(".old")
     try:
         target.rename(old)

@@ -212,6 +212,15 @@ def test_bad_inputs_leave_nothing_behind(work, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_with_other_contents_is_refused_before_any_work(work, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(tap.InputError, match=r"thesis\.tex.*would be lost"):
+        prune(work, tmp_path, "--payload", work / "device.gmm", pool="nowhere")
+    with pytest.raises(tap.InputError, match="below a file"):
+        prune(work, tmp_path / "thesis.tex" / "small", pool="nowhere")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
 def test_a_selection_of_another_pool_is_refused(work, tmp_path):
     call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
          "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip

@@ -259,7 +259,8 @@ def batch_terms(
     key: Array,
 ) -> Terms:
     """The terms of every unit on one batch, not yet scaled; terms of weight 0 are left out."""
-    logits, taps, gradients = _run_model(model_config, config, params, images, labels, key)
+    loss = config.loss if config.needs_gradient else None
+    logits, taps, gradients = _run_model(model_config, loss, params, images, labels, key)
     terms: Terms = {}
     for i in range(len(model_config.blocks)):
         name = f"blocks_{i}"
@@ -271,14 +272,14 @@ def batch_terms(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_model(
     model_config: ViTConfig,
-    config: NeuronConfig,
+    loss: Loss | None,
     params: Params,
     images: Array,
     labels: Array,
     key: Array,
 ) -> tuple[Array, dict[str, Taps], dict[str, Gates]]:
-    if config.needs_gradient:
-        return gate_gradients(model_config, params, images, labels, config.loss, key)
+    if loss is not None:
+        return gate_gradients(model_config, params, images, labels, loss, key)
     return *apply_with_taps(model_config, params, images), {}
 
 

@@ -110,6 +110,10 @@ def allocate(
 
     low, high = 0.0, 1.0
     best = planner.counts(rule(0.0))
+    if not planner.fits(best, limits):
+        # Only ragged plans get here: how widely they pad is not known before the scores are.
+        least = cost(planner.config_of(best))
+        raise InputError(f"infeasible budget: {_too_small(least, dense, budget)}")
     if planner.fits(full := planner.counts(rule(1.0)), limits):
         best, low = full, 1.0
     while high - low > 1e-6:
@@ -132,7 +136,12 @@ def check_budget(model: Any, budget: Budget, config: AllocateConfig | None = Non
       InputError: names every infeasible bound and its smallest feasible value.
     """
     dense: ViTConfig = getattr(model, "config", model)
-    smallest = smallest_cost(dense, config or AllocateConfig())
+    problems = _too_small(smallest_cost(dense, config or AllocateConfig()), dense, budget)
+    if problems:
+        raise InputError(f"infeasible budget: {problems}")
+
+
+def _too_small(smallest: Cost, dense: ViTConfig, budget: Budget) -> str:
     full = cost(dense)
     problems = []
     for unit, limit in budget.limits(dense).items():
@@ -142,8 +151,7 @@ def check_budget(model: Any, budget: Budget, config: AllocateConfig | None = Non
                 f"{unit}={budget.bounds()[unit]} allows {limit}, the smallest feasible is {least} "
                 f"(a fraction of {_round_up(least / getattr(full, unit)):.4f})"
             )
-    if problems:
-        raise InputError("infeasible budget: " + "; ".join(problems))
+    return "; ".join(problems)
 
 
 def smallest_cost(dense: ViTConfig, config: AllocateConfig) -> Cost:

@@ -83,7 +83,7 @@ def test_the_order_of_the_images_does_not_matter(points):
 
     expected = score(points, targets)
     np.testing.assert_allclose(score(points[order], targets[order]), expected, rtol=1e-4, atol=1e-5)
-    assert np.all(np.abs(score(points[order], targets) / expected - 1) > 1e-2)
+    assert np.abs(score(points[order], targets) / expected - 1).max() > 0.1
 
 
 def test_distances_survive_a_large_common_offset():

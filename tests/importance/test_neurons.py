@@ -145,7 +145,8 @@ def slow_scores(model, config, batches, seed=0):
     for i, images in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), i)
         # The gradients have their own test below.
-        slow.add(*neurons._run_model(model.config, config, model.params, images, ZEROS, key))
+        loss = config.loss if config.needs_gradient else None
+        slow.add(*neurons._run_model(model.config, loss, model.params, images, ZEROS, key))
     return slow.result()
 
 
@@ -194,47 +195,52 @@ def gate_ones(config, b):
 
 
 @pytest.fixture(scope="module")
-def brute(tiny_model, images):
+def one_block(tiny_config):
+    return with_blocks(tiny_config, BlockConfig(2, 4, 3, 6))
+
+
+@pytest.fixture(scope="module")
+def brute(one_block, images):
     """Every image's own gradients, one image at a time: of each -log p_c, and of the entropy."""
 
     def losses(gates, image):
         gates = jax.tree.map(lambda gate: gate[None], gates)
         log_p = jax.nn.log_softmax(
-            apply_with_taps(tiny_model.config, tiny_model.params, image[None], gates)[0][0]
+            apply_with_taps(one_block.config, one_block.params, image[None], gates)[0][0]
         )
         return jnp.append(-log_p, -(jnp.exp(log_p) * log_p).sum())
 
-    gates = jax.tree.map(lambda gate: gate[0], gate_ones(tiny_model.config, 1))
+    gates = jax.tree.map(lambda gate: gate[0], gate_ones(one_block.config, 1))
     every = jax.jit(jax.vmap(jax.jacrev(losses), (None, 0)))(gates, images)
-    probabilities = np.asarray(jax.nn.softmax(tiny_model.apply(images)))
+    probabilities = np.asarray(jax.nn.softmax(one_block.apply(images)))
     classes = jax.tree.map(lambda leaf: np.asarray(leaf[:, :-1], np.float64), every)
     entropy = jax.tree.map(lambda leaf: np.asarray(leaf[:, -1]), every)
     return classes, entropy, probabilities
 
 
 @pytest.mark.parametrize("loss", ["label", "entropy"])
-def test_gate_gradients_are_every_images_own(tiny_model, images, labels, brute, loss):
-    run = jax.jit(functools.partial(gate_gradients, tiny_model.config, loss=loss))
-    logits, _, found = run(tiny_model.params, images, labels, key=KEY)
+def test_gate_gradients_are_every_images_own(one_block, images, labels, brute, loss):
+    run = jax.jit(functools.partial(gate_gradients, one_block.config, loss=loss))
+    logits, _, found = run(one_block.params, images, labels, key=KEY)
     classes, entropy, _ = brute
     expected = entropy
     if loss == "label":
         expected = jax.tree.map(lambda leaf: leaf[np.arange(6), labels], classes)
-    np.testing.assert_allclose(logits, tiny_model.apply(images), atol=1e-5)
+    np.testing.assert_allclose(logits, one_block.apply(images), atol=1e-5)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
         assert np.abs(b).max() > 1e-3
 
 
-def test_the_drawn_fisher_loss_is_unbiased(tiny_model, images, brute):
+def test_the_drawn_fisher_loss_is_unbiased(one_block, images, brute):
     draws = 512
     config = NeuronConfig.taylor("kl")
-    run = functools.partial(batch_terms, tiny_model.config, config, tiny_model.params, images)
+    run = functools.partial(batch_terms, one_block.config, config, one_block.params, images)
     keys = jax.random.split(KEY, draws)
     drawn = jax.jit(jax.vmap(lambda key: run(ZEROS, key)))(keys)
     classes, _, p = brute
-    for group in unit_table(tiny_model.config):
+    for group in unit_table(one_block.config):
         if group.kind not in ("mlp", "qk", "vo"):
             continue
         squares = classes[f"blocks_{group.block}"][group.kind] ** 2 / 2
@@ -323,7 +329,7 @@ def test_a_single_head_repeats_no_other(tiny_config):
 
 
 def test_scores_do_not_depend_on_how_a_batch_is_sharded(tiny_config):
-    model = with_blocks(tiny_config, BlockConfig(2, 4, 3, 6))
+    model = with_blocks(tiny_config, BlockConfig(2, 3, 2, 0, mlp=False))
     images = np.random.default_rng(8).standard_normal((8, 8, 8, 3)).astype(np.float32)
     spread, _ = shard_rows(images, data_mesh())
     assert len(spread.sharding.device_set) == 8
@@ -335,7 +341,8 @@ def test_scores_do_not_depend_on_how_a_batch_is_sharded(tiny_config):
 def test_groups_without_units_get_scores_without_entries(tiny_config, images):
     absent = BlockConfig(0, 0, 0, 0, attn=False, mlp=False)
     model = with_blocks(tiny_config, BlockConfig(2, 0, 3, 0), absent, BlockConfig(0, 0, 0, 4))
-    found = neuron_importance(model, [images])
+    weights = TermWeights(relevance=0.1, redundancy=0.1, activation=0.8)
+    found = neuron_importance(model, [images], config=NeuronConfig(mlp=weights, attn=weights))
     shapes = {group.key: group.shape for group in unit_table(model.config) if group.shape}
     assert {key: values.shape for key, values in found.items()} == shapes
     assert all(np.isfinite(values).all() for values in found.values())
@@ -360,10 +367,9 @@ def test_an_unknown_method_is_refused(tiny_model, images):
         neuron_importance(tiny_model, [images], "magic")
 
 
-def test_coupled_scores_of_unequal_dims_are_refused(tiny_config, images):
-    model = with_blocks(tiny_config, BlockConfig(2, 4, 3, 6))
+def test_coupled_scores_of_unequal_dims_are_refused(one_block, images):
     with pytest.raises(InputError, match="blocks_0: coupled scores need equal qk_dim and v_dim"):
-        neuron_importance(model, [images], "tap_published")
+        neuron_importance(one_block, [images], "tap_published")
 
 
 @pytest.mark.parametrize("weights", [(0, 0, 0, 0), (-0.1, 1, 1, 0)])

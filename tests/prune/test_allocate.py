@@ -97,7 +97,13 @@ def test_ragged_plans_keep_the_budget_with_padding(seed, share, unit):
         units[unit_key(i, "qk")] = units[unit_key(i, "vo")]
     budget = Budget(**{unit: share})
     config = AllocateConfig(ragged=True, coupled=True)
-    plan = allocate(SMALL, units, layers, budget, config=config)
+    try:
+        plan = allocate(SMALL, units, layers, budget, config=config)
+    except InputError as error:
+        # How widely the narrowest plan pads depends on the scores; it is near the floor's cost.
+        assert "smallest feasible" in str(error)
+        assert share < 0.25
+        return
     assert within(cost(reshaped_config(plan)), budget.limits(SMALL))
     for i in range(len(SMALL.blocks)):
         np.testing.assert_array_equal(plan.keep[unit_key(i, "qk")], plan.keep[unit_key(i, "vo")])
@@ -152,7 +158,8 @@ def test_sensitivity_meets_its_first_order_conditions():
     a = rng.uniform(0.1, 1.0, (2, 4))
     p = rng.uniform(1.5, 3.0, (2, 4))
     layers = LayerScores(probes, *(a[i] * np.array(probes)[:, None] ** p[i] for i in range(2)))
-    small = reshaped_config(allocate(SMALL, units, layers, Budget(params=0.6)))
+    config = AllocateConfig(min_keep=0.0)
+    small = reshaped_config(allocate(SMALL, units, layers, Budget(params=0.6), config=config))
     pruned = np.array([[1 - b.mlp_dim / 256 for b in small.blocks]])
     slopes = (a[0] * p[0] * pruned ** (p[0] - 1))[0]
     np.testing.assert_allclose(slopes, slopes.mean(), rtol=0.05)

@@ -66,7 +66,7 @@ def test_masked_equals_reshaped(tiny_config, images, variant, seed, ragged, dens
     assert cost(small.config).params == sum(leaf.size for leaf in jax.tree.leaves(small.params))
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), variant=st.sampled_from(["plain", "distilled"]))
 def test_gradients_of_masked_equal_those_of_reshaped(tiny_config, images, seed, variant):
     model = make(variant, tiny_config)
