@@ -3,12 +3,12 @@
 python -m experiments.run --config=configs/digits.py --workdir=runs/digits
 """
 
-from ml_collections import ConfigDict
+from experiments.config import complete
 
 
 def get_config():
     """Four devices of four digits each (neighbours share some), four budgets."""
-    return ConfigDict(
+    return complete(
         {
             "name": "digits",
             "seed": 0,

@@ -6,13 +6,13 @@ DATA is a folder in Tiny-ImageNet's own layout, WEIGHTS a .safetensors file. The
 trained on the train split, so that private images come from the val split alone.
 """
 
-from ml_collections import ConfigDict
+from experiments.config import complete
 
 
 def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
     """Four devices, ten classes each, half the MACs and less."""
     data, _, weights = arg.partition(",")
-    return ConfigDict(
+    return complete(
         {
             "name": "tiny-imagenet-40",
             "seed": 0,

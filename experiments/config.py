@@ -1,7 +1,10 @@
 """What an experiment's config file may say; anything else is refused by name."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
+
+from ml_collections import ConfigDict
 
 from tapvit_jax.data.partition import PartitionConfig
 from tapvit_jax.data.preprocess import Preprocess
@@ -12,7 +15,7 @@ from tapvit_jax.proxy.features import ExtractorConfig
 from tapvit_jax.proxy.gmm import GmmConfig
 from tapvit_jax.proxy.select import SelectConfig
 from tapvit_jax.prune.budget import Budget
-from tapvit_jax.structs import from_plain
+from tapvit_jax.structs import from_plain, to_plain
 from tapvit_jax.train.finetune import TrainConfig
 
 Comparison = Literal["pool", "random"]
@@ -113,6 +116,23 @@ class ExperimentConfig:
     def budget(self, device: int) -> Budget:
         """The budget of one device."""
         return Budget.parse(self.budgets[device % len(self.budgets)])
+
+
+def complete(values: Mapping[str, Any]) -> ConfigDict:
+    """A config file's values with all defaults filled in, so that every field can be overridden.
+
+    Raises:
+      InputError: unknown or missing fields, or values of another type; all in one message.
+    """
+    plain = to_plain(from_plain(ExperimentConfig, values))
+    return ConfigDict(_with_tuples(plain))
+
+
+def _with_tuples(value: Any) -> Any:
+    # Sequences can be overridden on the command line only where they are tuples.
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def read(config: Any) -> ExperimentConfig:

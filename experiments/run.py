@@ -476,6 +476,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where results and unfinished wo
 
 def _config_problem(error: Exception) -> str:
     text = str(error.args[0] if error.args else error)
+    if isinstance(error, KeyError):
+        text = f"has no field {text}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"--config: {' '.join(lines[:4])}"
 

@@ -253,7 +253,7 @@ def stop_after(last):
     return on_epoch
 
 
-@pytest.mark.parametrize("stops", [(1,), (2,), (3,), (3, 5), (6,)])
+@pytest.mark.parametrize("stops", [(1,), (3, 5), (6,)])
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(tmp_path, stops):
     expected = long_run()
     assert expected.best_epoch == 1
@@ -290,6 +290,14 @@ def test_an_exception_releases_the_checkpoints(tmp_path, monkeypatch):
     assert closed == [False, False, True]
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.raises(StopError):
+        long_run(directory, on_epoch=stop_after(2))
+    return directory
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -304,12 +312,10 @@ def test_an_exception_releases_the_checkpoints(tmp_path, monkeypatch):
     ],
     ids=["seed", "options", "train", "images", "params", "no_masks", "masks", "teacher"],
 )
-def test_checkpoints_of_another_run_are_refused(tmp_path, changes):
-    with pytest.raises(StopError):
-        long_run(tmp_path / "run", on_epoch=stop_after(2))
+def test_checkpoints_of_another_run_are_refused(interrupted, changes):
     with pytest.raises(InputError, match=r"run: holds checkpoints of a run with another"):
-        long_run(tmp_path / "run", **changes)
-    assert long_run(tmp_path / "run").best_epoch > 0
+        long_run(interrupted, **changes)
+    assert (interrupted / "2").is_dir()
 
 
 def test_states_survive_checkpoints(tmp_path):
