@@ -232,6 +232,7 @@ class Experiment:
 
         inputs = {
             "extractor": self.extractor_key,
+            "data": self.data_key,
             "images": split.private_train.tolist(),
             "gmm": to_plain(self.config.gmm),
             "seed": self.config.seed,
