@@ -20,13 +20,13 @@ from ml_collections import config_flags
 
 from experiments import report
 from experiments.config import ExperimentConfig, read
-from tapvit_jax.convert.timm import from_timm, read_safetensors
+from tapvit_jax.convert.timm import from_timm
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.partition import Partition, partition
 from tapvit_jax.data.pipeline import load_all
 from tapvit_jax.data.sources import MemorySource, open_source
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import file_hash, write_json
+from tapvit_jax.files import file_hash, read_safetensors, write_json
 from tapvit_jax.models import convnet, store, vit
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model

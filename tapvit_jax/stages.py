@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import atomic_directory, content_hash, file_hash, read_json, write_json
+from tapvit_jax.files import (
+    atomic_directory,
+    content_hash,
+    file_hash,
+    read_json,
+    read_safetensors,
+    write_json,
+)
 from tapvit_jax.versions import library_versions
 
 _LAYOUT = 2
@@ -89,11 +95,7 @@ class Stages:
             raise InputError(f"{directory / _META}: altered")
         if spec.get("sha256") != file_hash(path):
             raise InputError(f"{path}: truncated or altered")
-        try:
-            arrays = safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path}: not a .safetensors file ({error})") from error
-        return Artefact(key, arrays, spec["meta"], cached=True)
+        return Artefact(key, read_safetensors(path), spec["meta"], cached=True)
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import atomic_file, file_hash
+from tapvit_jax.files import atomic_file, file_hash, read_safetensors
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.params import Path as ParamPath
 from tapvit_jax.models.registry import Model, create
@@ -199,18 +198,3 @@ def save_timm(path: str | Path, config: ViTConfig, params: Params) -> None:
     """Write our parameters as a .safetensors file under timm's names."""
     with atomic_file(path) as partial:
         safetensors.numpy.save_file(to_timm(config, params), partial)
-
-
-def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Read all tensors of a .safetensors file; nothing in such a file is executed.
-
-    Raises:
-      InputError: missing, or not a whole .safetensors file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: truncated or not a .safetensors file ({error})") from error

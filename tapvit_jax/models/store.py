@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import atomic_directory, file_hash, read_json, write_json
+from tapvit_jax.files import atomic_directory, file_hash, read_json, read_safetensors, write_json
 from tapvit_jax.models.params import Params, check_params, flatten, unflatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.vit import ViTConfig, param_shapes
@@ -117,10 +116,7 @@ def load_params(path: Path, sha256: Any) -> Params:
         raise InputError(f"{path}: no such file")
     if file_hash(path) != sha256:
         raise InputError(f"{path}: checksum differs from its spec: truncated or altered")
-    try:
-        arrays = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: truncated or not a .safetensors file ({error})") from error
+    arrays = read_safetensors(path)
     try:
         return unflatten({tuple(name.split("/")): array for name, array in arrays.items()})
     except InputError as error:

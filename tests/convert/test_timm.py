@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tapvit_jax.convert.timm import from_timm, load_timm, read_safetensors, save_timm, to_timm
+from tapvit_jax.convert.timm import from_timm, load_timm, save_timm, to_timm
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import file_hash
+from tapvit_jax.files import file_hash, read_safetensors
 from tapvit_jax.models import vit
 from tapvit_jax.models.params import check_params, flatten
 from tapvit_jax.models.registry import IMAGENET_MEAN, create, list_models

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tapvit_jax.convert.timm import from_timm, read_safetensors, to_timm
+from tapvit_jax.convert.timm import from_timm, to_timm
+from tapvit_jax.files import read_safetensors
 from tapvit_jax.importance.layers import LayerConfig, layer_importance
 from tapvit_jax.importance.neurons import neuron_importance
 from tapvit_jax.models.registry import Model
