@@ -168,18 +168,20 @@ def test_scores_equal_the_formulas(tiny_model, images, more_images, method):
     assert_scores_close(found, expected)
 
 
-def test_a_coordinate_that_never_varies_says_nothing():
+@pytest.mark.parametrize("bandwidth", ["fixed", "mean"])
+def test_coordinates_are_standardised_and_constant_ones_say_nothing(bandwidth):
     # Six equal numbers do not sum to six times one of them in float32: what rounding leaves must
     # not be standardised into a signal.
-    hidden = np.random.default_rng(5).standard_normal((6, 5, 3)).astype(np.float32)
-    relevance = []
-    for constant in (np.zeros(3), np.random.default_rng(6).standard_normal(3)):
-        hidden[:, 0] = constant
-        terms = jax.jit(neurons._mlp_terms, static_argnums=0)(
-            NeuronConfig(), hidden, np.eye(6)[None]
-        )
-        relevance.append(terms["relevance"])
-    np.testing.assert_allclose(*relevance, rtol=1e-4)
+    rng = np.random.default_rng(5)
+    points = (rng.standard_normal((6, 5, 3)) * [0.1, 1, 30]).astype(np.float32)
+    config = NeuronConfig(bandwidth=bandwidth)
+    constant = points[:1, 0].copy()
+    for first in (0, constant, np.nextafter(constant, rng.choice([-99, 99], (6, 3)).astype("f4"))):
+        points[:, 0] = first
+        found = neurons._relevance_kernel(config, points, None)
+        for u in range(3):
+            expected = slow_kernel(standardised(np.float64(points[:, 1:, u])), bandwidth)
+            np.testing.assert_allclose(found[u], expected, rtol=1e-4, atol=1e-6)
 
 
 def gate_ones(config, b):

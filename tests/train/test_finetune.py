@@ -448,6 +448,19 @@ def test_a_diverging_loss_names_the_learning_rate(batch_size):
         train(None, make_params(), make_data(), options, seed=0, forward=linear)
 
 
+def test_every_batch_is_augmented_in_its_own_way(monkeypatch):
+    original, keys = finetune._step, []
+
+    def spy(*arguments):
+        keys.append(jax.random.key_data(arguments[-1]).tobytes())
+        return original(*arguments)
+
+    monkeypatch.setattr(finetune, "_step", spy)
+    long_run()
+    long_run(seed=6)
+    assert len(set(keys)) == len(keys) == 2 * LONG.epochs * 3
+
+
 @pytest.mark.parametrize(("asked", "count"), [(None, 12), (5, 5), (40, 12)])
 def test_images_per_epoch(monkeypatch, asked, count):
     original, read = finetune.batches, []
