@@ -31,10 +31,8 @@ def get_config():
                 },
             },
             "dense": {
-                "patch_size": 2,
-                "embed_dim": 64,
-                "depth": 6,
-                "num_heads": 4,
+                "model": "vit_tiny_patch16_224",
+                "arguments": {"patch_size": 2, "embed_dim": 64, "depth": 6, "num_heads": 4},
                 "train": {
                     "epochs": 40,
                     "batch_size": 32,

@@ -32,10 +32,8 @@ def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
                 },
             },
             "dense": {
-                "patch_size": 8,
-                "embed_dim": 128,
-                "depth": 8,
-                "num_heads": 4,
+                "model": "vit_tiny_patch16_224",
+                "arguments": {"patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4},
                 "weights": weights,
             },
             "extractor": {"kind": "backbone", "depth": 8, "dim": 16},

@@ -14,8 +14,9 @@ from sklearn.mixture import GaussianMixture
 
 from tapvit_jax.importance.layers import LayerConfig, layer_importance
 from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
-from tapvit_jax.models import vit
-from tapvit_jax.models.registry import Model, create
+from tapvit_jax.models import backbone
+from tapvit_jax.models.presets import create
+from tapvit_jax.models.registry import Model
 from tapvit_jax.proxy.density import log_likelihood
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.prune.mask import Plan, apply_masks, top_k_mask
@@ -48,7 +49,7 @@ def report(title: str, times: dict[str, float]) -> None:
 def neurons() -> None:
     """Composite scores of one batch against the plain forward pass."""
     config, _ = create("deit_tiny_patch16_224")
-    model = Model(config, vit.init(config, jax.random.key(0)))
+    model = Model(config, backbone.init(config, jax.random.key(0)))
     images = np.random.default_rng(0).standard_normal((BATCH, 224, 224, 3)).astype(np.float32)
     runs = {"forward pass": lambda: model.apply(images)}
     for name in ("tap_published", "tap", "taylor"):
@@ -60,7 +61,7 @@ def neurons() -> None:
 def layers() -> None:
     """Layer scores with shared prefixes against one whole forward pass for every probe."""
     config, _ = create("deit_tiny_patch16_224", img_size=112, depth=DEPTH)
-    model = Model(config, vit.init(config, jax.random.key(0)))
+    model = Model(config, backbone.init(config, jax.random.key(0)))
     images = np.random.default_rng(0).standard_normal((BATCH, 112, 112, 3)).astype(np.float32)
     units = neuron_importance(model, [images])
     probes = LayerConfig(sparsity=(0.5,))

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from tapvit_jax.data.partition import PartitionConfig
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.vit import ViTConfig, vit_config
+from tapvit_jax.models.backbone import Config
+from tapvit_jax.models.presets import create
 from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.proxy.features import ExtractorConfig
 from tapvit_jax.proxy.gmm import GmmConfig
@@ -41,34 +42,33 @@ class DenseConfig:
     """The dense model that every device's model is cut from.
 
     Attributes:
-      weights: a timm-format .safetensors file; None trains from scratch on the public pool.
+      model: timm's name of the architecture (`tap.list_models()`).
+      arguments: timm's arguments where it differs: patch_size, embed_dim, depth, num_heads ...;
+        image size, channels and classes come from the data.
+      weights: a checkpoint under timm's names, a file or a hub id; None trains from scratch on the
+        public pool.
       train: the recipe for training from scratch.
     """
 
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    distilled: bool = False
-    pool: Literal["cls", "mean"] = "cls"
+    model: str = "vit_tiny_patch16_224"
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights: str | None = None
     train: TrainConfig = TrainConfig()
 
-    def vit(self, preprocess: Preprocess, num_classes: int) -> ViTConfig:
-        """The network's config."""
-        return vit_config(
-            depth=self.depth,
-            num_heads=self.num_heads,
-            embed_dim=self.embed_dim,
-            mlp_ratio=self.mlp_ratio,
-            image_size=preprocess.image_size,
-            in_channels=preprocess.channels,
-            patch_size=self.patch_size,
-            num_classes=num_classes,
-            distilled=self.distilled,
-            pool=self.pool,
-        )
+    def network(self, preprocess: Preprocess, num_classes: int) -> Config:
+        """The network's config.
+
+        Raises:
+          InputError: an unknown model or argument, or sizes that do not fit together.
+        """
+        data = {
+            "img_size": preprocess.image_size,
+            "in_chans": preprocess.channels,
+            "num_classes": num_classes,
+            "mean": preprocess.mean,
+            "std": preprocess.std,
+        }
+        return create(self.model, **self.arguments, **data)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,14 +20,16 @@ from ml_collections import config_flags
 
 from experiments import report
 from experiments.config import ExperimentConfig, read
-from tapvit_jax.convert.timm import from_timm
+from tapvit_jax.convert.timm import params_of
+from tapvit_jax.convert.weights import fingerprint, read_weights
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.partition import Partition, partition
 from tapvit_jax.data.pipeline import load_all
 from tapvit_jax.data.sources import MemorySource, open_source
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import file_hash, read_safetensors, write_json
-from tapvit_jax.models import convnet, store, vit
+from tapvit_jax.files import write_json
+from tapvit_jax.models import backbone, convnet, store
+from tapvit_jax.models.backbone import Config
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.pipeline import (
@@ -129,8 +131,8 @@ class Experiment:
             images, labels = load_all(self.files, everything, data.preprocess)
             self.source = MemorySource(images, labels, self.files.class_names, self.files.name)
 
-    def _dense_config(self) -> vit.ViTConfig:
-        return self.config.dense.vit(self.config.data.preprocess, len(self.files.class_names))
+    def _dense_config(self) -> Config:
+        return self.config.dense.network(self.config.data.preprocess, len(self.files.class_names))
 
     def _train_data(self, train_on: np.ndarray, validation: np.ndarray) -> TrainData:
         return TrainData(self.source, self.config.data.preprocess, train_on, validation)
@@ -144,11 +146,11 @@ class Experiment:
 
         def compute():
             if dense.weights is not None:
-                params = from_timm(shapes, read_safetensors(dense.weights), dense.weights)
-                return _to_arrays(params), {"weights": dense.weights, "record": []}
+                found = read_weights(dense.weights)
+                return _to_arrays(params_of(shapes, found)), {"weights": found.source, "record": []}
             result = train(
                 shapes,
-                vit.init(shapes, jax.random.key(config.seed)),
+                backbone.init(shapes, jax.random.key(config.seed)),
                 public,
                 dense.train,
                 seed=config.seed,
@@ -159,18 +161,21 @@ class Experiment:
 
         inputs = {"data": self.data_key, "dense": to_plain(dense)}
         if dense.weights is not None:
-            if not Path(dense.weights).is_file():
-                raise InputError(f"{dense.weights}: no such file, expected the dense weights")
-            inputs["weights_sha256"] = file_hash(dense.weights)
+            inputs["weights"] = fingerprint(dense.weights)
         found = self.stages.run("dense", inputs, compute)
-        history = {"trained_on": config.data.source, "seed": config.seed}
+        history = {
+            "architecture": dense.model,
+            "weights": found.meta["weights"],
+            "trained_on": config.data.source,
+            "seed": config.seed,
+        }
         model = Model(
             config=shapes,
             params=_to_params(found.arrays),
             preprocess=config.data.preprocess,
             class_names=self.files.class_names,
             name=f"{config.name}-dense",
-            history=history | {"weights": dense.weights},
+            history=history,
         )
         store.save(model, self.workdir / "models" / "dense")
         return model, found.key

@@ -18,7 +18,8 @@ from tapvit_jax.convert.timm import load_timm, save_timm
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
 from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
-from tapvit_jax.models.registry import Model, list_models
+from tapvit_jax.models.presets import list_models
+from tapvit_jax.models.registry import Model
 from tapvit_jax.models.store import load, save
 from tapvit_jax.proxy.density import log_likelihood
 from tapvit_jax.proxy.features import Extractor, ExtractorConfig

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importa
 from tapvit_jax.importance.neurons import NeuronConfig, Scores, neuron_importance
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
-from tapvit_jax.prune.allocate import AllocateConfig
+from tapvit_jax.prune.allocate import AllocateConfig, allocate
+from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.train.evaluate import Metrics, evaluate
@@ -59,8 +62,17 @@ def score(
     config: PruneConfig,
     *,
     seed: int = 0,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> tuple[Scores, LayerScores]:
     """Neuron and layer scores of a model on a metric dataset.
+
+    Args:
+      model: the dense model.
+      source: images.
+      metric: indices of the metric dataset.
+      config: how units and layers are scored.
+      seed: for the classes that the Fisher loss samples.
+      on_share: called with every share of the work that is done.
 
     Raises:
       InputError: too few images, or images that cannot be read.
@@ -69,12 +81,77 @@ def score(
         raise InputError(f"{model.name}: does not say how its images are prepared")
 
     size = even_batch_size(len(metric), config.batch_size)
+    count = max(1, len(metric) // size)
+    # Layer probes run the network many times over, neuron scores a few times.
+    probes = min(count, config.layers.max_batches)
+    effort = {"neurons": 4 * min(count, config.neurons.max_batches), "layers": 20 * probes}
 
-    def metric_batches():
-        return batches(source, metric, model.preprocess, size, remainder="drop")
+    def metric_batches(kind: str) -> Iterator[dict[str, np.ndarray]]:
+        share = effort[kind] / sum(effort.values()) / min(count, getattr(config, kind).max_batches)
+        for batch in batches(source, metric, model.preprocess, size, remainder="drop"):
+            yield batch
+            on_share(share)
 
-    units = neuron_importance(model, metric_batches(), config=config.neurons, seed=seed)
-    return units, layer_importance(model, metric_batches(), units, config=config.layers)
+    units = neuron_importance(model, metric_batches("neurons"), config=config.neurons, seed=seed)
+    return units, layer_importance(model, metric_batches("layers"), units, config=config.layers)
+
+
+def allocate_measured(
+    model: Model,
+    units: Scores,
+    layers: LayerScores,
+    budget: Budget,
+    latency: LatencyModel,
+    *,
+    config: AllocateConfig | None = None,
+    measure: Callable[[Model, Model], tuple[float, float]],
+    rounds: int = 4,
+) -> tuple[Plan, dict[str, float]]:
+    """Plan under a budget on latency, and keep the promise: measure the result, plan again if slow.
+
+    The latency model only predicts. Where the measured time exceeds the bound, the bound that the
+    planner sees is tightened by the excess.
+
+    Args:
+      model: the dense model.
+      units: neuron scores.
+      layers: layer scores.
+      budget: with a bound on latency; `latency` is a fraction of the dense time measured here.
+      latency: predicts times.
+      config: see `allocate`.
+      measure: milliseconds of the dense and the pruned model, measured side by side.
+      rounds: plans that are tried.
+
+    Returns:
+      The plan, and milliseconds dense_ms, pruned_ms and predicted_ms.
+
+    Raises:
+      InputError: an infeasible budget, or one that no plan met when measured.
+
+    Source: ours.
+    """
+    planned = budget
+    for _ in range(rounds):
+        plan = allocate(model, units, layers, planned, config=config, latency=latency)
+        small = reshape(model, plan)
+        dense_ms, pruned_ms = measure(model, small)
+        limit = min(
+            budget.latency_ms or np.inf,
+            (budget.latency or np.inf) * dense_ms,
+        )
+        found = {
+            "dense_ms": dense_ms,
+            "pruned_ms": pruned_ms,
+            "predicted_ms": latency.predict(small.config),
+            "limit_ms": limit,
+        }
+        if pruned_ms <= limit:
+            return plan, found
+        planned = planned.tightened(0.99 * limit / pruned_ms)
+    raise InputError(
+        f"budget {budget} was not met: {pruned_ms:.2f} ms measured after {rounds} plans, "
+        f"expected at most {limit:.2f} ms"
+    )
 
 
 def even_batch_size(count: int, most: int) -> int:

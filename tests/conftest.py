@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone, vit
 from tapvit_jax.models.registry import Model
+from tapvit_jax.models.swin import swin_config
 
 # Compiling takes longer than hypothesis' deadline allows for; nothing here is timed.
 settings.register_profile("tapvit", deadline=None, derandomize=True, print_blob=True)
@@ -55,13 +56,29 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config):
-    return Model(tiny_config, realistic(vit.init(tiny_config, jax.random.key(0))), name="tiny")
+    return Model(tiny_config, realistic(backbone.init(tiny_config, jax.random.key(0))), name="tiny")
 
 
 @pytest.fixture(scope="session")
 def distilled_model(tiny_config):
     config = dataclasses.replace(tiny_config, distilled=True)
-    return Model(config, realistic(vit.init(config, jax.random.key(1)), 1), name="distilled")
+    return Model(config, realistic(backbone.init(config, jax.random.key(1)), 1), name="distilled")
+
+
+@pytest.fixture(scope="session")
+def swin_model():
+    """Two stages: shifted windows on an 8 x 8 grid, then patch merging and a single window."""
+    config = swin_config(
+        image_size=8,
+        patch_size=1,
+        num_classes=5,
+        embed_dim=8,
+        depths=(2, 1),
+        num_heads=(2, 4),
+        window_size=4,
+        mlp_ratio=2.0,
+    )
+    return Model(config, realistic(backbone.init(config, jax.random.key(2)), 2), name="swin")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import tapvit_jax as tap
 from tapvit_jax.__main__ import main
 from tapvit_jax.convert.timm import save_timm
 from tapvit_jax.data.preprocess import Preprocess
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone, vit
 from tapvit_jax.models.registry import Model
 from tapvit_jax.runtime import run_program
 
@@ -47,7 +47,9 @@ def work(tmp_path_factory):
         num_heads=2,
         embed_dim=16,
     )
-    model = Model(config, vit.init(config, jax.random.key(0)), PREPROCESS, CLASSES, name="dense")
+    model = Model(
+        config, backbone.init(config, jax.random.key(0)), PREPROCESS, CLASSES, name="dense"
+    )
     tap.save(model, root / "dense")
     call("extractor", "--model", root / "dense", "--pool", root / "pool", "--dim", "4",
          "--depth", "1", "--out", root / "extractor")  # fmt: skip
@@ -125,7 +127,7 @@ def test_embedding_extractor(work, tmp_path, capsys):
 
 def test_timm_weights_are_converted(work, tmp_path, capsys):
     config, _ = vit_preset()
-    params = vit.init(config, jax.random.key(3))
+    params = backbone.init(config, jax.random.key(3))
     save_timm(tmp_path / "weights.safetensors", config, params)
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     call("convert", "--preset", "deit_tiny_patch16_224",
@@ -145,7 +147,7 @@ OVERRIDES = [
 
 
 def vit_preset():
-    from tapvit_jax.models.registry import create
+    from tapvit_jax.models.presets import create
 
     return create("deit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_classes=2)
 

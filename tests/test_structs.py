@@ -10,7 +10,8 @@ from configs.digits import get_config
 from experiments.config import ExperimentConfig, read
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.convnet import ConvNetConfig
-from tapvit_jax.models.vit import BlockConfig, ViTConfig, vit_config
+from tapvit_jax.models.layers import BlockConfig
+from tapvit_jax.models.vit import ViTConfig, vit_config
 from tapvit_jax.structs import from_plain, to_plain
 
 

@@ -1,144 +1,174 @@
-"""timm's parameter names to ours and back, for plain and distilled ViTs; one table serves both."""
+"""timm's parameter names to ours and back; one table an architecture serves both directions."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from tapvit_jax.convert import resample, resnet
+from tapvit_jax.convert.identify import describe
+from tapvit_jax.convert.rules import Rule, attention, conv, dense, mlp, norm, same
+from tapvit_jax.convert.weights import Weights, read_weights
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import atomic_file, file_hash, read_safetensors
+from tapvit_jax.files import atomic_file
+from tapvit_jax.models.backbone import Config, check_prunable
 from tapvit_jax.models.params import Params, flatten, unflatten
-from tapvit_jax.models.params import Path as ParamPath
-from tapvit_jax.models.registry import Model, create
+from tapvit_jax.models.presets import architecture, create
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.resnet import ResNetConfig
+from tapvit_jax.models.swin import SwinConfig
 from tapvit_jax.models.vit import ViTConfig
 
 StateDict = Mapping[str, np.ndarray]
 
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """One timm tensor and the parameters of ours that it holds, with both transforms."""
-
-    timm: str
-    paths: tuple[ParamPath, ...]
-    shape: tuple[int, ...]
-    ours: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    theirs: Callable[..., np.ndarray]
+_MOST_PROBLEMS = 20
 
 
-def _same(timm: str, path: ParamPath, shape: tuple[int, ...]) -> _Rule:
-    return _Rule(timm, (path,), shape, lambda a: (a,), lambda a: a)
-
-
-def _transposed(timm: str, path: ParamPath, shape: tuple[int, int]) -> _Rule:
-    return _Rule(timm, (path,), shape[::-1], lambda a: (a.T,), lambda a: a.T)
-
-
-def _norm(timm: str, path: ParamPath, dim: int) -> list[_Rule]:
-    names = {"weight": "scale", "bias": "bias"}
-    return [_same(f"{timm}.{a}", (*path, b), (dim,)) for a, b in names.items()]
-
-
-def _dense(timm: str, path: ParamPath, inputs: int, outputs: int) -> list[_Rule]:
+def rules(config: Config) -> list[Rule]:
+    """The table of an architecture: every timm tensor and what it holds of ours."""
+    if isinstance(config, ResNetConfig):
+        return resnet.rules(config)
+    table = _swin_rules(config) if isinstance(config, SwinConfig) else _vit_rules(config)
+    side = config.patch_size
+    path = ("patch_embed",)
     return [
-        _transposed(f"{timm}.weight", (*path, "kernel"), (inputs, outputs)),
-        _same(f"{timm}.bias", (*path, "bias"), (outputs,)),
+        conv("patch_embed.proj", path, side, side, config.in_channels, config.embed_dim),
+        same("patch_embed.proj.bias", (*path, "bias"), (config.embed_dim,)),
+        *table,
     ]
 
 
-def _rules(config: ViTConfig) -> list[_Rule]:
-    d, p, channels = config.embed_dim, config.patch_size, config.in_channels
-    rules = [
-        _Rule(
-            "patch_embed.proj.weight",
-            (("patch_embed", "kernel"),),
-            (d, channels, p, p),
-            lambda a: (a.transpose(2, 3, 1, 0),),
-            lambda a: a.transpose(3, 2, 0, 1),
-        ),
-        _same("patch_embed.proj.bias", ("patch_embed", "bias"), (d,)),
-        _same("pos_embed", ("pos_embed",), (1, config.num_tokens, d)),
-    ]
+def _vit_rules(config: ViTConfig) -> list[Rule]:
+    d = config.embed_dim
+    table = [same("pos_embed", ("pos_embed",), (1, config.num_positions, d))]
     if config.class_token:
-        rules.append(_same("cls_token", ("cls_token",), (1, 1, d)))
+        table.append(same("cls_token", ("cls_token",), (1, 1, d)))
     if config.distilled:
-        rules.append(_same("dist_token", ("dist_token",), (1, 1, d)))
-    for i, block in enumerate(config.blocks):
-        ours, theirs = f"blocks_{i}", f"blocks.{i}"
-        if block.attn:
-            rules += _norm(f"{theirs}.norm1", (ours, "norm1"), d)
-            rules += _attention_rules(config, i)
-        if block.mlp:
-            rules += _norm(f"{theirs}.norm2", (ours, "norm2"), d)
-            rules += _dense(f"{theirs}.mlp.fc1", (ours, "mlp", "fc1"), d, block.mlp_dim)
-            rules += _dense(f"{theirs}.mlp.fc2", (ours, "mlp", "fc2"), block.mlp_dim, d)
-    rules += _norm(config.final_norm, (config.final_norm,), d)
+        table.append(same("dist_token", ("dist_token",), (1, 1, d)))
+    for i in range(len(config.blocks)):
+        table += _block_rules(config, i, f"blocks.{i}")
+    table += norm(config.final_norm, (config.final_norm,), d)
     for head in ("head", "head_dist") if config.distilled else ("head",):
-        rules += _dense(head, (head,), d, config.num_classes)
-    return rules
+        table += dense(head, (head,), d, config.num_classes)
+    return table
 
 
-def _attention_rules(config: ViTConfig, i: int) -> list[_Rule]:
-    block, d = config.blocks[i], config.embed_dim
-    h, k, v = block.num_heads, block.qk_dim, block.v_dim
-    ours, theirs = (f"blocks_{i}", "attn"), f"blocks.{i}.attn"
-    splits = (h * k, 2 * h * k)
-    names, dims = ("q", "k", "v"), (k, k, v)
+def _swin_rules(config: SwinConfig) -> list[Rule]:
+    table = norm("patch_embed.norm", ("patch_norm",), config.embed_dim)
+    for i in range(len(config.blocks)):
+        stage, place = config.position(i)
+        d = config.stage_dim(stage)
+        if config.block_spec(i).merge:
+            path, theirs = (f"blocks_{i}", "merge"), f"layers.{stage}.downsample"
+            table += norm(f"{theirs}.norm", (*path, "norm"), 2 * d)
+            table += dense(f"{theirs}.reduction", (*path, "reduction"), 2 * d, d, bias=False)
+        table += _block_rules(config, i, f"layers.{stage}.blocks.{place}")
+    table += norm("norm", ("norm",), config.pooled_dim)
+    return table + dense("head.fc", ("head",), config.pooled_dim, config.num_classes)
 
-    def kernels(a: np.ndarray) -> tuple[np.ndarray, ...]:
-        parts = np.split(a, splits)
-        return tuple(part.T.reshape(d, h, dim) for part, dim in zip(parts, dims, strict=True))
 
-    def biases(a: np.ndarray) -> tuple[np.ndarray, ...]:
-        parts = np.split(a, splits)
-        return tuple(part.reshape(h, dim) for part, dim in zip(parts, dims, strict=True))
-
-    rules = [
-        _Rule(
-            f"{theirs}.qkv.weight",
-            tuple((*ours, name, "kernel") for name in names),
-            (h * (2 * k + v), d),
-            kernels,
-            lambda *parts: np.concatenate([part.reshape(d, -1).T for part in parts]),
+def _block_rules(config: ViTConfig | SwinConfig, i: int, theirs: str) -> list[Rule]:
+    spec, ours = config.block_spec(i), (f"blocks_{i}",)
+    widths, d = spec.widths, spec.embed_dim
+    table = []
+    if widths.attn:
+        table += norm(f"{theirs}.norm1", (*ours, "norm1"), d)
+        table += attention(
+            f"{theirs}.attn",
+            (*ours, "attn"),
+            dim=d,
+            num_heads=widths.num_heads,
+            qk_dim=widths.qk_dim,
+            v_dim=widths.v_dim,
+            qkv_bias=spec.qkv_bias,
         )
-    ]
-    if config.qkv_bias:
-        rules.append(
-            _Rule(
-                f"{theirs}.qkv.bias",
-                tuple((*ours, name, "bias") for name in names),
-                (h * (2 * k + v),),
-                biases,
-                lambda *parts: np.concatenate([part.reshape(-1) for part in parts]),
-            )
-        )
-    rules.append(
-        _Rule(
-            f"{theirs}.proj.weight",
-            ((*ours, "proj", "kernel"),),
-            (d, h * v),
-            lambda a: (a.T.reshape(h, v, d),),
-            lambda a: a.reshape(h * v, d).T,
-        )
-    )
-    rules.append(_same(f"{theirs}.proj.bias", (*ours, "proj", "bias"), (d,)))
-    return rules
+        if spec.window:
+            shape = ((2 * spec.window - 1) ** 2, widths.num_heads)
+            bias = f"{theirs}.attn.relative_position_bias_table"
+            table.append(same(bias, (*ours, "attn", "rel_pos_bias"), shape))
+        if spec.layer_scale:
+            table.append(same(f"{theirs}.ls1.gamma", (*ours, "ls1", "gamma"), (d,)))
+    if widths.mlp:
+        table += norm(f"{theirs}.norm2", (*ours, "norm2"), d)
+        table += mlp(f"{theirs}.mlp", (*ours, "mlp"), d, widths.mlp_dim)
+        if spec.layer_scale:
+            table.append(same(f"{theirs}.ls2.gamma", (*ours, "ls2", "gamma"), (d,)))
+    return table
 
 
-def from_timm(config: ViTConfig, state: StateDict, name: str = "state dict") -> Params:
+def rename_old(config: Config, state: StateDict) -> dict[str, np.ndarray]:
+    """Names of older checkpoints under timm's present ones, without buffers that timm drops too.
+
+    The original Swin merges patches at the end of a stage and calls its classifier "head"; the
+    original DeiT-III calls its layer scales "gamma_1" and "gamma_2".
+    """
+    if isinstance(config, ResNetConfig):
+        return {k: v for k, v in state.items() if not k.endswith(resnet.IGNORED_SUFFIXES)}
+    if isinstance(config, ViTConfig):
+        return {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in state.items()}
+    buffers = ("relative_position_index", "attn_mask")
+    state = {k: v for k, v in state.items() if not k.endswith(buffers)}
+    if "layers.0.downsample.reduction.weight" in state:
+        state = {
+            re.sub(
+                r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", k
+            ): v
+            for k, v in state.items()
+        }
+    return {re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", k): v for k, v in state.items()}
+
+
+def resize(config: Config, state: StateDict) -> dict[str, np.ndarray]:
+    """Resample what depends on image, patch or window size to the config's, as timm does.
+
+    Position embeddings: bicubic, antialiased; patch kernels: the pseudo-inverse of FlexiViT;
+    relative position bias: on a grid that is denser in its middle. Tensors that fit stay as they
+    are; tensors that make no square grid are left for `from_timm` to refuse.
+    """
+    state = dict(state)
+    if isinstance(config, ResNetConfig):
+        return state
+    for rule in rules(config):
+        found = state.get(rule.timm)
+        if found is None or found.shape == rule.shape or found.ndim != len(rule.shape):
+            continue
+        if rule.timm == "patch_embed.proj.weight" and found.shape[:2] == rule.shape[:2]:
+            state[rule.timm] = resample.resample_patch_embed(_float32(found), config.patch_size)
+        elif rule.timm == "pos_embed" and found.shape[-1] == rule.shape[-1]:
+            prefix = config.num_positions - config.num_patches
+            if _is_square(found.shape[1] - prefix):
+                grid = config.image_size // config.patch_size
+                state[rule.timm] = resample.resample_pos_embed(_float32(found), grid, prefix)
+        elif rule.timm.endswith("bias_table") and found.shape[1] == rule.shape[1]:
+            window = (round(rule.shape[0] ** 0.5) + 1) // 2
+            if _is_square(found.shape[0]):
+                state[rule.timm] = resample.resample_rel_pos_bias(_float32(found), window)
+    return state
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array).astype(np.float32)
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and round(count**0.5) ** 2 == count
+
+
+def from_timm(config: Config, state: StateDict, name: str = "state dict") -> Params:
     """Turn a timm state dict into our parameters, in float32.
 
     Raises:
       InputError: tensors missing, unexpected or of another shape; all of them in one message, under
-        timm's name and ours.
+        timm's name and ours, with the architecture that the tensors look like.
     """
-    rules = _rules(config)
+    table = rules(config)
     problems, leaves = [], {}
-    for rule in rules:
+    for rule in table:
         ours = ", ".join("/".join(path) for path in rule.paths)
         if rule.timm not in state:
             problems.append(f"missing {rule.timm} (ours: {ours})")
@@ -157,44 +187,222 @@ def from_timm(config: ViTConfig, state: StateDict, name: str = "state dict") -> 
             continue
         parts = rule.ours(array.astype(np.float32))
         leaves |= dict(zip(rule.paths, map(np.ascontiguousarray, parts), strict=True))
-    known = {rule.timm for rule in rules}
+    known = {rule.timm for rule in table}
     problems += [f"unexpected {key}" for key in state if key not in known]
     if problems:
-        raise InputError(f"{name}: {len(problems)} problems: " + "; ".join(problems))
+        more = len(problems) - _MOST_PROBLEMS
+        listed = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        raise InputError(
+            f"{name}: {len(problems)} problems: {'; '.join(listed)}. "
+            f"The tensors look like {describe(state)}"
+        )
     return unflatten(leaves)
 
 
-def to_timm(config: ViTConfig, params: Params) -> dict[str, np.ndarray]:
+def to_timm(config: Config, params: Params) -> dict[str, np.ndarray]:
     """Turn our parameters into a state dict under timm's names; the inverse of `from_timm`."""
     leaves = flatten(params)
-    return {
+    state = {
         rule.timm: np.ascontiguousarray(
             rule.theirs(*(np.asarray(leaves[path]) for path in rule.paths))
         )
-        for rule in _rules(config)
+        for rule in rules(config)
     }
+    return state | resnet.extra(config) if isinstance(config, ResNetConfig) else state
 
 
 def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
-    """Load a timm checkpoint (.safetensors) into a preset.
+    """Load a timm checkpoint into a preset.
 
     Args:
-      name: a preset, such as "deit_small_patch16_224".
-      weights: path of the file.
-      **overrides: timm's own arguments where the checkpoint differs from the preset: img_size,
-        patch_size, embed_dim, depth, num_heads, num_classes, ...
+      name: a preset, such as "deit_small_patch16_224", with or without the tag of its weights.
+      weights: a local .safetensors, .pth, .pt or .bin, or a hub id such as
+        "hf-hub:timm/deit_small_patch16_224.fb_in1k".
+      **overrides: timm's own arguments where the checkpoint or the wish differs from the preset:
+        img_size, patch_size, embed_dim, depth, num_heads, num_classes, window_size, mean, std ...;
+        position embeddings, patch kernels and relative position tables are resampled to fit.
 
     Raises:
       InputError: unknown preset, unreadable file, or a file that does not fit the preset.
     """
-    config, preprocess = create(name, **overrides)
-    path = Path(weights)
-    params = from_timm(config, read_safetensors(path), str(path))
-    history = {"weights": {"name": name, "file": path.name, "sha256": file_hash(path)}}
+    found = read_weights(weights)
+    arguments = _recorded_arguments(name, found) | overrides
+    config, preprocess = create(name, **arguments)
+    params = jax.tree.map(jnp.asarray, params_of(config, found))
+    history = {"architecture": architecture(name), "weights": {"name": name, **found.source}}
     return Model(config, params, preprocess, name=name, history=history)
 
 
-def save_timm(path: str | Path, config: ViTConfig, params: Params) -> None:
+def params_of(config: Config, weights: Weights) -> Params:
+    """A checkpoint's parameters: old names renamed, sizes resampled, then `from_timm`.
+
+    Raises:
+      InputError: the checkpoint does not fit the config.
+    """
+    state = resize(config, rename_old(config, weights.state))
+    return from_timm(config, state, weights.name)
+
+
+_PREPARED = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "interpolation": "interpolation"}
+
+
+def _recorded_arguments(name: str, weights: Weights) -> dict[str, Any]:
+    """What the checkpoint's own config.json says about shapes and preprocessing."""
+    record = weights.config
+    if record is None:
+        return {}
+    if record["architecture"] != architecture(name):
+        raise InputError(
+            f"{weights.name}: its config.json says {record['architecture']!r}, "
+            f"expected {architecture(name)!r}"
+        )
+    prepared = record.get("pretrained_cfg") or {}
+    if prepared.get("crop_mode", "center") != "center":
+        raise InputError(
+            f"{weights.name}: crop_mode is {prepared['crop_mode']!r}, expected 'center'"
+        )
+    found = {ours: prepared[theirs] for theirs, ours in _PREPARED.items() if theirs in prepared}
+    if "input_size" in prepared:
+        found |= {"in_chans": prepared["input_size"][0], "img_size": prepared["input_size"][-1]}
+    if record.get("num_classes"):
+        found["num_classes"] = record["num_classes"]
+    return found | dict(record.get("model_args") or {})
+
+
+def save_timm(path: str | Path, config: Config, params: Params) -> None:
     """Write our parameters as a .safetensors file under timm's names."""
     with atomic_file(path) as partial:
-        safetensors.numpy.save_file(to_timm(config, params), partial)
+        safetensors.numpy.save_file(to_timm(config, params), partial, metadata={"format": "pt"})
+
+
+def timm_model(model: Model) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """What rebuilds a model in timm: architecture, constructor arguments and state dict.
+
+    timm gives all blocks of a ViT, or of a Swin's stage, the same widths. A ViT's attention must be
+    whole and blocks without both branches are left out; a Swin's heads may be pruned to a common
+    number of common width, where timm's softmax scale is made up for in the queries.
+
+    Raises:
+      InputError: timm has no arguments for these widths; names the first such block.
+    """
+    config = model.config
+    if isinstance(config, ResNetConfig):
+        name = _recorded_architecture(model, "resnet50" if config.bottleneck else "resnet18")
+        return (
+            name,
+            _image_arguments(config, "num_classes", "in_chans"),
+            to_timm(config, model.params),
+        )
+    check_prunable(config)
+    if isinstance(config, SwinConfig):
+        return _timm_swin(model, config)
+    return _timm_vit(model, config)
+
+
+def _recorded_architecture(model: Model, default: str) -> str:
+    return architecture(model.history.get("architecture", default))
+
+
+def _image_arguments(config: Config, *names: str) -> dict[str, Any]:
+    found = {
+        "img_size": config.image_size,
+        "num_classes": config.num_classes,
+        "in_chans": config.in_channels,
+    }
+    return {name: found[name] for name in names or found}
+
+
+def _check_eps(config: ViTConfig | SwinConfig, default: float) -> None:
+    if config.layer_norm_eps != default:
+        raise _refuse("it", f"has layer_norm_eps {config.layer_norm_eps}")
+
+
+def _refuse(where: str, found: str) -> InputError:
+    return InputError(
+        f"timm cannot represent this pruned model: {where} {found}; export it as ONNX instead"
+    )
+
+
+def _mlp_ratio(where: str, mlp_dim: int, dim: int) -> float:
+    # timm truncates dim * ratio, so that the nearest float may lose a unit.
+    ratio = mlp_dim / dim
+    while int(dim * ratio) < mlp_dim:
+        ratio = float(np.nextafter(ratio, np.inf))
+    if int(dim * ratio) != mlp_dim or mlp_dim == 0:
+        raise _refuse(where, f"has {mlp_dim} MLP units")
+    return ratio
+
+
+def _timm_vit(model: Model, config: ViTConfig) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    _check_eps(config, 1e-6)
+    kept = [i for i, block in enumerate(config.blocks) if block.attn or block.mlp]
+    first = config.blocks[kept[0]] if kept else None
+    for i in kept:
+        block = config.blocks[i]
+        if not (block.attn and block.mlp):
+            raise _refuse(f"block {i}", "lacks one of its branches")
+        if (block.qk_dim, block.v_dim) != (config.head_dim,) * 2:
+            raise _refuse(f"block {i}", "has pruned attention dims")
+        if block.num_heads * config.head_dim != config.embed_dim:
+            raise _refuse(f"block {i}", "has pruned heads")
+        if block != first:
+            raise _refuse(f"block {i}", "has another MLP width than the first")
+    if first is None:
+        raise _refuse("it", "has no blocks left")
+    default = "deit_tiny_distilled_patch16_224" if config.distilled else "vit_tiny_patch16_224"
+    arguments = _image_arguments(config) | {
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "depth": len(kept),
+        "num_heads": first.num_heads,
+        "mlp_ratio": _mlp_ratio("every block", first.mlp_dim, config.embed_dim),
+        "qkv_bias": config.qkv_bias,
+        "class_token": config.class_token,
+        "global_pool": "avg" if config.pool == "mean" else "token",
+        "no_embed_class": not config.prefix_positions,
+        "init_values": 1e-5 if config.layer_scale else None,
+    }
+    state = {}
+    for key, value in to_timm(config, model.params).items():
+        match = re.match(r"blocks\.(\d+)\.(.*)", key)
+        state[f"blocks.{kept.index(int(match[1]))}.{match[2]}" if match else key] = value
+    return _recorded_architecture(model, default), arguments, state
+
+
+def _timm_swin(
+    model: Model, config: SwinConfig
+) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    _check_eps(config, 1e-5)
+    params = flatten(model.params)
+    heads, dims, ratios, start = [], [], [], 0
+    for stage, depth in enumerate(config.depths):
+        blocks, where = config.blocks[start : start + depth], f"stage {stage}"
+        first = blocks[0]
+        if any(not (block.attn and block.mlp) for block in blocks):
+            raise _refuse(where, "lacks a branch")
+        if any(block != first for block in blocks):
+            raise _refuse(where, "has blocks of different widths")
+        if first.qk_dim != first.v_dim or 0 in (first.qk_dim, first.num_heads):
+            raise _refuse(where, f"has {first.qk_dim} qk dims and {first.v_dim} value dims a head")
+        heads.append(first.num_heads)
+        dims.append(first.v_dim)
+        ratios.append(_mlp_ratio(where, first.mlp_dim, config.stage_dim(stage)))
+        if first.qk_dim != config.head_dims[stage]:
+            scale = np.float32((first.qk_dim / config.head_dims[stage]) ** 0.5)
+            for i in range(start, start + depth):
+                for name in ("kernel", "bias") if config.qkv_bias else ("kernel",):
+                    path = (f"blocks_{i}", "attn", "q", name)
+                    params[path] = np.asarray(params[path]) * scale
+        start += depth
+    arguments = _image_arguments(config) | {
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "depths": list(config.depths),
+        "num_heads": heads,
+        "head_dim": dims,
+        "window_size": config.window_size,
+        "mlp_ratio": ratios,
+        "qkv_bias": config.qkv_bias,
+    }
+    name = _recorded_architecture(model, "swin_tiny_patch4_window7_224")
+    return name, arguments, to_timm(config, unflatten(params))

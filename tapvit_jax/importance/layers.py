@@ -18,9 +18,17 @@ from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.neurons import Scores, unpack_batch
+from tapvit_jax.models.backbone import (
+    TransformerConfig,
+    apply_block,
+    block_params,
+    check_prunable,
+    classify,
+    embed,
+)
+from tapvit_jax.models.layers import BlockConfig, BlockSpec
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import Block, BlockConfig, ViTConfig, apply_block, classify, embed
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.units import unit_key
 from tapvit_jax.structs import check_choices
@@ -116,6 +124,7 @@ def layer_importance(
 
     Source: TAP-ViTs (arXiv 2601.02437); several probes, the shared prefix and the fixes are ours.
     """
+    check_prunable(model.config)
     config = config or LayerConfig()
     if sparsity is not None:
         values = (sparsity,) if isinstance(sparsity, int | float) else tuple(sparsity)
@@ -143,7 +152,9 @@ def _variants(config: LayerConfig, block: BlockConfig) -> list[tuple[Branch, flo
     return [(branch, s) for branch in branches for s in config.sparsity]
 
 
-def _unpack(model_config: ViTConfig, config: LayerConfig, found: list[np.ndarray]) -> LayerScores:
+def _unpack(
+    model_config: TransformerConfig, config: LayerConfig, found: list[np.ndarray]
+) -> LayerScores:
     shape = (len(config.sparsity), len(model_config.blocks))
     scores = {"mlp": np.zeros(shape), "attn": np.zeros(shape)}
     for i, (block, values) in enumerate(zip(model_config.blocks, found, strict=True)):
@@ -153,7 +164,7 @@ def _unpack(model_config: ViTConfig, config: LayerConfig, found: list[np.ndarray
 
 
 def _probe_gates(
-    model_config: ViTConfig, config: LayerConfig, units: Mapping[str, Any]
+    model_config: TransformerConfig, config: LayerConfig, units: Mapping[str, Any]
 ) -> list[dict[str, Float[Array, "v ..."]]]:
     """Gates of zeros and ones for every probe of every block.
 
@@ -187,45 +198,44 @@ def probe_mask(scores: Float[np.ndarray, "..."], sparsity: float, ragged: bool) 
 
 
 def _probe_batch(
-    model_config: ViTConfig,
+    model_config: TransformerConfig,
     config: LayerConfig,
     params: Params,
     images: Float[Array, "b s s ch"],
     gates: list[dict[str, Array]],
 ) -> list[Float[Array, "v"]]:
     """Sum over the batch's images of every probe's divergence, for every block."""
-    run = functools.partial(_run_block, model_config)
+    specs = [model_config.block_spec(i) for i in range(len(model_config.blocks))]
     inputs = [_embed(model_config, params, images)]
-    for i, block in enumerate(model_config.blocks):
-        inputs.append(run(block, params.get(f"blocks_{i}", {}), inputs[-1]))
+    for i, spec in enumerate(specs):
+        inputs.append(_run_block(spec, block_params(params, i), inputs[-1]))
     original = _log_probabilities(model_config, params, inputs[-1])
     sums = []
-    for i, block in enumerate(model_config.blocks):
+    for i, spec in enumerate(specs):
         if not gates[i]:
             sums.append(jnp.zeros((0,)))
             continue
-        x = _gated_block(model_config, block, params[f"blocks_{i}"], inputs[i], gates[i])
-        for j in range(i + 1, len(model_config.blocks)):
-            x = run(model_config.blocks[j], params.get(f"blocks_{j}", {}), x)
+        x = _gated_block(spec, block_params(params, i), inputs[i], gates[i])
+        for j in range(i + 1, len(specs)):
+            x = _run_block(specs[j], block_params(params, j), x)
         pruned = _log_probabilities(model_config, params, x)
         sums.append(_divergence(config.direction, original, pruned))
     return sums
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(config: ViTConfig, params: Params, images: Array) -> Array:
+def _embed(config: TransformerConfig, params: Params, images: Array) -> Array:
     return embed(config, params, images)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_block(config: ViTConfig, block: BlockConfig, params: Params, x: Array) -> Array:
-    return apply_block(config, block, params, x)
+@functools.partial(jax.jit, static_argnums=0)
+def _run_block(spec: BlockSpec, params: Params, x: Array) -> Array:
+    return apply_block(spec, params, x)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _gated_block(
-    config: ViTConfig,
-    block: BlockConfig,
+    spec: BlockSpec,
     params: Params,
     x: Float[Array, "b n d"],
     gates: dict[str, Float[Array, "v ..."]],
@@ -233,14 +243,14 @@ def _gated_block(
     def probe(gate: dict[str, Array]) -> Array:
         # The gates' image axis has size one and broadcasts: every image gets the same probe.
         gate = {kind: value[None] for kind, value in gate.items()}
-        return Block(config, block).apply({"params": params}, x, gate)[0]
+        return apply_block(spec, params, x, gate)
 
     out = jax.vmap(probe)(gates)
     return out.reshape(-1, *out.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_probabilities(config: ViTConfig, params: Params, x: Array) -> Array:
+def _log_probabilities(config: TransformerConfig, params: Params, x: Array) -> Array:
     return jax.nn.log_softmax(classify(config, params, x), axis=-1)
 
 

@@ -10,6 +10,7 @@ Letters: b images, n tokens, h heads, k dims of a head, f MLP hidden, u units, c
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -26,9 +27,10 @@ from tapvit_jax.importance.hsic import (
     rbf_kernel,
     squared_distances,
 )
+from tapvit_jax.models.backbone import TransformerConfig, apply_with_taps, check_prunable
+from tapvit_jax.models.layers import Gates, Taps
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import Gates, Taps, ViTConfig, apply_with_taps
 from tapvit_jax.prune.units import unit_key
 from tapvit_jax.structs import check_choices
 
@@ -166,6 +168,7 @@ def neuron_importance(
 
     Source: TAP-ViTs (arXiv 2601.02437), with the gradient term and the fixes ours.
     """
+    check_prunable(model.config)
     config = config or NeuronConfig.of_method(method)
     if config.couple_qk_vo:
         _check_coupling(model.config)
@@ -213,7 +216,7 @@ def _labelled(labels: Int[np.ndarray, "b"] | None) -> bool:
     return labels is not None and bool((np.asarray(labels) >= 0).all())
 
 
-def _check_coupling(model_config: ViTConfig) -> None:
+def _check_coupling(model_config: TransformerConfig) -> None:
     for i, block in enumerate(model_config.blocks):
         if block.attn and block.qk_dim != block.v_dim:
             raise InputError(
@@ -222,7 +225,7 @@ def _check_coupling(model_config: ViTConfig) -> None:
             )
 
 
-def _finish(model_config: ViTConfig, config: NeuronConfig, scores: Scores) -> Scores:
+def _finish(model_config: TransformerConfig, config: NeuronConfig, scores: Scores) -> Scores:
     result = {key: np.asarray(value) for key, value in scores.items()}
     for i, block in enumerate(model_config.blocks):
         if block.attn:
@@ -251,7 +254,7 @@ def _compose(weights: TermWeights, terms: dict[str, Array]) -> Array:
 
 
 def batch_terms(
-    model_config: ViTConfig,
+    model_config: TransformerConfig,
     config: NeuronConfig,
     params: Params,
     images: Float[Array, "b s s ch"],
@@ -271,7 +274,7 @@ def batch_terms(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_model(
-    model_config: ViTConfig,
+    model_config: TransformerConfig,
     loss: Loss | None,
     params: Params,
     images: Array,
@@ -355,19 +358,28 @@ def _head_terms(
 
 
 def _attention_terms(
-    config: NeuronConfig, out: Float[Array, "b n h v"], target: Float[Array, "1 b b"]
+    config: NeuronConfig, out: Float[Array, "b *w n h v"], target: Float[Array, "1 b b"]
 ) -> dict[str, Float[Array, "h v"]]:
+    out = _join_windows(out)
     activation = jnp.abs(out.astype(jnp.float32)).sum(axis=(0, 1))
     return _head_terms(config, out, activation, target)
+
+
+def _join_windows(x: Float[Array, "b *w n h k"]) -> Float[Array, "b wn h k"]:
+    # Windows of one image are just more of its tokens.
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-2]), *x.shape[-2:])
 
 
 def _query_key_terms(
     config: NeuronConfig, tap: Taps, target: Float[Array, "1 b b"]
 ) -> dict[str, Float[Array, "h k"]]:
     # A query-key dim acts through the products q_nj k_mj, whose norm over all token pairs of an
-    # image is |q_j| |k_j|. Its coordinates are both halves, each token once as query, once as key.
+    # image is |q_j| |k_j|; with windows, those of all windows together. Its coordinates are both
+    # halves, each token once as query, once as key.
     q, k = (tap[name].astype(jnp.float32) for name in ("q", "k"))
-    norms = jnp.sqrt(jnp.square(q).sum(axis=1) * jnp.square(k).sum(axis=1))
+    pairs = jnp.square(q).sum(axis=-3) * jnp.square(k).sum(axis=-3)
+    norms = jnp.sqrt(pairs.sum(axis=1) if pairs.ndim == 4 else pairs)
+    q, k = _join_windows(q), _join_windows(k)
     return _head_terms(config, jnp.concatenate([q, k], axis=1), norms.sum(axis=0), target)
 
 
@@ -377,7 +389,7 @@ def _summed_gradient(config: NeuronConfig, gradient: Float[Array, "b ..."]) -> A
 
 
 def gate_gradients(
-    config: ViTConfig,
+    config: TransformerConfig,
     params: Params,
     images: Float[Array, "b s s ch"],
     labels: Int[Array, "b"],

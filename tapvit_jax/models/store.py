@@ -7,7 +7,7 @@ format's version, the config, the checksum, and every parameter's presence, shap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,9 +16,9 @@ import safetensors.numpy
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_directory, file_hash, read_json, read_safetensors, write_json
+from tapvit_jax.models.backbone import FAMILIES, Config, family, param_shapes
 from tapvit_jax.models.params import Params, check_params, flatten, unflatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import ViTConfig, param_shapes
 from tapvit_jax.structs import from_plain, to_plain
 from tapvit_jax.versions import library_versions
 
@@ -43,6 +43,7 @@ def save(model: Model, directory: str | os.PathLike) -> None:
             "format": FORMAT,
             "version": VERSION,
             "name": model.name,
+            "family": family(model.config),
             "config": to_plain(model.config),
             "preprocess": to_plain(model.preprocess),
             "class_names": list(model.class_names),
@@ -62,8 +63,10 @@ def load(directory: str | os.PathLike) -> Model:
     directory = Path(directory)
     path = directory / SPEC_FILE
     spec = read_spec(path, FORMAT, VERSION)
+    # Models of before there were several families do not name theirs.
+    name = from_plain(Literal[*FAMILIES], spec.get("family", "vit"), f"{path}: family")
     kinds = {
-        "config": ViTConfig,
+        "config": FAMILIES[name],
         "preprocess": Preprocess | None,
         "class_names": tuple[str, ...],
         "name": str,
@@ -77,7 +80,7 @@ def load(directory: str | os.PathLike) -> Model:
     return Model(params=jax.tree.map(jax.numpy.asarray, params), **fields)
 
 
-def _check_class_names(class_names: tuple[str, ...], config: ViTConfig, name: str) -> None:
+def _check_class_names(class_names: tuple[str, ...], config: Config, name: str) -> None:
     if class_names and len(class_names) != config.num_classes:
         raise InputError(
             f"{name}: {len(class_names)} class names, expected {config.num_classes} or none"

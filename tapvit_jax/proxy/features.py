@@ -1,7 +1,8 @@
 """Features of images: a small extractor that the cloud trains and every device runs.
 
-Two kinds, both followed by a PCA fitted on the public pool: the embedding of a small trained
-convolutional network, or the mean token that leaves one of the backbone's first blocks.
+Three kinds, all followed by a PCA fitted on the public pool: the embedding of a small trained
+convolutional network, the mean token that leaves one of the dense model's first blocks, or what a
+whole pretrained network (a ResNet, ViT or Swin) hands to its classifier.
 
 An extractor is a directory: extractor.json (kind, config, preprocessing) and params.safetensors
 (the network and the PCA). Its fingerprint goes into every payload, so that the cloud notices
@@ -26,12 +27,12 @@ from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_directory, content_hash, file_hash, write_json
-from tapvit_jax.models import convnet, vit
+from tapvit_jax.models import backbone, convnet
+from tapvit_jax.models.backbone import FAMILIES, Config, check_prunable, family
 from tapvit_jax.models.convnet import ConvNetConfig
 from tapvit_jax.models.params import Params, check_params, flatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.store import load_params, read_spec, save_params
-from tapvit_jax.models.vit import ViTConfig
 from tapvit_jax.structs import from_plain, to_plain
 
 FORMAT = "tapvit-extractor"
@@ -39,7 +40,7 @@ VERSION = 1
 SPEC_FILE = "extractor.json"
 PARAMS_FILE = "params.safetensors"
 
-Kind = Literal["embedding", "backbone"]
+Kind = Literal["embedding", "backbone", "pooled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +48,14 @@ class ExtractorConfig:
     """Which features devices summarise.
 
     Attributes:
-      kind: "embedding" of a small trained network, or "backbone": its own early features.
+      kind: "embedding" of a small trained network, "backbone": the dense model's early features,
+        or "pooled": the last features of a pretrained network.
       dim: dimensions that the PCA keeps.
       whiten: scale every kept dimension to unit variance over the pool, or all of them by one
         common factor.
       widths: channels of the embedding network's stages.
       embed_dim: the embedding network's dimension before the PCA.
-      depth: how many of the backbone's blocks are run.
+      depth: how many of the backbone's blocks are run, for kind "backbone".
     """
 
     kind: Kind = "embedding"
@@ -70,7 +72,7 @@ class Extractor:
 
     Attributes:
       kind: which output of the network is used.
-      network: the network's config; for "backbone" the first blocks of the dense model.
+      network: the network's config; for "backbone" that of the dense model's first blocks.
       params: the network's parameters, without those it does not use.
       preprocess: how devices prepare their images.
       mean: mean of the network's output over the public pool.
@@ -78,7 +80,7 @@ class Extractor:
     """
 
     kind: Kind
-    network: ConvNetConfig | ViTConfig
+    network: ConvNetConfig | Config
     params: Params
     preprocess: Preprocess
     mean: Float[np.ndarray, "e"]
@@ -98,7 +100,7 @@ class Extractor:
 
     def __call__(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b d"]:
         """Features of preprocessed images."""
-        return _features(self.network, self.params, self.mean, self.projection, images)
+        return _features(self.kind, self.network, self.params, self.mean, self.projection, images)
 
     def features(
         self,
@@ -141,8 +143,7 @@ class Extractor:
         path = directory / SPEC_FILE
         spec = read_spec(path, FORMAT, VERSION)
         kind = from_plain(Kind, spec.get("kind"), f"{path}: kind")
-        network_type = ConvNetConfig if kind == "embedding" else ViTConfig
-        network = from_plain(network_type, spec.get("network"), f"{path}: network")
+        network = _read_network(kind, spec, path)
         preprocess = from_plain(Preprocess, spec.get("preprocess"), f"{path}: preprocess")
         prepared = (preprocess.image_size, preprocess.channels)
         if prepared != (network.image_size, network.in_channels):
@@ -151,9 +152,20 @@ class Extractor:
                 f"expected {network.image_size} and {network.in_channels} for its network"
             )
         arrays = load_params(directory / PARAMS_FILE, spec.get("params_sha256"))
-        check_params(_tree_shapes(network, arrays), arrays, str(directory))
+        check_params(_tree_shapes(kind, network, arrays), arrays, str(directory))
         pca = arrays["pca"]
         return cls(kind, network, arrays["network"], preprocess, pca["mean"], pca["projection"])
+
+
+def _read_network(kind: Kind, spec: dict[str, Any], path: Path) -> ConvNetConfig | Config:
+    if kind == "embedding":
+        return from_plain(ConvNetConfig, spec.get("network"), f"{path}: network")
+    # Extractors of before there were several families do not name theirs.
+    name = from_plain(Literal[*FAMILIES], spec.get("family", "vit"), f"{path}: family")
+    network = from_plain(FAMILIES[name], spec.get("network"), f"{path}: network")
+    if kind == "backbone":
+        check_prunable(network)
+    return network
 
 
 def _tree(extractor: Extractor) -> Params:
@@ -161,14 +173,18 @@ def _tree(extractor: Extractor) -> Params:
     return {"network": extractor.params, "pca": pca}
 
 
-def _tree_shapes(network: ConvNetConfig | ViTConfig, found: Params) -> Params:
+def _width(network: ConvNetConfig | Config) -> int:
+    return network.embed_dim if isinstance(network, ConvNetConfig) else network.pooled_dim
+
+
+def _tree_shapes(kind: Kind, network: ConvNetConfig | Config, found: Params) -> Params:
     # Only the file knows how many dimensions were kept.
     projection = flatten(found).get(("pca", "projection"))
     kept = projection.shape[-1] if projection is not None and projection.ndim else 1
-    width = network.embed_dim
+    width = _width(network)
     shapes = {"mean": (width,), "projection": (width, min(max(kept, 1), width))}
     pca = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    return {"network": _used_shapes(network), "pca": pca}
+    return {"network": _used_shapes(kind, network), "pca": pca}
 
 
 def _flat_arrays(extractor: Extractor) -> dict[str, np.ndarray]:
@@ -182,33 +198,37 @@ def _digest(array: np.ndarray) -> list[Any]:
 
 
 def _spec(extractor: Extractor) -> dict[str, Any]:
-    return {
+    network = extractor.network
+    named = {} if isinstance(network, ConvNetConfig) else {"family": family(network)}
+    return named | {
         "kind": extractor.kind,
-        "network": to_plain(extractor.network),
+        "network": to_plain(network),
         "preprocess": to_plain(extractor.preprocess),
     }
 
 
-def _used_shapes(network: ConvNetConfig | ViTConfig) -> Params:
+def _used_shapes(kind: Kind, network: ConvNetConfig | Config) -> Params:
     if isinstance(network, ConvNetConfig):
-        shapes = convnet.param_shapes(network)
-        return {name: leaf for name, leaf in shapes.items() if name != "head"}
-    unused = ("norm", "fc_norm", "head", "head_dist")
-    return {n: leaf for n, leaf in vit.param_shapes(network).items() if n not in unused}
+        shapes, unused = convnet.param_shapes(network), {"head"}
+    else:
+        shapes, unused = backbone.param_shapes(network), {"head", "head_dist", "fc"}
+        unused |= {"norm", "fc_norm"} if kind == "backbone" else set()
+    return {name: leaf for name, leaf in shapes.items() if name not in unused}
 
 
-def _raw(network: ConvNetConfig | ViTConfig, params: Params, images: Array) -> Array:
+def _raw(kind: Kind, network: ConvNetConfig | Config, params: Params, images: Array) -> Array:
     if isinstance(network, ConvNetConfig):
         return convnet.embedding(network, params, images)
-    x = vit.embed(network, params, images)
-    for i, block in enumerate(network.blocks):
-        x = vit.apply_block(network, block, params.get(f"blocks_{i}", {}), x)
-    return x.mean(axis=1)
+    if kind == "pooled":
+        return backbone.pooled(network, params, images)
+    return backbone.apply_blocks(network, params, images).mean(axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _features(network: Any, params: Params, mean: Array, projection: Array, images: Array) -> Array:
-    raw = _raw(network, params, images).astype(np.float32)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _features(
+    kind: Kind, network: Any, params: Params, mean: Array, projection: Array, images: Array
+) -> Array:
+    raw = _raw(kind, network, params, images).astype(np.float32)
     return jax.numpy.matmul(raw - mean, projection, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -225,6 +245,13 @@ def embedding_network(
         # Large images are shrunk at once: the features describe content, not detail.
         stem_stride=1 if preprocess.image_size <= 32 else 2 if preprocess.image_size <= 96 else 4,
     )
+
+
+def _first_blocks(config: Config, depth: int) -> Config:
+    check_prunable(config)
+    if not 1 <= depth <= len(config.blocks):
+        raise InputError(f"depth is {depth}, expected 1 to {len(config.blocks)} blocks")
+    return config.first_blocks(depth)
 
 
 def build_extractor(
@@ -244,7 +271,7 @@ def build_extractor(
       source: images.
       pool: the public pool's indices.
       preprocess: how devices prepare their images.
-      model: the dense model, for kind "backbone".
+      model: the dense model, for kind "backbone", or any pretrained one, for kind "pooled".
       network: the trained embedding network's config, for kind "embedding".
       params: its parameters.
 
@@ -252,20 +279,17 @@ def build_extractor(
       InputError: a part missing, or more dimensions asked than the network's output or the pool
         has.
     """
-    if config.kind == "backbone":
+    if config.kind != "embedding":
         if model is None:
-            raise InputError("kind 'backbone' needs the dense model")
-        if not 1 <= config.depth <= len(model.config.blocks):
-            raise InputError(
-                f"depth is {config.depth}, expected 1 to {len(model.config.blocks)} blocks"
-            )
-        network = dataclasses.replace(model.config, blocks=model.config.blocks[: config.depth])
-        params = model.params
+            raise InputError(f"kind {config.kind!r} needs a model")
+        network, params = model.config, model.params
+        if config.kind == "backbone":
+            network = _first_blocks(network, config.depth)
     elif network is None or params is None:
         raise InputError("kind 'embedding' needs a trained network")
-    params = {name: params[name] for name in _used_shapes(network)}
-    identity = np.eye(network.embed_dim, dtype=np.float32)
-    zero = np.zeros(network.embed_dim, np.float32)
+    params = {name: params[name] for name in _used_shapes(config.kind, network)}
+    identity = np.eye(_width(network), dtype=np.float32)
+    zero = np.zeros(_width(network), np.float32)
     raw = Extractor(config.kind, network, params, preprocess, zero, identity).features(source, pool)
     # Once centred, n images span n - 1 dimensions.
     most = min(len(raw) - 1, raw.shape[1])

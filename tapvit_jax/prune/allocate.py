@@ -1,6 +1,7 @@
 """From scores and a budget to widths, and from widths to the units that stay."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -8,9 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.vit import BlockConfig, ViTConfig
-from tapvit_jax.prune.budget import Budget, within
-from tapvit_jax.prune.cost import Cost, cost
+from tapvit_jax.models.backbone import TransformerConfig, check_prunable
+from tapvit_jax.prune.budget import Budget, Limits, within
+from tapvit_jax.prune.cost import FLOAT32_BYTES, Cost, Latency, block_cost, cost
 from tapvit_jax.prune.mask import Plan, top_k_mask
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.prune.units import UnitGroup, unit_key, unit_table
@@ -30,6 +31,42 @@ Counts = dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
+class RoundTo:
+    """Multiples that widths are rounded to, by kind of unit; hardware likes some more than others.
+
+    Attributes:
+      mlp: hidden units of an MLP.
+      qk: query-key dims of a head.
+      vo: value dims of a head.
+    """
+
+    mlp: int = 1
+    qk: int = 1
+    vo: int = 1
+
+    def __post_init__(self):
+        for kind, step in dataclasses.asdict(self).items():
+            if type(step) is not int or step < 1:
+                raise InputError(f"round_to of {kind} is {step!r}, expected 1 or more")
+
+    @classmethod
+    def parse(cls, text: str) -> "RoundTo":
+        """Read "8" (all kinds) or "mlp=64,qk=8,vo=8".
+
+        Raises:
+          InputError: an unknown kind or a value that is no number.
+        """
+        kinds = [f.name for f in dataclasses.fields(cls)]
+        steps = {}
+        for part in text.split(","):
+            kind, equals, step = part.rpartition("=")
+            if not step.strip().isdigit() or (equals and kind.strip() not in kinds):
+                raise InputError(f"round_to {part!r}: expected NUMBER or KIND=NUMBER, {kinds}")
+            steps |= dict.fromkeys([kind.strip()] if equals else kinds, int(step))
+        return cls(**steps)
+
+
+@dataclasses.dataclass(frozen=True)
 class AllocateConfig:
     """How widths follow from layer scores.
 
@@ -41,7 +78,8 @@ class AllocateConfig:
         average; the published budgets prune .216 of attention where they prune .342 of MLPs.
       min_keep: no branch keeps less than this share of its units.
       min_dim: no branch keeps fewer units than this (dims per head for attention).
-      round_to: widths become multiples of this where the dense width allows it.
+      round_to: widths become multiples of this where the dense width allows it; one number, or one
+        for every kind of unit.
       ragged: kept attention dims may differ from head to head (as published); reshaping pads them
         to the widest head, and the cost counts the padding.
       coupled: queries, keys and values keep the same index set (as published).
@@ -54,16 +92,22 @@ class AllocateConfig:
     attn_share: float = 0.216 / 0.342
     min_keep: float = 0.1
     min_dim: int = 1
-    round_to: int = 1
+    round_to: int | RoundTo = 1
     ragged: bool = False
     coupled: bool = False
     clip: Literal["water_fill", "clip"] = "water_fill"
 
     def __post_init__(self):
-        if self.round_to < 1 or self.min_dim < 1:
+        if self.min_dim < 1 or (isinstance(self.round_to, int) and self.round_to < 1):
             raise InputError("round_to and min_dim must be 1 or more")
+        if self.coupled and self.step("qk") != self.step("vo"):
+            raise InputError("coupled qk and vo need the same round_to")
         if not 0 <= self.min_keep <= 1 or not 0 < self.attn_share <= 1:
             raise InputError("min_keep must lie in [0, 1] and attn_share in (0, 1]")
+
+    def step(self, kind: str) -> int:
+        """The multiple that widths of a kind are rounded to."""
+        return self.round_to if isinstance(self.round_to, int) else getattr(self.round_to, kind)
 
     @classmethod
     def as_published(cls) -> "AllocateConfig":
@@ -78,6 +122,7 @@ def allocate(
     budget: Budget,
     *,
     config: AllocateConfig | None = None,
+    latency: Latency | None = None,
 ) -> Plan:
     """Choose every width and every kept unit of a model under a budget.
 
@@ -89,72 +134,84 @@ def allocate(
       model: a `Model` or its config.
       units: scores by group key for kinds mlp, qk and vo.
       layers: layer scores; None treats all layers alike, under the softmax rule.
-      budget: bounds on parameters, MACs or both.
+      budget: bounds on parameters, MACs, memory or latency, one or several.
       config: temperature, floors, rounding, published switches.
+      latency: predicts the time of a forward pass, for bounds on latency.
 
     Raises:
       InputError: an infeasible budget (names the smallest feasible value), or missing scores.
 
     Source: softmax as published (arXiv 2601.02437); all else is ours.
     """
-    dense: ViTConfig = getattr(model, "config", model)
+    dense: TransformerConfig = getattr(model, "config", model)
     config = config or AllocateConfig()
-    check_budget(dense, budget, config)
-    limits = budget.limits(dense)
+    check_budget(dense, budget, config, latency)
+    limits = budget.limits(dense, latency)
     groups = [group for group in unit_table(dense) if group.kind in ("mlp", "qk", "vo")]
     missing = [group.key for group in groups if group.key not in units]
     if missing:
         raise InputError(f"no scores for {', '.join(missing)}")
-    planner = _Planner(dense, config, groups, units)
-    rule = _rule(dense, config, layers, limits)
+    planner = _Planner(dense, config, groups, units, limits, latency)
+    rule = _rule(dense, config, layers, limits, latency)
 
     low, high = 0.0, 1.0
     best = planner.counts(rule(0.0))
-    if not planner.fits(best, limits):
+    if not planner.fits(best):
         # Only ragged plans get here: how widely they pad is not known before the scores are.
-        least = cost(planner.config_of(best))
-        raise InputError(f"infeasible budget: {_too_small(least, dense, budget)}")
-    if planner.fits(full := planner.counts(rule(1.0)), limits):
+        least = cost(planner.config_of(best), latency)
+        problems = _too_small(least, cost(dense, latency), limits, budget)
+        raise InputError(f"infeasible budget: {problems}")
+    if planner.fits(full := planner.counts(rule(1.0))):
         best, low = full, 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
         counts = planner.counts(rule(middle))
-        if planner.fits(counts, limits):
+        if planner.fits(counts):
             best, low = counts, middle
         else:
             high = middle
     if config.clip == "clip" and config.widths == "softmax":
         clipped = softmax_rule(dense, layers, config.alpha, config.attn_share, softmax_keep)
         return planner.plan(planner.counts(clipped(low)))
-    return planner.plan(planner.fill(best, planner.ideal(rule(low)), limits))
+    return planner.plan(planner.fill(best, planner.ideal(rule(low))))
 
 
-def check_budget(model: Any, budget: Budget, config: AllocateConfig | None = None) -> None:
+def check_budget(
+    model: Any,
+    budget: Budget,
+    config: AllocateConfig | None = None,
+    latency: Latency | None = None,
+) -> None:
     """Refuse a budget that even the narrowest widths exceed, before any work is done.
 
     Raises:
-      InputError: names every infeasible bound and its smallest feasible value.
+      InputError: names every infeasible bound and its smallest feasible value; a backbone without
+        prunable units; a bound on latency without a latency model.
     """
-    dense: ViTConfig = getattr(model, "config", model)
-    problems = _too_small(smallest_cost(dense, config or AllocateConfig()), dense, budget)
+    dense: TransformerConfig = getattr(model, "config", model)
+    check_prunable(dense)
+    smallest = smallest_cost(dense, config or AllocateConfig(), latency)
+    limits = budget.limits(dense, latency)
+    problems = _too_small(smallest, cost(dense, latency), limits, budget)
     if problems:
         raise InputError(f"infeasible budget: {problems}")
 
 
-def _too_small(smallest: Cost, dense: ViTConfig, budget: Budget) -> str:
-    full = cost(dense)
+def _too_small(smallest: Cost, full: Cost, limits: Limits, budget: Budget) -> str:
     problems = []
-    for unit, limit in budget.limits(dense).items():
+    for unit, limit in limits.items():
         least = getattr(smallest, unit)
         if least > limit:
             problems.append(
-                f"{unit}={budget.bounds()[unit]} allows {limit}, the smallest feasible is {least} "
+                f"{budget} allows {limit:.7g} {unit}, the smallest feasible is {least:.7g} "
                 f"(a fraction of {_round_up(least / getattr(full, unit)):.4f})"
             )
     return "; ".join(problems)
 
 
-def smallest_cost(dense: ViTConfig, config: AllocateConfig) -> Cost:
+def smallest_cost(
+    dense: TransformerConfig, config: AllocateConfig, latency: Latency | None = None
+) -> Cost:
     """Cost of the model at its narrowest widths."""
     blocks = []
     for i, block in enumerate(dense.blocks):
@@ -162,7 +219,8 @@ def smallest_cost(dense: ViTConfig, config: AllocateConfig) -> Cost:
         for group in unit_table(dense):
             if group.block == i and group.kind in ("mlp", "qk", "vo"):
                 size = group.shape[-1]
-                least[group.kind] = _round_count(_floor(size, config), size, config.round_to)
+                step = config.step(group.kind)
+                least[group.kind] = _round_count(_floor(size, config), size, step)
         blocks.append(
             dataclasses.replace(
                 block,
@@ -171,7 +229,7 @@ def smallest_cost(dense: ViTConfig, config: AllocateConfig) -> Cost:
                 mlp_dim=least.get("mlp", block.mlp_dim),
             )
         )
-    return cost(dataclasses.replace(dense, blocks=tuple(blocks)))
+    return cost(dataclasses.replace(dense, blocks=tuple(blocks)), latency)
 
 
 def _round_up(fraction: float) -> float:
@@ -188,18 +246,30 @@ def _round_count(count: int, size: int, step: int) -> int:
 
 
 def _rule(
-    dense: ViTConfig, config: AllocateConfig, layers: BranchScores | None, limits: dict[str, int]
+    dense: TransformerConfig,
+    config: AllocateConfig,
+    layers: BranchScores | None,
+    limits: Limits,
+    latency: Latency | None,
 ) -> Rule:
     if layers is not None:
         check_scores(dense, layers)
     if config.widths == "softmax" or layers is None:
         return softmax_rule(dense, layers, config.alpha, config.attn_share)
-    return sensitivity_rule(dense, layers, _branch_costs(dense, limits))
+    return sensitivity_rule(dense, layers, _branch_costs(dense, limits, latency))
 
 
-def _branch_costs(dense: ViTConfig, limits: dict[str, int]) -> dict[str, Float[np.ndarray, "l"]]:
-    """Share of the bounds that each branch's units take; several bounds add up."""
-    full = cost(dense)
+def _branch_costs(
+    dense: TransformerConfig, limits: Limits, latency: Latency | None
+) -> dict[str, Float[np.ndarray, "l"]]:
+    """Share of the bounds that each branch's units take; several bounds add up.
+
+    Peak memory is no sum over branches: it caps each of them (`_Planner`), and where nothing else
+    is bounded, MACs stand in for it.
+    """
+    full = cost(dense, latency)
+    summed = {unit: limit for unit, limit in limits.items() if unit != "activation_bytes"}
+    summed = summed or {"macs": full.macs}
     costs = {branch: np.zeros(len(dense.blocks)) for branch in BRANCHES}
     for i, block in enumerate(dense.blocks):
         for branch, bare in (
@@ -207,31 +277,65 @@ def _branch_costs(dense: ViTConfig, limits: dict[str, int]) -> dict[str, Float[n
             ("attn", dataclasses.replace(block, qk_dim=0, v_dim=0)),
         ):
             blocks = (*dense.blocks[:i], bare, *dense.blocks[i + 1 :])
-            without = cost(dataclasses.replace(dense, blocks=blocks))
+            without = cost(dataclasses.replace(dense, blocks=blocks), latency)
             costs[branch][i] = sum(
                 (getattr(full, unit) - getattr(without, unit)) / limit
-                for unit, limit in limits.items()
+                for unit, limit in summed.items()
             )
     return costs
+
+
+def _keep_under_peak(dense: TransformerConfig, limit: int) -> Keeps:
+    """Largest keep ratio at which each branch's peak of live activations stays within a bound."""
+    keeps = {branch: np.ones(len(dense.blocks)) for branch in BRANCHES}
+    for i, block in enumerate(dense.blocks):
+        spec = dense.block_spec(i)
+
+        def peak(ratio: float, branch: str, spec=spec, block=block) -> int:
+            widths = {"mlp": ("mlp_dim",), "attn": ("qk_dim", "v_dim")}[branch]
+            narrow = {name: math.ceil(ratio * getattr(block, name)) for name in widths}
+            found = block_cost(
+                dataclasses.replace(spec, widths=dataclasses.replace(block, **narrow))
+            )
+            return FLOAT32_BYTES * getattr(found, f"{branch}_peak")
+
+        for branch in BRANCHES:
+            low, high = 0.0, 1.0
+            if peak(high, branch) <= limit:
+                continue
+            while high - low > 1e-4:
+                middle = (low + high) / 2
+                low, high = (middle, high) if peak(middle, branch) <= limit else (low, middle)
+            keeps[branch][i] = low
+    return keeps
 
 
 class _Planner:
     """Counts, costs and masks of one dense model under one allocation config."""
 
-    def __init__(self, dense, config, groups, units):
-        self.dense: ViTConfig = dense
-        self.config: AllocateConfig = config
-        self.groups: list[UnitGroup] = groups
-        self.units = units
+    def __init__(
+        self,
+        dense: TransformerConfig,
+        config: AllocateConfig,
+        groups: list[UnitGroup],
+        units: Mapping[str, Float[np.ndarray, "..."]],
+        limits: Limits,
+        latency: Latency | None,
+    ):
+        self.dense, self.config, self.groups, self.units = dense, config, groups, units
+        self.limits, self.latency = limits, latency
         self.sizes = {group.key: self._size(group) for group in groups}
         self.floors = {group.key: self._group_floor(group) for group in groups}
+        self.most = self.sizes
+        if "activation_bytes" in limits:
+            self.most = self.ideal(_keep_under_peak(dense, limits["activation_bytes"]))
 
     def _size(self, group: UnitGroup) -> int:
         return group.size if self.config.ragged else group.shape[-1]
 
     def _group_floor(self, group: UnitGroup) -> int:
         size = group.shape[-1]
-        least = _round_count(_floor(size, self.config), size, self.config.round_to)
+        least = _round_count(_floor(size, self.config), size, self.config.step(group.kind))
         return least * group.shape[0] if self.config.ragged and group.kind != "mlp" else least
 
     def ideal(self, keeps: Keeps) -> dict[str, float]:
@@ -244,35 +348,36 @@ class _Planner:
 
     def counts(self, keeps: Keeps) -> Counts:
         """Whole counts: rounded down to steps, but not below the floors."""
-        step = self.config.round_to
         counts = {}
         for key, value in self.ideal(keeps).items():
-            size = self.sizes[key]
+            size, step = self.sizes[key], self._step(key)
+            value = min(value, self.most[key])
             count = size if value >= size - 1e-9 else int(value + 1e-9) // step * step
             counts[key] = max(count, self.floors[key])
         return counts
 
-    def config_of(self, counts: Counts) -> ViTConfig:
+    def config_of(self, counts: Counts) -> TransformerConfig:
         if self.config.ragged:
             return reshaped_config(self.plan(counts))
         blocks = []
         for i, block in enumerate(self.dense.blocks):
             blocks.append(
-                BlockConfig(
-                    num_heads=block.num_heads,
+                dataclasses.replace(
+                    block,
                     qk_dim=counts.get(unit_key(i, "qk"), block.qk_dim),
                     v_dim=counts.get(unit_key(i, "vo"), block.v_dim),
                     mlp_dim=counts.get(unit_key(i, "mlp"), block.mlp_dim),
-                    attn=block.attn,
-                    mlp=block.mlp,
                 )
             )
         return dataclasses.replace(self.dense, blocks=tuple(blocks))
 
-    def fits(self, counts: Counts, limits: dict[str, int]) -> bool:
-        return within(cost(self.config_of(counts)), limits)
+    def fits(self, counts: Counts) -> bool:
+        return within(cost(self.config_of(counts), self.latency), self.limits)
 
-    def fill(self, counts: Counts, ideal: dict[str, float], limits: dict[str, int]) -> Counts:
+    def _step(self, key: str) -> int:
+        return self.config.step(key.rpartition("/")[2])
+
+    def fill(self, counts: Counts, ideal: dict[str, float]) -> Counts:
         """Grow widths step by step, those furthest below their ideal first, while any step fits."""
         counts = dict(counts)
         open_steps = self._steps()
@@ -281,9 +386,9 @@ class _Planner:
             keys = open_steps.pop()
             grown = dict(counts)
             for key in keys:
-                grown[key] = min(self.sizes[key], counts[key] + self.config.round_to)
+                grown[key] = min(self.sizes[key], counts[key] + self._step(key))
             # Costs only grow, so that a step that does not fit now never will.
-            if grown != counts and self.fits(grown, limits):
+            if grown != counts and self.fits(grown):
                 counts = grown
                 open_steps.append(keys)
         return counts

@@ -1,12 +1,16 @@
 """What a device can afford."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.vit import ViTConfig
-from tapvit_jax.prune.cost import Cost, cost
+from tapvit_jax.models.backbone import TransformerConfig
+from tapvit_jax.prune.cost import Cost, Latency, cost
+
+Limits = dict[str, int | float]
+"""Absolute bounds by the names of `Cost`'s fields."""
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -16,12 +20,16 @@ class Budget:
     """Upper bounds on a model's cost; several hold together.
 
     A float is a fraction of the dense model's cost, above 0 and at most 1. An int is an absolute
-    amount.
+    amount. Only `latency_ms` is always absolute, and `latency` always a fraction.
 
     Attributes:
       params: parameters of the whole model.
       macs: multiply-accumulates of one image.
       encoder_params: parameters of the transformer blocks alone, as TAP-ViTs states its budgets.
+      model_bytes: bytes of all parameters in float32.
+      activation_bytes: most bytes of live activations of one image, in float32.
+      latency: predicted time of a forward pass as a fraction of the dense model's.
+      latency_ms: the same in milliseconds; both need a latency model.
 
     Raises:
       InputError: zero, negative, a fraction above 1, or no bound at all.
@@ -30,17 +38,29 @@ class Budget:
     params: float | int | None = None
     macs: float | int | None = None
     encoder_params: float | int | None = None
+    model_bytes: float | int | None = None
+    activation_bytes: float | int | None = None
+    latency: float | None = None
+    latency_ms: float | int | None = None
 
     def __post_init__(self):
         bounds = self.bounds()
         if not bounds:
-            raise InputError("a budget needs at least one of params, macs, encoder_params")
+            units = ", ".join(f.name for f in dataclasses.fields(self))
+            raise InputError(f"a budget needs at least one of {units}")
         for unit, value in bounds.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InputError(f"budget {unit} is {value!r}, expected a number")
             if not value > 0:
                 raise InputError(f"budget {unit} is {value}, expected more than 0")
-            if isinstance(value, float) and value > 1:
+            if not math.isfinite(value):
+                raise InputError(f"budget {unit} is {value}, expected a finite number")
+            if unit == "latency" and value > 1:
+                raise InputError(
+                    f"budget latency is {value}: expected a fraction of the dense model's time, "
+                    "or latency_ms"
+                )
+            if isinstance(value, float) and value > 1 and unit != "latency_ms":
                 raise InputError(
                     f"budget {unit} is {value}: a fraction is at most 1.0; "
                     f"give an absolute amount as an int (or as text, such as {unit}=1.2G)"
@@ -73,13 +93,40 @@ class Budget:
             values[unit] = _parse_amount(unit, amount)
         return cls(**values)
 
-    def limits(self, dense: ViTConfig) -> dict[str, int]:
-        """Absolute bounds for a dense model. A fraction is rounded down."""
-        full = cost(dense)
-        return {
-            unit: int(value * getattr(full, unit)) if isinstance(value, float) else value
-            for unit, value in self.bounds().items()
+    @property
+    def needs_latency(self) -> bool:
+        """Whether a latency model is needed."""
+        return self.latency is not None or self.latency_ms is not None
+
+    def limits(self, dense: TransformerConfig, latency: Latency | None = None) -> Limits:
+        """Absolute bounds for a dense model, by the names of `Cost`. A fraction is rounded down.
+
+        Raises:
+          InputError: a bound on latency without a latency model.
+        """
+        if self.needs_latency and latency is None:
+            raise InputError(
+                f"budget {self} needs a latency model: measure one with tapvit bench-latency"
+            )
+        full = cost(dense, latency)
+        limits: Limits = {}
+        for unit, value in self.bounds().items():
+            if unit == "latency":
+                value = value * full.latency_ms
+            elif isinstance(value, float) and unit != "latency_ms":
+                value = int(value * getattr(full, unit))
+            name = "latency_ms" if unit == "latency" else unit
+            limits[name] = min(value, limits.get(name, value))
+        return limits
+
+    def tightened(self, factor: float) -> "Budget":
+        """The same budget with its bounds on latency scaled."""
+        changed = {
+            unit: factor * value
+            for unit in ("latency", "latency_ms")
+            if (value := getattr(self, unit)) is not None
         }
+        return dataclasses.replace(self, **changed)
 
     def __str__(self) -> str:
         return ", ".join(
@@ -105,6 +152,6 @@ def _parse_amount(unit: str, amount: str) -> float | int:
     )
 
 
-def within(found: Cost, limits: dict[str, int]) -> bool:
+def within(found: Cost, limits: Limits) -> bool:
     """Whether a cost keeps to all bounds."""
     return all(getattr(found, unit) <= limit for unit, limit in limits.items())

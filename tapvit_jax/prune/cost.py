@@ -1,16 +1,20 @@
-"""What a model costs: parameters and multiply-accumulates, counted from its config."""
+"""What a model costs: parameters, multiply-accumulates and memory, counted from its config."""
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tapvit_jax.models.vit import BlockConfig, ViTConfig, apply, param_shapes
+from tapvit_jax.models import resnet
+from tapvit_jax.models.backbone import Config, TransformerConfig, apply, param_shapes
+from tapvit_jax.models.layers import BlockSpec
+from tapvit_jax.models.resnet import ResNetConfig
+from tapvit_jax.models.swin import SwinConfig
 
-CostKind = Literal["params", "macs", "encoder_params"]
+FLOAT32_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,70 +25,156 @@ class Cost:
       params: parameters of the whole model.
       macs: multiply-accumulates of one image's forward pass, attention products included.
       encoder_params: parameters of the transformer blocks alone; TAP-ViTs states its budgets so.
+      model_bytes: bytes of all parameters in float32 (float16 halves them, int8 quarters them).
+      activation_bytes: most bytes that live activations of one image take at once, in float32.
+      latency_ms: predicted time of one forward pass; None without a latency model.
     """
 
     params: int
     macs: int
     encoder_params: int
+    model_bytes: int
+    activation_bytes: int
+    latency_ms: float | None = None
 
 
-@functools.lru_cache(maxsize=4096)
-def _block_cost(block: BlockConfig, embed_dim: int, num_tokens: int, bias: bool) -> tuple[int, int]:
+class Latency(Protocol):
+    """What predicts the time of a forward pass (see `prune.latency.LatencyModel`)."""
+
+    def predict(self, config: TransformerConfig) -> float:
+        """Milliseconds of one forward pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCost:
+    """Cost of one block, and the peak of live activations in each of its branches (elements)."""
+
+    params: int
+    macs: int
+    attn_peak: int
+    mlp_peak: int
+
+
+@functools.lru_cache(maxsize=65536)
+def block_cost(spec: BlockSpec) -> BlockCost:
+    """Count one block.
+
+        attention MACs = n d h (2 k + 2 v) + n m h (k + v),   MLP MACs = 2 n d f
+
+    with m the tokens that each token attends to. Peaks assume an executor that runs one operation
+    after the other, keeps the residual stream, and writes every result to fresh memory. Source:
+    ours.
+    """
+    widths, d, n, m = spec.widths, spec.embed_dim, spec.tokens, spec.attended
     params = macs = 0
-    if block.attn:
-        qk, v = block.num_heads * block.qk_dim, block.num_heads * block.v_dim
-        params += (2 * qk + v) * (embed_dim + int(bias)) + v * embed_dim + 3 * embed_dim
-        macs += num_tokens * embed_dim * (2 * qk + 2 * v) + num_tokens**2 * (qk + v)
-    if block.mlp:
-        params += block.mlp_dim * (2 * embed_dim + 1) + 3 * embed_dim
-        macs += 2 * num_tokens * embed_dim * block.mlp_dim
-    return params, macs
+    attn_peak = mlp_peak = 0
+    if spec.merge:
+        params += 2 * 2 * d + 2 * d * d
+        macs += n * 2 * d * d
+        attn_peak = mlp_peak = 2 * n * 2 * d + n * d
+    if widths.attn:
+        qk, v = widths.num_heads * widths.qk_dim, widths.num_heads * widths.v_dim
+        params += (2 * qk + v) * (d + int(spec.qkv_bias)) + v * d + 3 * d
+        params += (2 * spec.window - 1) ** 2 * widths.num_heads if spec.window else 0
+        macs += n * d * (2 * qk + 2 * v) + n * m * (qk + v)
+        logits = widths.num_heads * n * m
+        steps = (
+            n * (2 * d + 2 * qk + v),  # the normalised input becomes queries, keys and values
+            n * (d + 2 * qk + v) + logits,
+            n * (d + v) + 2 * logits,  # softmax
+            n * (d + 2 * v) + logits,
+            n * (2 * d + v),  # projection
+        )
+        attn_peak = max(attn_peak, *steps)
+    if widths.mlp:
+        f = widths.mlp_dim
+        params += f * (2 * d + 1) + 3 * d
+        macs += 2 * n * d * f
+        mlp_peak = max(mlp_peak, n * (2 * d + f), n * (d + 2 * f))
+    params += d * (int(widths.attn) + int(widths.mlp)) if spec.layer_scale else 0
+    return BlockCost(params, macs, attn_peak, mlp_peak)
 
 
-def cost(config: ViTConfig) -> Cost:
-    """Count parameters and MACs.
-
-        attention MACs = n d h (2 k + 2 v) + n^2 h (k + v),   MLP MACs = 2 n d f
+def cost(config: Config, latency: Latency | None = None) -> Cost:
+    """Count parameters, MACs and memory, see `block_cost` for the blocks; predict latency if asked.
 
     Normalisation, softmax, GELU, biases and residual sums are not multiply-accumulates of a matrix
     product and are left out, as the pruning literature does. Source: ours.
     """
-    d, n = config.embed_dim, config.num_tokens
-    found = [_block_cost(block, d, n, config.qkv_bias) for block in config.blocks]
-    encoder_params = sum(params for params, _ in found)
-    patches = n - config.num_prefix_tokens
+    image = config.image_size**2 * config.in_channels
+    if isinstance(config, ResNetConfig):
+        params, macs = resnet.cost(config)
+        return _with_bytes(params, macs, 0, resnet.activation_peak(config))
+    found = [block_cost(config.block_spec(i)) for i in range(len(config.blocks))]
+    encoder_params = sum(block.params for block in found)
+    patches = (config.image_size // config.patch_size) ** 2
     patch_dim = config.patch_size**2 * config.in_channels
-    heads = 2 if config.distilled else 1
-    params = encoder_params + (patch_dim + 1) * d + (config.num_prefix_tokens + n) * d
-    params += 2 * d + heads * (d + 1) * config.num_classes
-    macs = sum(macs for _, macs in found) + patches * patch_dim * d
-    macs += heads * d * config.num_classes
-    return Cost(params=params, macs=macs, encoder_params=encoder_params)
+    heads = 1
+    if isinstance(config, SwinConfig):
+        other = 2 * config.embed_dim
+    else:
+        heads += int(config.distilled)
+        other = (config.num_prefix_tokens + config.num_positions) * config.embed_dim
+    params = encoder_params + (patch_dim + 1) * config.embed_dim + other
+    params += 2 * config.pooled_dim + heads * (config.pooled_dim + 1) * config.num_classes
+    macs = sum(block.macs for block in found) + patches * patch_dim * config.embed_dim
+    macs += heads * config.pooled_dim * config.num_classes
+    peak = max([image + patches * config.embed_dim, *map(_peak, found)])
+    counted = _with_bytes(params, macs, encoder_params, peak)
+    if latency is None:
+        return counted
+    return dataclasses.replace(counted, latency_ms=latency.predict(config))
 
 
-def param_count(config: ViTConfig) -> int:
+def _peak(block: BlockCost) -> int:
+    return max(block.attn_peak, block.mlp_peak)
+
+
+def _with_bytes(params: int, macs: int, encoder_params: int, peak: int) -> Cost:
+    return Cost(
+        params=params,
+        macs=macs,
+        encoder_params=encoder_params,
+        model_bytes=FLOAT32_BYTES * params,
+        activation_bytes=FLOAT32_BYTES * peak,
+    )
+
+
+def param_count(config: Config) -> int:
     """Parameters of the model as it is really built: the sum over its parameter tree."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(config)))
 
 
-def elementwise_flops(config: ViTConfig) -> int:
+def elementwise_flops(config: TransformerConfig) -> int:
     """Operations outside the matrix products, counted as XLA counts them (one an element).
 
     LayerNorm takes 7 an element, softmax 4 an attention weight (max, subtraction, sum, division;
     the exponential is a transcendental, not a flop), scaling, a bias and a residual sum 1. GELU is
     asked of XLA, whose polynomial for erf changes between versions.
     """
-    gelu = _gelu_flops()
-    d, n = config.embed_dim, config.num_tokens
-    norm = 7 * d
-    total = (2 * n - config.num_prefix_tokens) * d  # position embedding and patch bias
-    for block in config.blocks:
-        if block.attn:
-            qk, v = block.num_heads * block.qk_dim, block.num_heads * block.v_dim
-            total += n * (norm + 2 * d + 3 * qk + v) + 4 * block.num_heads * n**2
-        if block.mlp:
-            total += n * (norm + 2 * d + (gelu + 1) * block.mlp_dim)
-    return round(total + norm * max(config.num_prefix_tokens, 1))
+    gelu, norm = _gelu_flops(), 7
+    patches = (config.image_size // config.patch_size) ** 2
+    total = patches * config.embed_dim  # bias of the patches
+    if isinstance(config, SwinConfig):
+        total += norm * patches * config.embed_dim
+        total += (norm + 1) * config.block_spec(len(config.blocks) - 1).tokens * config.pooled_dim
+    else:
+        total += config.num_positions * config.embed_dim
+        total += norm * config.embed_dim * max(config.num_prefix_tokens, 1)
+    for i in range(len(config.blocks)):
+        spec = config.block_spec(i)
+        widths, n, d = spec.widths, spec.tokens, spec.embed_dim
+        scale = int(spec.layer_scale)
+        if spec.merge:
+            total += norm * n * 2 * d
+        if widths.attn:
+            qk, v = widths.num_heads * widths.qk_dim, widths.num_heads * widths.v_dim
+            logit = 4 + int(spec.window > 0) + int(spec.shift > 0)
+            total += n * ((norm + 2 + scale) * d + 3 * qk + v)
+            total += logit * widths.num_heads * n * spec.attended
+        if widths.mlp:
+            total += n * ((norm + 2 + scale) * d + (gelu + 1) * widths.mlp_dim)
+    return round(total)
 
 
 @functools.lru_cache(maxsize=1)
@@ -96,12 +186,12 @@ def _gelu_flops() -> float:
     return lowered.cost_analysis()["flops"] / size
 
 
-def flops(config: ViTConfig) -> int:
+def flops(config: TransformerConfig) -> int:
     """Floating-point operations of one image's forward pass: 2 MACs plus the elementwise part."""
     return 2 * cost(config).macs + elementwise_flops(config)
 
 
-def xla_flops(config: ViTConfig) -> int:
+def xla_flops(config: Config) -> int:
     """Operations that XLA itself counts in the lowered forward pass of one image."""
     shape = (1, config.image_size, config.image_size, config.in_channels)
     lowered = jax.jit(functools.partial(apply, config)).lower(

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tapvit_jax.errors import InputError
+from tapvit_jax.models.backbone import TransformerConfig, param_shapes
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import ViTConfig, param_shapes
 from tapvit_jax.prune.units import unit_table
 
 UnitMasks = dict[str, Float[Array, "..."]]
@@ -31,7 +31,7 @@ class Plan:
       InputError: a key that the unit table does not have, or a mask of another shape.
     """
 
-    config: ViTConfig
+    config: TransformerConfig
     keep: Mapping[str, Bool[np.ndarray, "..."]]
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class Plan:
         return {key: np.flatnonzero(mask).tolist() for key, mask in self.keep.items()}
 
     @classmethod
-    def from_plain(cls, config: ViTConfig, kept: Mapping[str, Iterable[int]]) -> "Plan":
+    def from_plain(cls, config: TransformerConfig, kept: Mapping[str, Iterable[int]]) -> "Plan":
         """The inverse of `to_plain`.
 
         Raises:
@@ -110,7 +110,7 @@ def unit_masks(plan: Plan, dtype: Any = jnp.float32) -> UnitMasks:
     return {key: jnp.asarray(mask, dtype) for key, mask in plan.keep.items()}
 
 
-def param_masks(config: ViTConfig, masks: UnitMasks) -> Params:
+def param_masks(config: TransformerConfig, masks: UnitMasks) -> Params:
     """Masks for every parameter, of shapes that broadcast against the parameters'.
 
     The mask of a parameter is the product of the masks of all units it belongs to. Parameters that
@@ -130,7 +130,7 @@ def param_masks(config: ViTConfig, masks: UnitMasks) -> Params:
     return unflatten(result)
 
 
-def mask_params(config: ViTConfig, params: Params, masks: UnitMasks) -> Params:
+def mask_params(config: TransformerConfig, params: Params, masks: UnitMasks) -> Params:
     """Parameters with the pruned units' entries set to zero. Pure and traceable."""
     return jax.tree.map(lambda p, m: p * m.astype(p.dtype), params, param_masks(config, masks))
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from tapvit_jax.models.backbone import TransformerConfig
+from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import BlockConfig, ViTConfig
 from tapvit_jax.prune.mask import Plan, check_plan
 from tapvit_jax.prune.units import unit_key, unit_table
 from tapvit_jax.structs import to_plain
@@ -43,7 +44,7 @@ def _kept_heads(plan: Plan, block: int) -> np.ndarray:
     return np.flatnonzero(heads & values)
 
 
-def reshaped_config(plan: Plan) -> ViTConfig:
+def reshaped_config(plan: Plan) -> TransformerConfig:
     """Config of the smaller model. Ragged heads count at the width of the widest."""
     blocks = []
     for i, block in enumerate(plan.config.blocks):
@@ -71,17 +72,20 @@ def reshape_tree(plan: Plan, tree: Params) -> Params:
         for kind, present in (("attn_branch", block.attn), ("mlp_branch", block.mlp)):
             if present and not plan.keep[unit_key(i, kind)]:
                 _drop_branch(plan, leaves, unit_key(i, kind))
+    done = set()
     for group in unit_table(plan.config):
-        if group.kind == "mlp":
-            kept = np.flatnonzero(plan.keep[group.key])
-            for member in group.members:
-                if member.path in leaves:
-                    leaves[member.path] = np.take(leaves[member.path], kept, member.axes[0])
-        elif group.kind in ("qk", "vo"):
+        members = [m for m in group.members if m.path in leaves and m.path not in done]
+        if group.kind in ("qk", "vo"):
             gather = _gather(_kept_heads(plan, group.block), plan.keep[group.key])
-            for member in group.members:
-                if member.path in leaves:
-                    leaves[member.path] = _take_heads(leaves[member.path], gather, member.axes)
+            for member in members:
+                leaves[member.path] = _take_heads(leaves[member.path], gather, member.axes)
+                done.add(member.path)
+        elif group.kind in ("mlp", "head"):
+            # Of a head's parameters, those with dims inside the head are done by now.
+            kept = plan.keep[group.key]
+            kept = np.flatnonzero(kept) if group.kind == "mlp" else _kept_heads(plan, group.block)
+            for member in members:
+                leaves[member.path] = np.take(leaves[member.path], kept, member.axes[0])
     return unflatten(leaves)
 
 

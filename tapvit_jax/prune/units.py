@@ -8,6 +8,9 @@ Scores, masks, reshaping, costs and optimizer moments all read this one table. K
     head         whole heads                                              shape (h,)
     attn_branch  the attention branch of a block with its norm            shape ()
     mlp_branch   the MLP branch of a block with its norm                  shape ()
+
+A head takes its column of the relative position bias along, where there is one; a branch its layer
+scale.
 """
 
 import dataclasses
@@ -16,8 +19,10 @@ from typing import Literal
 
 import numpy as np
 
+from tapvit_jax.models.backbone import TransformerConfig, check_prunable
+from tapvit_jax.models.layers import BlockSpec
 from tapvit_jax.models.params import Path
-from tapvit_jax.models.vit import ViTConfig
+from tapvit_jax.models.swin import SwinConfig
 
 Kind = Literal["mlp", "qk", "vo", "head", "attn_branch", "mlp_branch"]
 
@@ -66,25 +71,30 @@ def unit_key(block: int, kind: Kind) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def unit_table(config: ViTConfig) -> tuple[UnitGroup, ...]:
-    """All prunable units of a model, block after block. Source: ours."""
+def unit_table(config: TransformerConfig) -> tuple[UnitGroup, ...]:
+    """All prunable units of a model, block after block. Source: ours.
+
+    Raises:
+      InputError: a backbone without prunable units.
+    """
+    check_prunable(config)
     groups = []
     for i, block in enumerate(config.blocks):
         if block.attn:
-            groups += _attention_groups(config, i)
+            groups += _attention_groups(config.block_spec(i), i)
         if block.mlp:
-            groups += _mlp_groups(i, block.mlp_dim)
+            groups += _mlp_groups(config.block_spec(i), i)
     return tuple(groups)
 
 
-def _attention_groups(config: ViTConfig, i: int) -> list[UnitGroup]:
-    block = config.blocks[i]
+def _attention_groups(spec: BlockSpec, i: int) -> list[UnitGroup]:
+    block = spec.widths
     heads = block.num_heads
     attn = (f"blocks_{i}", "attn")
 
     def members(names: tuple[str, ...], kernel_axes, bias_axes) -> list[Member]:
         found = [Member((*attn, name, "kernel"), kernel_axes) for name in names]
-        if config.qkv_bias:
+        if spec.qkv_bias:
             found += [Member((*attn, name, "bias"), bias_axes) for name in names]
         return found
 
@@ -95,17 +105,22 @@ def _attention_groups(config: ViTConfig, i: int) -> list[UnitGroup]:
     branch = members(("q", "k", "v"), **whole)
     branch += [Member(proj, ()), Member((*attn, "proj", "bias"), ())]
     branch += [Member((f"blocks_{i}", "norm1", name), ()) for name in ("scale", "bias")]
+    branch += [Member((f"blocks_{i}", "ls1", "gamma"), ())] if spec.layer_scale else []
     vo = (*members(("v",), **dims), Member(proj, (0, 1)))
-    head = (*members(("q", "k", "v"), **per_head), Member(proj, (0,)))
+    head = [*members(("q", "k", "v"), **per_head), Member(proj, (0,))]
+    if spec.window:
+        table = (*attn, "rel_pos_bias")
+        head.append(Member(table, (1,)))
+        branch.append(Member(table, ()))
     return [
         UnitGroup(i, "qk", (heads, block.qk_dim), tuple(members(("q", "k"), **dims))),
         UnitGroup(i, "vo", (heads, block.v_dim), vo),
-        UnitGroup(i, "head", (heads,), head),
+        UnitGroup(i, "head", (heads,), tuple(head)),
         UnitGroup(i, "attn_branch", (), tuple(branch)),
     ]
 
 
-def _mlp_groups(i: int, mlp_dim: int) -> list[UnitGroup]:
+def _mlp_groups(spec: BlockSpec, i: int) -> list[UnitGroup]:
     mlp = (f"blocks_{i}", "mlp")
     hidden = (
         Member((*mlp, "fc1", "kernel"), (1,)),
@@ -115,15 +130,26 @@ def _mlp_groups(i: int, mlp_dim: int) -> list[UnitGroup]:
     branch = [Member(member.path, ()) for member in hidden]
     branch += [Member((*mlp, "fc2", "bias"), ())]
     branch += [Member((f"blocks_{i}", "norm2", name), ()) for name in ("scale", "bias")]
+    branch += [Member((f"blocks_{i}", "ls2", "gamma"), ())] if spec.layer_scale else []
     return [
-        UnitGroup(i, "mlp", (mlp_dim,), hidden),
+        UnitGroup(i, "mlp", (spec.widths.mlp_dim,), hidden),
         UnitGroup(i, "mlp_branch", (), tuple(branch)),
     ]
 
 
-def fixed_paths(config: ViTConfig) -> frozenset[Path]:
+def fixed_paths(config: TransformerConfig) -> frozenset[Path]:
     """Parameters that no unit covers: the residual width and the classes stay as they are."""
-    paths = {("patch_embed", "kernel"), ("patch_embed", "bias"), ("pos_embed",)}
+    paths = {("patch_embed", "kernel"), ("patch_embed", "bias")}
+    if isinstance(config, SwinConfig):
+        for layer in ("patch_norm", "norm"):
+            paths |= {(layer, name) for name in ("scale", "bias")}
+        for i in range(len(config.blocks)):
+            if config.block_spec(i).merge:
+                merge = (f"blocks_{i}", "merge")
+                paths |= {(*merge, "norm", name) for name in ("scale", "bias")}
+                paths.add((*merge, "reduction", "kernel"))
+        return frozenset(paths | {("head", name) for name in ("kernel", "bias")})
+    paths.add(("pos_embed",))
     paths |= {("cls_token",)} if config.class_token else set()
     paths |= {("dist_token",)} if config.distilled else set()
     heads = ("head", "head_dist") if config.distilled else ("head",)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.vit import ViTConfig
+from tapvit_jax.models.backbone import TransformerConfig
 
 BRANCHES = ("mlp", "attn")
 
@@ -81,14 +81,14 @@ def layer_softmax(x: Float[np.ndarray, "l"]) -> Float[np.ndarray, "l"]:
     return shifted / shifted.sum()
 
 
-def present_branches(dense: ViTConfig) -> dict[str, np.ndarray]:
+def present_branches(dense: TransformerConfig) -> dict[str, np.ndarray]:
     """Which blocks have each branch."""
     return {
         branch: np.array([getattr(block, branch) for block in dense.blocks]) for branch in BRANCHES
     }
 
 
-def check_scores(dense: ViTConfig, layers: BranchScores) -> None:
+def check_scores(dense: TransformerConfig, layers: BranchScores) -> None:
     """Refuse layer scores that do not belong to the model.
 
     Raises:
@@ -105,7 +105,7 @@ def check_scores(dense: ViTConfig, layers: BranchScores) -> None:
 
 
 def softmax_rule(
-    dense: ViTConfig,
+    dense: TransformerConfig,
     layers: BranchScores | None,
     alpha: float,
     attn_share: float,
@@ -162,7 +162,7 @@ def divergence_curves(
 
 
 def sensitivity_rule(
-    dense: ViTConfig, layers: BranchScores, branch_costs: dict[str, Float[np.ndarray, "l"]]
+    dense: TransformerConfig, layers: BranchScores, branch_costs: dict[str, Float[np.ndarray, "l"]]
 ) -> Rule:
     """Prune where divergence rises least per unit of cost, over all branches together.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 
 Forward = Callable[[Any, Params, Float[Array, "b s s ch"]], Float[Array, "b c"]]
@@ -48,7 +48,7 @@ def evaluate(
     config: Any,
     params: Params,
     batches: Iterable[Mapping[str, np.ndarray]],
-    forward: Forward = vit.apply,
+    forward: Forward = backbone.apply,
 ) -> Metrics:
     """Top-1 and cross-entropy over batches with keys "image", "label" and "mask".
 

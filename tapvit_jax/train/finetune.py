@@ -18,7 +18,7 @@ from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params, tree_hash
 from tapvit_jax.structs import check_choices, to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
@@ -125,7 +125,7 @@ class Teacher:
 
     config: Any
     params: Params
-    forward: Forward = vit.apply
+    forward: Forward = backbone.apply
 
 
 def train(
@@ -135,7 +135,7 @@ def train(
     options: TrainConfig,
     *,
     seed: int,
-    forward: Forward = vit.apply,
+    forward: Forward = backbone.apply,
     masks: Params | None = None,
     teacher: Teacher | None = None,
     checkpoints: Path | None = None,

@@ -13,11 +13,11 @@ from tapvit_jax.convert.timm import from_timm, load_timm, save_timm, to_timm
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_hash, read_safetensors
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone
+from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.params import check_params, flatten
-from tapvit_jax.models.registry import IMAGENET_MEAN, create, list_models
-from tapvit_jax.models.vit import BlockConfig, vit_config
-from tapvit_jax.prune.cost import param_count
+from tapvit_jax.models.presets import IMAGENET, create
+from tapvit_jax.models.vit import vit_config
 from tests.conftest import realistic
 
 VARIANTS = {
@@ -88,7 +88,7 @@ def assert_states_equal(found, expected):
 def test_timm_to_ours_and_back(variant):
     config, state = make_config(variant), make_state(variant)
     params = from_timm(config, state)
-    check_params(vit.param_shapes(config), params)
+    check_params(backbone.param_shapes(config), params)
     assert_states_equal(to_timm(config, params), state)
 
 
@@ -102,10 +102,10 @@ def test_timm_to_ours_and_back(variant):
 )
 def test_pruned_widths_to_timm_and_back(blocks):
     config = dataclasses.replace(make_config("distilled"), blocks=blocks)
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), vit.param_shapes(config))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), backbone.param_shapes(config))
     params = realistic(ones)
     back = from_timm(config, to_timm(config, params))
-    check_params(vit.param_shapes(config), back)
+    check_params(backbone.param_shapes(config), back)
     for path, leaf in flatten(params).items():
         np.testing.assert_array_equal(flatten(back)[path], leaf)
 
@@ -164,9 +164,9 @@ def test_files_round_trip(tmp_path, variant):
     save_timm(path, config, from_timm(config, state))
     model = load_timm(name, path, **TINY)
     assert model.config == config
-    assert (model.preprocess.image_size, model.preprocess.mean) == (8, IMAGENET_MEAN)
+    assert (model.preprocess.image_size, model.preprocess.mean) == (8, IMAGENET["mean"])
     weights = {"name": name, "file": "model.safetensors", "sha256": file_hash(path)}
-    assert model.history == {"weights": weights}
+    assert model.history["weights"] == weights
     assert_states_equal(to_timm(model.config, model.params), state)
     assert_states_equal(read_safetensors(path), state)
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
@@ -205,42 +205,11 @@ class Bomb:
 def test_a_pickle_is_refused_and_not_executed(tmp_path):
     path, marker = tmp_path / "pytorch_model.bin", tmp_path / "executed"
     path.write_bytes(pickle.dumps(Bomb(marker)))
-    with pytest.raises(InputError, match=r"pytorch_model.bin: .*not a \.safetensors file"):
+    with pytest.raises(InputError, match=r"pytorch_model.bin: "):
         load_timm("deit_tiny_patch16_224", path, **TINY)
     assert not marker.exists()
     pickle.loads(path.read_bytes()).close()
     assert marker.exists()
-
-
-# As timm counts them.
-COUNTS = {
-    "deit_tiny_patch16_224": 5_717_416,
-    "deit_small_patch16_224": 22_050_664,
-    "deit_base_patch16_224": 86_567_656,
-    "deit_tiny_distilled_patch16_224": 5_910_800,
-    "deit_small_distilled_patch16_224": 22_436_432,
-    "deit_base_distilled_patch16_224": 87_338_192,
-    "vit_tiny_patch16_224": 5_717_416,
-    "vit_small_patch16_224": 22_050_664,
-    "vit_base_patch16_224": 86_567_656,
-    "vit_large_patch16_224": 304_326_632,
-}
-
-
-def test_every_preset_is_counted():
-    assert list_models() == sorted(COUNTS)
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_presets(name):
-    config, preprocess = create(name)
-    assert param_count(config) == COUNTS[name]
-    assert config.distilled == ("distilled" in name)
-    assert config.num_tokens == 14 * 14 + 1 + config.distilled
-    mean = IMAGENET_MEAN if name.startswith("deit") else (0.5,) * 3
-    assert preprocess == Preprocess(
-        224, mean, preprocess.std, crop_pct=0.9, interpolation="bicubic"
-    )
 
 
 def test_overrides_carry_timms_names():
@@ -276,10 +245,15 @@ def test_overrides_carry_timms_names():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("resnet50", {}, "unknown model 'resnet50', expected one of deit_base"),
+        ("resnet51", {}, "unknown model 'resnet51', expected one of deit3_base"),
         ("deit_tiny_patch16_224", {"colour": 1, "blocks": ()}, "unknown argument blocks, colour"),
         ("deit_tiny_patch16_224", {"img_size": 225}, "not a multiple of patch_size"),
-        ("deit_tiny_patch16_224", {"img_size": (224, 224)}, r"image_size is \(224, 224\)"),
+        ("deit_tiny_patch16_224", {"img_size": (224, 192)}, "expected a square"),
+        ("swin_tiny_patch4_window7_224", {"img_size": 256}, "multiple of window_size 7"),
+        ("swin_tiny_patch4_window7_224", {"img_size": 308}, "so that every stage can merge"),
+        ("swin_tiny_patch4_window7_224", {"num_heads": [3, 6]}, "expected as many of each"),
+        ("swin_tiny_patch4_window7_224", {"global_pool": "token"}, "global_pool is 'token'"),
+        ("resnet18", {"patch_size": 16}, "unknown argument patch_size"),
         ("deit_tiny_patch16_224", {"num_heads": 5}, "not a multiple of num_heads"),
         ("deit_tiny_patch16_224", {"global_pool": "map"}, "pool is 'map'"),
     ],

@@ -16,7 +16,7 @@ from experiments import run
 from experiments.config import read
 from experiments.run import Experiment
 from tapvit_jax.errors import InputError
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone
 from tapvit_jax.structs import to_plain
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def tiny():
     """The digits config, shrunk until it runs in seconds; everything it does is still done."""
     config = digits.get_config()
-    config.dense.update({"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4})
+    config.dense.arguments.update({"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4})
     config.dense.train.epochs = 2
     config.extractor.update({"widths": (4,), "embed_dim": 8, "dim": 4})
     config.extractor_train.epochs = 1
@@ -156,8 +156,8 @@ def test_the_reshaped_model_can_be_recovered(finished, tmp_path):
 def test_weights_are_loaded_instead_of_trained(tmp_path):
     config = tiny()
     config.comparisons = ()
-    shapes = read(config).dense.vit(read(config).data.preprocess, 10)
-    params = vit.init(shapes, jax.random.key(9))
+    shapes = read(config).dense.network(read(config).data.preprocess, 10)
+    params = backbone.init(shapes, jax.random.key(9))
     tap.save_timm(tmp_path / "weights.safetensors", shapes, params)
     config.dense.weights = str(tmp_path / "weights.safetensors")
     Experiment(read(config), tmp_path / "run", quiet=True).run()

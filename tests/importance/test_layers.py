@@ -9,9 +9,9 @@ import pytest
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance import layers
 from tapvit_jax.importance.layers import LayerConfig, layer_importance, probe_count, probe_mask
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone
+from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import BlockConfig
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.units import unit_table
 from tests.conftest import realistic
@@ -70,9 +70,12 @@ def units(tiny_config):
     ],
     ids=["forward", "reverse"],
 )
-def test_scores_equal_the_slow_way(tiny_model, images, units, config):
-    found = layer_importance(tiny_model, [images], units, config=config)
-    expected = slow_divergences(tiny_model, images, units, config)
+@pytest.mark.parametrize("backbone", ["tiny_model", "swin_model"])
+def test_scores_equal_the_slow_way(request, images, config, backbone):
+    model = request.getfixturevalue(backbone)
+    units = random_scores(model.config)
+    found = layer_importance(model, [images], units, config=config)
+    expected = slow_divergences(model, images, units, config)
     for branch in KINDS:
         scores = getattr(found, branch)
         assert scores.min() > 1e-4
@@ -98,7 +101,7 @@ def sparse_model(tiny_config):
         BlockConfig(0, 0, 0, 6, attn=False),
     )
     config = dataclasses.replace(tiny_config, blocks=blocks)
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), vit.param_shapes(config))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), backbone.param_shapes(config))
     return Model(config, realistic(ones, 5))
 
 

@@ -18,9 +18,10 @@ from tapvit_jax.importance.neurons import (
     neuron_importance,
     unpack_batch,
 )
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone
+from tapvit_jax.models.backbone import apply_with_taps
+from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import BlockConfig, apply_with_taps
 from tapvit_jax.prune.units import unit_table
 from tapvit_jax.sharding import data_mesh, shard_rows
 from tests.conftest import realistic
@@ -41,7 +42,7 @@ def more_images(images):
 
 def with_blocks(config, *blocks):
     config = dataclasses.replace(config, blocks=blocks)
-    shapes = vit.param_shapes(config)
+    shapes = backbone.param_shapes(config)
     return Model(config, realistic(jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes), 4))
 
 
@@ -54,6 +55,18 @@ def standardised(points):
     centred, deviation = points - points.mean(axis=0), points.std(axis=0, ddof=1)
     varies = deviation > 1e-6 * np.abs(points).max()
     return np.where(varies, centred / np.where(varies, deviation, 1), 0)
+
+
+def joined(tap):
+    """Tokens of all windows in a row."""
+    return np.stack([image.reshape(-1, *image.shape[-2:]) for image in tap])
+
+
+def pair_norms(q, k):
+    """Norm of q_n k_m over all pairs of tokens that attend to each other, for one image."""
+    windows = zip(q, k, strict=True) if q.ndim == 4 else [(q, k)]
+    pairs = [np.einsum("nhk,mhk->nmhk", *window) for window in windows]
+    return np.sqrt(np.square(pairs).sum(axis=(0, 1, 2)))
 
 
 class SlowScores:
@@ -74,11 +87,12 @@ class SlowScores:
             if "mlp" in tap:
                 self._keep(f"{name}/mlp", self._mlp(tap["mlp"]), gradients)
             if "vo" in tap:
-                activation = np.abs(tap["vo"]).sum(axis=(0, 1))
-                self._keep(f"{name}/vo", self._heads(tap["vo"], activation), gradients)
+                out = joined(tap["vo"])
+                activation = np.abs(out).sum(axis=(0, 1))
+                self._keep(f"{name}/vo", self._heads(out, activation), gradients)
             if "vo" in tap and not self.config.couple_qk_vo:
-                both = np.concatenate([tap["q"], tap["k"]], axis=1)
-                norms = np.linalg.norm(tap["q"], axis=1) * np.linalg.norm(tap["k"], axis=1)
+                both = np.concatenate([joined(tap["q"]), joined(tap["k"])], axis=1)
+                norms = np.array([pair_norms(*qk) for qk in zip(tap["q"], tap["k"], strict=True)])
                 self._keep(f"{name}/qk", self._heads(both, norms.sum(axis=0)), gradients)
 
     def _unit(self, points, references):
@@ -160,11 +174,12 @@ def assert_scores_close(found, expected, atol=1e-4):
 
 
 @pytest.mark.parametrize("method", ["tap", "tap_published", "taylor"])
-def test_scores_equal_the_formulas(tiny_model, images, more_images, method):
-    batches = [images, more_images]
-    expected = slow_scores(tiny_model, NeuronConfig.of_method(method), batches)
-    found = neuron_importance(tiny_model, batches, method)
-    assert {group.key for group in unit_table(tiny_model.config) if group.shape} == found.keys()
+@pytest.mark.parametrize("backbone", ["tiny_model", "swin_model"])
+def test_scores_equal_the_formulas(request, images, more_images, method, backbone):
+    model, batches = request.getfixturevalue(backbone), [images, more_images]
+    expected = slow_scores(model, NeuronConfig.of_method(method), batches)
+    found = neuron_importance(model, batches, method)
+    assert {group.key for group in unit_table(model.config) if group.shape} == found.keys()
     assert_scores_close(found, expected)
 
 

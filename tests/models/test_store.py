@@ -15,10 +15,10 @@ import safetensors.numpy
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_hash
-from tapvit_jax.models import store, vit
+from tapvit_jax.models import backbone, store
+from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.params import flatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import BlockConfig
 from tapvit_jax.prune.mask import Plan
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.prune.units import unit_key
@@ -82,7 +82,10 @@ def test_a_fresh_process_needs_only_the_directory(tmp_path, tiny_model, images):
         "model = store.load('model'); "
         "np.save('logits.npy', model.apply(np.load('images.npy')))"
     )
-    environment = {"PYTHONPATH": str(store.Path(vit.__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    environment = {
+        "PYTHONPATH": str(store.Path(backbone.__file__).parents[2]),
+        "JAX_PLATFORMS": "cpu",
+    }
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), model.apply(images), atol=1e-6)
 
@@ -90,7 +93,7 @@ def test_a_fresh_process_needs_only_the_directory(tmp_path, tiny_model, images):
 @pytest.fixture(scope="module")
 def small_model(tiny_config):
     config = dataclasses.replace(tiny_config, blocks=(BlockConfig(1, 2, 2, 3),))
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), vit.param_shapes(config))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), backbone.param_shapes(config))
     return Model(config, realistic(ones), PREPROCESS, class_names=tuple("abcde"), name="small")
 
 

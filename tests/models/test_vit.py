@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone, layers
+from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.params import flatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import BlockConfig, ViTConfig, vit_config
+from tapvit_jax.models.vit import ViTConfig, vit_config
 from tapvit_jax.prune.mask import mask_params
 from tapvit_jax.prune.units import unit_table
 from tests.conftest import realistic
 
 GATED = ("mlp", "qk", "vo", "head")
 
-with_taps = jax.jit(vit.apply_with_taps, static_argnums=0)
+with_taps = jax.jit(backbone.apply_with_taps, static_argnums=0)
 
 
 def make(config, seed=3, **changes):
     config = dataclasses.replace(config, **changes)
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), vit.param_shapes(config))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), backbone.param_shapes(config))
     return Model(config, realistic(ones, seed))
 
 
@@ -80,7 +81,7 @@ def test_taps(tiny_model, images):
     q, k = (np.float64(taps["blocks_0"][name]) for name in ("q", "k"))
     attention = np.exp(np.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(8))
     attention /= attention.sum(axis=-1, keepdims=True)
-    x = np.asarray(vit.embed(tiny_model.config, tiny_model.params, images))
+    x = np.asarray(backbone.embed(tiny_model.config, tiny_model.params, images))
     block = tiny_model.params["blocks_0"]
     x = layer_norm(x, block["norm1"])
     v = np.einsum("bnd,dhv->bnhv", x, block["attn"]["v"]["kernel"]) + block["attn"]["v"]["bias"]
@@ -115,12 +116,12 @@ def test_tokens_are_pooled_into_logits(tiny_config, changes):
     if config.distilled:
         second = dense(layer_norm(x[:, 1], params["norm"]), params["head_dist"])
         expected = (expected + second) / 2
-    np.testing.assert_allclose(vit.classify(config, params, x), expected, atol=1e-5)
+    np.testing.assert_allclose(backbone.classify(config, params, x), expected, atol=1e-5)
 
 
 def test_tokens_in_order(distilled_model, images):
     config, params = distilled_model.config, distilled_model.params
-    found = np.asarray(vit.embed(config, params, images))
+    found = np.asarray(backbone.embed(config, params, images))
     found = found - params["pos_embed"]
     np.testing.assert_allclose(found[:, 0], np.tile(params["cls_token"][0], (6, 1)), atol=1e-5)
     np.testing.assert_allclose(found[:, 1], np.tile(params["dist_token"][0], (6, 1)), atol=1e-5)
@@ -148,18 +149,18 @@ def test_widths_of_zero(tiny_config, images):
     vo = np.asarray(taps["blocks_0"]["vo"])
     np.testing.assert_allclose(vo, np.repeat(vo[:, :1], 5, axis=1), atol=1e-5)
     # Without units a branch adds its bias.
-    x = np.asarray(vit.embed(model.config, model.params, images))
+    x = np.asarray(backbone.embed(model.config, model.params, images))
     block = model.params["blocks_1"]
-    found = vit.apply_block(model.config, model.config.blocks[1], block, x)
+    found = backbone.apply_block(model.config.block_spec(1), block, x)
     bias = block["attn"]["proj"]["bias"] + block["mlp"]["fc2"]["bias"]
     np.testing.assert_allclose(found, x + bias, atol=1e-5)
     assert np.isfinite(logits).all()
 
 
 def test_fresh_kernels_of_zero_widths():
-    assert vit._kernel_init(jax.random.key(0), (16, 0)).shape == (16, 0)
-    assert vit._kernel_init(jax.random.key(0), (16, 2, 0)).shape == (16, 2, 0)
-    assert np.abs(vit._kernel_init(jax.random.key(0), (16, 3))).min() > 0
+    assert layers.kernel_init(jax.random.key(0), (16, 0)).shape == (16, 0)
+    assert layers.kernel_init(jax.random.key(0), (16, 2, 0)).shape == (16, 2, 0)
+    assert np.abs(layers.kernel_init(jax.random.key(0), (16, 3))).min() > 0
 
 
 def test_an_absent_block_is_the_identity(tiny_config, images):
@@ -173,9 +174,9 @@ def test_an_absent_block_is_the_identity(tiny_config, images):
 
 
 def test_no_biases_for_queries_keys_and_values(tiny_config):
-    with_bias = {path[1:] for path in flatten(vit.param_shapes(tiny_config))}
+    with_bias = {path[1:] for path in flatten(backbone.param_shapes(tiny_config))}
     config = dataclasses.replace(tiny_config, qkv_bias=False)
-    without = {path[1:] for path in flatten(vit.param_shapes(config))}
+    without = {path[1:] for path in flatten(backbone.param_shapes(config))}
     assert with_bias - without == {("attn", name, "bias") for name in ("q", "k", "v")}
 
 
@@ -193,11 +194,11 @@ FIELDS = {"image_size": 8, "patch_size": 4, "num_classes": 5}
         ({"class_token": False}, "need class_token=True"),
         ({"pool": "mean", "distilled": True}, "expected pool='cls'"),
         ({"pool": "max"}, "pool is 'max', expected one of 'cls', 'mean'"),
-        ({"dtype": "float16"}, "dtype is 'float16', expected one of 'float32', 'bfloat16'"),
+        ({"dtype": "int8"}, "dtype is 'int8', expected one of 'float32', 'bfloat16'"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0.0"),
         ({"num_heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
         ({"num_heads": 0}, "num_heads is 0"),
-        ({"depth": -1}, "depth is -1, expected 1 and 0 or more"),
+        ({"depth": -1}, "depth is -1, expected 0 or more"),
         ({"mlp_ratio": -1.0}, "mlp_dim is -16"),
     ],
 )

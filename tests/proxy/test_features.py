@@ -14,7 +14,7 @@ from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_hash
-from tapvit_jax.models import convnet, vit
+from tapvit_jax.models import backbone, convnet
 from tapvit_jax.proxy import features
 from tapvit_jax.proxy.features import (
     Extractor,
@@ -28,6 +28,7 @@ PREPROCESS = Preprocess(8, (0.0,) * 3, (1.0,) * 3)
 COUNT = 11
 EMBEDDING = ExtractorConfig(kind="embedding", dim=3, widths=(4, 6), embed_dim=5)
 BACKBONE = ExtractorConfig(kind="backbone", dim=4, depth=2)
+POOLED = ExtractorConfig(kind="pooled", dim=4)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,7 @@ def extractors(tiny_model, source, pool, network):
             EMBEDDING, source, pool, PREPROCESS, network=config, params=params
         ),
         "backbone": build_extractor(BACKBONE, source, pool, PREPROCESS, model=tiny_model),
+        "pooled": build_extractor(POOLED, source, pool, PREPROCESS, model=tiny_model),
     }
 
 
@@ -65,21 +67,29 @@ def raw(tiny_model, source, network):
     """The networks' outputs before the PCA."""
     config, params = network
 
-    def backbone(x):
-        x = vit.embed(tiny_model.config, tiny_model.params, x)
+    def early(x):
+        x = backbone.embed(tiny_model.config, tiny_model.params, x)
         for i in range(BACKBONE.depth):
-            block = tiny_model.config.blocks[i]
-            x = vit.apply_block(tiny_model.config, block, tiny_model.params[f"blocks_{i}"], x)
+            x = backbone.apply_block(
+                tiny_model.config.block_spec(i), tiny_model.params[f"blocks_{i}"], x
+            )
         return x.mean(axis=1)
+
+    def last(x):
+        x = backbone.apply_blocks(tiny_model.config, tiny_model.params, x)
+        scale, bias = (tiny_model.params["norm"][name] for name in ("scale", "bias"))
+        token = x[:, 0] - x[:, 0].mean(axis=1, keepdims=True)
+        return token / jnp.sqrt((token**2).mean(axis=1, keepdims=True) + 1e-6) * scale + bias
 
     embedding = jax.jit(convnet.embedding, static_argnums=0)
     return {
         "embedding": np.asarray(embedding(config, params, source.images)),
-        "backbone": np.asarray(jax.jit(backbone)(source.images)),
+        "backbone": np.asarray(jax.jit(early)(source.images)),
+        "pooled": np.asarray(jax.jit(last)(source.images)),
     }
 
 
-KINDS = pytest.mark.parametrize("kind", ["embedding", "backbone"])
+KINDS = pytest.mark.parametrize("kind", ["embedding", "backbone", "pooled"])
 
 
 @KINDS
@@ -116,6 +126,7 @@ def test_the_same_pool_gives_the_same_extractor(
     options, parts = {
         "embedding": (EMBEDDING, {"network": config, "params": params}),
         "backbone": (BACKBONE, {"model": tiny_model}),
+        "pooled": (POOLED, {"model": tiny_model}),
     }[kind]
     again = build_extractor(options, source, pool, PREPROCESS, **parts)
     assert again.fingerprint == extractors[kind].fingerprint
@@ -213,7 +224,7 @@ def test_dims_that_the_pool_does_not_have_are_refused(source, pool, network, cou
 
 
 def test_missing_parts_are_refused(source, pool, tiny_model, network):
-    with pytest.raises(InputError, match="needs the dense model"):
+    with pytest.raises(InputError, match="kind 'backbone' needs a model"):
         build_extractor(BACKBONE, source, pool, PREPROCESS)
     with pytest.raises(InputError, match="needs a trained network"):
         build_extractor(EMBEDDING, source, pool, PREPROCESS, network=network[0])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.layers import LayerScores
-from tapvit_jax.models.vit import BlockConfig, ViTConfig, vit_config
+from tapvit_jax.models.layers import BlockConfig
+from tapvit_jax.models.vit import ViTConfig, vit_config
 from tapvit_jax.prune.allocate import (
     AllocateConfig,
     allocate,

@@ -4,12 +4,15 @@ import dataclasses
 
 import pytest
 
-from tapvit_jax.models.registry import create, list_models
-from tapvit_jax.models.vit import BlockConfig, vit_config
-from tapvit_jax.prune.cost import cost, flops, param_count, xla_flops
+from tapvit_jax.models.layers import BlockConfig, BlockSpec
+from tapvit_jax.models.presets import create, list_models
+from tapvit_jax.models.swin import swin_config
+from tapvit_jax.models.vit import vit_config
+from tapvit_jax.prune.cost import block_cost, cost, flops, param_count, xla_flops
 
 SHAPES = {
     "square": {},
+    "layer_scale": {"layer_scale": True, "prefix_positions": False},
     "distilled": {"distilled": True},
     "mean": {"pool": "mean"},
     "no_bias": {"qkv_bias": False},
@@ -40,6 +43,48 @@ def test_operations_agree_with_xla(shape):
     assert flops(found) == pytest.approx(xla_flops(found), rel=0.01)
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_swin_agrees_with_its_tree_and_with_xla(pruned):
+    found = swin_config(
+        image_size=64,
+        patch_size=2,
+        num_classes=10,
+        embed_dim=32,
+        depths=(2, 3),
+        num_heads=(2, 4),
+        window_size=8,
+    )
+    if pruned:
+        blocks = (
+            BlockConfig(1, 7, 19, 101),
+            BlockConfig(0, 0, 0, 60, attn=False),
+            *(BlockConfig(3, 16, 5, 0, mlp=False),) * 3,
+        )
+        found = dataclasses.replace(found, blocks=blocks)
+    assert cost(found).params == param_count(found)
+    assert flops(found) == pytest.approx(xla_flops(found), rel=0.01)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_memory_of_presets(name):
+    found = cost(create(name)[0])
+    assert found.model_bytes == 4 * found.params
+    # The largest image's activations do not fit a small cache, none takes more than half a GB.
+    assert 2**19 < found.activation_bytes < 2**28
+
+
+def test_peak_memory_by_hand():
+    # 4 x 4 patches and a class token: 17 tokens of 8 channels, 2 heads of 4, 16 MLP units.
+    widths = BlockConfig(2, 4, 4, 16)
+    spec = BlockSpec(widths, embed_dim=8, head_dim=4, tokens=17, layer_norm_eps=1e-6)
+    found = block_cost(spec)
+    logits = 2 * 17 * 17
+    # Residual, queries, keys and values with the logits, or the residual, values and both sides of
+    # the softmax.
+    assert found.attn_peak == max(17 * 4 * 8 + logits, 17 * 2 * 8 + 2 * logits)
+    assert found.mlp_peak == 17 * (8 + 2 * 16)
+
+
 def test_operations_agree_with_xla_for_pruned_shapes():
     blocks = (
         BlockConfig(3, 7, 19, 101),
@@ -59,6 +104,14 @@ def test_operations_agree_with_xla_for_pruned_shapes():
         ("deit_base_patch16_224", 86.57e6, 17.58),
         ("deit_small_distilled_patch16_224", 22.44e6, 4.63),
         ("vit_large_patch16_224", 304.33e6, 61.60),
+        ("vit_huge_patch14_224", 632.05e6, 167.30),
+        ("deit3_small_patch16_224", 22.06e6, 4.61),
+        ("swin_tiny_patch4_window7_224", 28.29e6, 4.5),
+        ("swin_small_patch4_window7_224", 49.61e6, 8.7),
+        ("swin_base_patch4_window7_224", 87.77e6, 15.4),
+        ("swin_base_patch4_window12_384", 87.90e6, 47.0),
+        ("resnet18", 11.69e6, 1.82),
+        ("resnet50", 25.56e6, 4.1),
     ],
 )
 def test_presets_cost_what_is_published(name, params, gmacs):

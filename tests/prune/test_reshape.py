@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone
 from tapvit_jax.models.params import check_params, flatten
 from tapvit_jax.models.registry import Model
+from tapvit_jax.models.swin import swin_config
 from tapvit_jax.prune.cost import cost, param_count
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape, reshape_tree, reshaped_config
@@ -24,13 +25,31 @@ CONFIGS = {
     "distilled": {"distilled": True},
     "mean": {"pool": "mean"},
     "no_bias": {"qkv_bias": False},
+    "layer_scale": {"layer_scale": True, "prefix_positions": False},
+    # Two blocks of shifted windows, patch merging, a block of one window.
+    "swin": None,
 }
+
+
+def make_config(variant, config, depth):
+    if variant != "swin":
+        return dataclasses.replace(config, blocks=config.blocks[:depth], **CONFIGS[variant])
+    return swin_config(
+        image_size=config.image_size,
+        patch_size=1,
+        num_classes=5,
+        embed_dim=8,
+        depths=(2, 1),
+        num_heads=(2, 4),
+        window_size=4,
+        mlp_ratio=2.0,
+    )
 
 
 def make(variant, config):
     # Two blocks: every example compiles a network of new shapes.
-    config = dataclasses.replace(config, blocks=config.blocks[:2], **CONFIGS[variant])
-    return Model(config, realistic(vit.init(config, jax.random.key(2)), 2))
+    config = make_config(variant, config, 2)
+    return Model(config, realistic(backbone.init(config, jax.random.key(2)), 2))
 
 
 def random_plan(config, seed, ragged, density):
@@ -49,7 +68,7 @@ def random_plan(config, seed, ragged, density):
     return Plan(config, keep)
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
 @given(
     variant=st.sampled_from(sorted(CONFIGS)),
     seed=st.integers(0, 10_000),
@@ -61,20 +80,20 @@ def test_masked_equals_reshaped(tiny_config, images, variant, seed, ragged, dens
     plan = random_plan(model.config, seed, ragged, density)
     masked, small = apply_masks(model, plan), reshape(model, plan)
     np.testing.assert_allclose(masked.apply(images), small.apply(images), atol=1e-5)
-    check_params(vit.param_shapes(small.config), small.params)
+    check_params(backbone.param_shapes(small.config), small.params)
     assert cost(small.config).params == param_count(small.config)
     assert cost(small.config).params == sum(leaf.size for leaf in jax.tree.leaves(small.params))
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 10_000), variant=st.sampled_from(["plain", "distilled"]))
+@given(seed=st.integers(0, 10_000), variant=st.sampled_from(["plain", "swin"]))
 def test_gradients_of_masked_equal_those_of_reshaped(tiny_config, images, seed, variant):
     model = make(variant, tiny_config)
     plan = random_plan(model.config, seed, ragged=True, density=0.6)
     labels = jnp.arange(len(images)) % model.config.num_classes
 
     def loss(config, params):
-        log_p = jax.nn.log_softmax(vit.apply(config, params, images))
+        log_p = jax.nn.log_softmax(backbone.apply(config, params, images))
         return -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
 
     masks = param_masks(model.config, unit_masks(plan))
@@ -92,15 +111,17 @@ def test_gradients_of_masked_equal_those_of_reshaped(tiny_config, images, seed, 
 
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_every_parameter_is_covered_or_declared_fixed(tiny_config, variant):
-    config = dataclasses.replace(tiny_config, **CONFIGS[variant])
+    config = make_config(variant, tiny_config, 3)
     covered = {member.path for group in unit_table(config) for member in group.members}
     assert covered.isdisjoint(fixed_paths(config))
-    assert covered | fixed_paths(config) == set(flatten(vit.param_shapes(config)))
+    assert covered | fixed_paths(config) == set(flatten(backbone.param_shapes(config)))
 
 
-def test_unit_axes_have_the_units_sizes(tiny_config):
-    shapes = flatten(vit.param_shapes(tiny_config))
-    for group in unit_table(tiny_config):
+@pytest.mark.parametrize("variant", ["plain", "swin"])
+def test_unit_axes_have_the_units_sizes(tiny_config, variant):
+    config = make_config(variant, tiny_config, 3)
+    shapes = flatten(backbone.param_shapes(config))
+    for group in unit_table(config):
         for member in group.members:
             found = tuple(shapes[member.path].shape[axis] for axis in member.axes)
             assert found == group.shape[: len(member.axes)]
@@ -134,6 +155,31 @@ def test_a_head_without_values_disappears(tiny_config):
     config = reshaped_config(Plan(tiny_config, {unit_key(0, "vo"): values}))
     assert config.blocks[0].num_heads == 1
     assert config.blocks[0].qk_dim == 8
+
+
+def test_a_pruned_head_takes_its_position_bias_along(swin_model):
+    heads = np.array([True, False, False, True])
+    plan = Plan(swin_model.config, {unit_key(2, "head"): heads})
+    small = reshape(swin_model, plan)
+    path = ("blocks_2", "attn", "rel_pos_bias")
+    dense = np.asarray(flatten(swin_model.params)[path])
+    np.testing.assert_array_equal(flatten(small.params)[path], dense[:, heads])
+    assert small.config.blocks[2].num_heads == 2
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.45])
+def test_swin_below_half_at_every_stage(swin_model, images, ratio):
+    keep = {}
+    for group in unit_table(swin_model.config):
+        if group.kind in ("mlp", "qk", "vo"):
+            count = max(1, round(ratio * group.shape[-1]))
+            keep[group.key] = np.broadcast_to(np.arange(group.shape[-1]) < count, group.shape)
+        elif group.kind == "head":
+            keep[group.key] = np.arange(group.size) < max(1, round(ratio * group.size))
+    plan = Plan(swin_model.config, keep)
+    masked, small = apply_masks(swin_model, plan), reshape(swin_model, plan)
+    np.testing.assert_allclose(masked.apply(images), small.apply(images), atol=1e-5)
+    assert cost(small.config).macs < 0.6 * cost(swin_model.config).macs
 
 
 def test_keeping_everything_changes_nothing(tiny_model):

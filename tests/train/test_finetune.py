@@ -11,10 +11,11 @@ import pytest
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.errors import InputError
-from tapvit_jax.models import vit
+from tapvit_jax.models import backbone
+from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.params import flatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.vit import BlockConfig
+from tapvit_jax.models.vit import vit_config
 from tapvit_jax.prune.mask import Plan, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape, reshape_tree
 from tapvit_jax.prune.units import unit_table
@@ -178,11 +179,11 @@ def test_images_are_shifted_and_mirrored_each_on_its_own():
 
 
 def tiny_network(seed=0):
-    config = vit.vit_config(
+    config = vit_config(
         image_size=8, patch_size=4, num_classes=CLASSES, depth=1, num_heads=2, embed_dim=8
     )
     config = dataclasses.replace(config, blocks=(BlockConfig(2, 4, 4, 8),))
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), vit.param_shapes(config))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), backbone.param_shapes(config))
     return Model(config, realistic(ones, seed))
 
 

@@ -1,0 +1,195 @@
+"""What several commands share: models and images as arguments, and what is printed of them."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from tapvit_jax.convert.timm import load_timm
+from tapvit_jax.data.base import ImageSource, find_corrupt
+from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.data.sources import open_source
+from tapvit_jax.errors import InputError
+from tapvit_jax.models import store
+from tapvit_jax.models.registry import Model
+from tapvit_jax.prune.cost import Cost
+
+VALIDATION_SHARE = 0.1
+
+Command = Callable[..., argparse.ArgumentParser]
+"""Adds a command: (name, function) to its parser."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """A source, and those of its images that a command uses."""
+
+    source: ImageSource
+    indices: Int[np.ndarray, "n"]
+
+
+def open_images(
+    spec: str,
+    preprocess: Preprocess,
+    *,
+    class_names: Sequence[str] | None = None,
+    split: str | None = None,
+    skip_corrupt: bool = False,
+) -> Images:
+    """Open a source; with `skip_corrupt`, leave out and name the images that cannot be read.
+
+    Raises:
+      InputError: nothing there, no image left, or a split that the source does not have.
+    """
+    source = open_source(spec, class_names)
+    indices = np.arange(len(source))
+    if split is not None:
+        indices = indices[source.splits == split]
+        if len(indices) == 0:
+            known = ", ".join(sorted(set(source.splits)))
+            raise InputError(f"{spec}: has no split {split!r}, found {known}")
+    if skip_corrupt:
+        bad = find_corrupt(source, indices, preprocess)
+        for _, message in bad[:10]:
+            print(f"skipped: {message}", file=sys.stderr)
+        if bad:
+            print(f"skipped {len(bad)} of {len(indices)} images", file=sys.stderr)
+        indices = np.setdiff1d(indices, [index for index, _ in bad])
+        if len(indices) == 0:
+            raise InputError(f"{spec}: no image can be read")
+    return Images(source, indices)
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that reads images understands."""
+    parser.add_argument("--split", help="use only this split of the images (train, val)")
+    parser.add_argument(
+        "--skip-corrupt",
+        action="store_true",
+        help="leave out images that cannot be read, and count them",
+    )
+
+
+def add_weights_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the options that describe a checkpoint under timm's names."""
+    parser.add_argument(
+        "--weights",
+        required=required,
+        help="a .safetensors, .pth or .bin under timm's names, or hf-hub:OWNER/NAME",
+    )
+    parser.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="timm argument, repeatable"
+    )
+    parser.add_argument("--classes", help="a text file with a class name a line")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add a model: a directory of ours, or a preset with weights."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a model's directory, or with --weights timm's name, such as deit_small_patch16_224",
+    )
+    add_weights_options(parser)
+
+
+def open_model(args: argparse.Namespace) -> Model:
+    """Load the model that the options name.
+
+    Raises:
+      InputError: as `store.load` and `load_timm`, or options that do not belong together.
+    """
+    if args.weights is not None:
+        return load_preset(args.model, args)
+    if args.set or args.classes:
+        raise InputError("--set and --classes describe --weights, which is not given")
+    if not Path(args.model).is_dir():
+        raise InputError(f"{args.model}: no such directory; a preset's name needs --weights too")
+    return store.load(args.model)
+
+
+def load_preset(name: str, args: argparse.Namespace) -> Model:
+    """Load weights under timm's names into a preset.
+
+    Raises:
+      InputError: as `load_timm`, an option that is no NAME=VALUE, or another number of class names.
+    """
+    overrides: dict[str, Any] = {}
+    for item in args.set or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--set {item!r}: expected NAME=VALUE, such as num_classes=40")
+        try:
+            overrides[key] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[key] = value
+    model = load_timm(name, args.weights, **overrides)
+    if not args.classes:
+        return model
+    names = [line.strip() for line in read_text(args.classes).splitlines() if line.strip()]
+    if len(names) != model.config.num_classes:
+        raise InputError(
+            f"{args.classes}: {len(names)} names, expected {model.config.num_classes}, "
+            "one a class of the model"
+        )
+    return model.replace(class_names=tuple(names))
+
+
+def preprocess_of(model: Model) -> Preprocess:
+    """How a model's images are prepared.
+
+    Raises:
+      InputError: it does not say.
+    """
+    if model.preprocess is None:
+        raise InputError(f"{model.name}: does not say how its images are prepared")
+    return model.preprocess
+
+
+def labels_fit(model: Model, source: ImageSource) -> bool:
+    """Whether a source's labels are classes of the model.
+
+    Without names, as many classes as the model has are taken to be the same ones in their order.
+    """
+    if model.class_names:
+        return True
+    return len(source.class_names) == model.config.num_classes
+
+
+def hold_out(indices: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split off a share for choosing the epoch.
+
+    Raises:
+      InputError: fewer than two images.
+    """
+    if len(indices) < 2:
+        raise InputError(f"{len(indices)} images: expected at least two, one is held out")
+    order = np.random.default_rng(seed).permutation(indices)
+    count = max(1, round(VALIDATION_SHARE * len(indices)))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def read_text(path: str) -> str:
+    """Read a text file.
+
+    Raises:
+      InputError: no such file.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def print_costs(costs: dict[str, Cost]) -> None:
+    """Print parameters and MACs; of all but the first also as shares of the first."""
+    first = next(iter(costs.values()))
+    for name, found in costs.items():
+        shares = "" if found is first else f"  ({100 * found.params / first.params:.1f} %"
+        shares += "" if found is first else f" and {100 * found.macs / first.macs:.1f} %)"
+        print(f"{name}: {found.params:,} parameters, {found.macs:,} MACs{shares}")

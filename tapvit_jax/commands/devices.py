@@ -1,0 +1,246 @@
+"""extractor, device-fit, select: from private images to a choice of public ones."""
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from tapvit_jax.commands.common import (
+    Command,
+    Images,
+    add_image_options,
+    add_model_options,
+    hold_out,
+    open_images,
+    open_model,
+    preprocess_of,
+)
+from tapvit_jax.data.base import ImageSource
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import check_directory, write_json
+from tapvit_jax.models import convnet
+from tapvit_jax.models.store import read_spec
+from tapvit_jax.progress import Progress
+from tapvit_jax.proxy import features as extractors
+from tapvit_jax.proxy.features import (
+    Extractor,
+    ExtractorConfig,
+    build_extractor,
+    embedding_network,
+)
+from tapvit_jax.proxy.gmm import CovarianceType, Gmm, GmmConfig, fit_report
+from tapvit_jax.proxy.select import Method as SelectMethod
+from tapvit_jax.proxy.select import select
+from tapvit_jax.train.finetune import TrainConfig, TrainData, train
+
+SELECTION_FORMAT = "tapvit-selection"
+SELECTION_VERSION = 1
+
+DEFAULT_EXTRACTOR = ExtractorConfig(kind="backbone", dim=16, depth=2)
+"""Follows from the model and the pool alone, so that both sides can build it."""
+
+
+def register(command: Command) -> None:
+    """Add the commands of this module."""
+    c = command("extractor", build)
+    add_model_options(c)
+    c.add_argument("--pool", required=True, metavar="IMAGES")
+    c.add_argument("--kind", choices=get_args(extractors.Kind), default=DEFAULT_EXTRACTOR.kind)
+    c.add_argument(
+        "--dim", type=int, default=DEFAULT_EXTRACTOR.dim, help="features that the PCA keeps"
+    )
+    c.add_argument(
+        "--depth", type=int, default=DEFAULT_EXTRACTOR.depth, help="blocks run, for kind backbone"
+    )
+    c.add_argument("--epochs", type=int, default=20, help="training, for kind embedding")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--out", required=True)
+    add_image_options(c)
+
+    c = command("device-fit", device_fit)
+    c.add_argument("--extractor", required=True)
+    c.add_argument("--images", required=True, metavar="IMAGES", help="the private images")
+    c.add_argument("--components", default="1-10", help="a number, or a range that BIC decides in")
+    c.add_argument("--covariance", choices=get_args(CovarianceType), default="diag")
+    c.add_argument("--variance-floor", type=float, default=GmmConfig.variance_floor)
+    c.add_argument("--min-members", type=int, default=GmmConfig.min_members)
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--out", required=True, help="the payload file")
+    add_image_options(c)
+
+    c = command("select", choose)
+    c.add_argument("--extractor", required=True)
+    c.add_argument("--payload", required=True, action="append", help="repeatable, one a device")
+    c.add_argument("--pool", required=True, metavar="IMAGES")
+    add_selection_options(c)
+    c.add_argument("--out", required=True, help="the selection file (.json)")
+    add_image_options(c)
+
+
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    """Add how many public images are chosen, and how."""
+    parser.add_argument("--count", type=int, default=640, help="images in the metric dataset")
+    parser.add_argument(
+        "--finetune-count", type=int, default=6400, help="images in the fine-tuning set"
+    )
+    parser.add_argument("--select-method", choices=get_args(SelectMethod), default="importance")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def build(args: argparse.Namespace) -> None:
+    """Build the feature extractor that devices run: fit it on the public pool."""
+    check_directory(args.out, (extractors.SPEC_FILE, extractors.PARAMS_FILE))
+    model = open_model(args)
+    preprocess = preprocess_of(model)
+    pool = open_images(args.pool, preprocess, split=args.split, skip_corrupt=args.skip_corrupt)
+    options = ExtractorConfig(kind=args.kind, dim=args.dim, depth=args.depth)
+    network = params = None
+    progress = Progress(max(args.epochs, 1) + 1)
+    if args.kind == "embedding":
+        network = embedding_network(options, preprocess, len(pool.source.class_names))
+        training, validation = hold_out(pool.indices, args.seed)
+        with progress.step("train the embedding network", args.epochs) as step:
+            params = train(
+                network,
+                convnet.init(network, jax.random.key(args.seed)),
+                TrainData(pool.source, preprocess, training, validation),
+                TrainConfig(epochs=args.epochs),
+                seed=args.seed,
+                forward=convnet.apply,
+                on_epoch=lambda *_: step.advance(1.0 / args.epochs),
+            ).params
+    with progress.step("fit the PCA on the pool", 1):
+        extractor = build_extractor(
+            options,
+            pool.source,
+            pool.indices,
+            preprocess,
+            model=model,
+            network=network,
+            params=params,
+        )
+    progress.close()
+    extractor.save(args.out)
+    print(f"{extractor.dim} features, fingerprint {extractor.fingerprint[:16]}")
+
+
+def device_fit(args: argparse.Namespace) -> None:
+    """Fit the device's mixture on its private images and write the payload."""
+    extractor = Extractor.load(args.extractor)
+    images = open_images(
+        args.images, extractor.preprocess, split=args.split, skip_corrupt=args.skip_corrupt
+    )
+    config = GmmConfig(
+        components=_parse_range(args.components),
+        covariance_type=args.covariance,
+        variance_floor=args.variance_floor,
+        min_members=args.min_members,
+        seed=args.seed,
+    )
+    progress = Progress(len(images.indices) * 1.1)
+    with progress.step("features", len(images.indices)) as step:
+        total = len(images.indices)
+        found = extractor.features(
+            images.source, images.indices, on_batch=lambda n: step.advance(n / total)
+        )
+    with progress.step("mixture", len(images.indices) * 0.1):
+        gmm, _ = fit_report(found, config)
+    progress.close()
+    gmm.save(args.out, extractor=extractor.fingerprint)
+    print(
+        f"{args.out}: {gmm.components} components in {gmm.dim} dimensions, "
+        f"{gmm.num_parameters} numbers, {Path(args.out).stat().st_size} bytes"
+    )
+
+
+def choose(args: argparse.Namespace) -> None:
+    """Choose every device's metric dataset and fine-tuning set from the public pool."""
+    extractor = Extractor.load(args.extractor)
+    gmms = [load_payload(path, extractor) for path in args.payload]
+    pool = open_images(
+        args.pool, extractor.preprocess, split=args.split, skip_corrupt=args.skip_corrupt
+    )
+    chosen = select_images(args, gmms, extractor, pool)
+    write_json(args.out, _selection(args, pool.source, args.payload, chosen))
+    print(f"{args.out}: {len(gmms)} devices, {chosen.shape[1]} of {len(pool.indices)} images each")
+
+
+def load_payload(path: str, extractor: Extractor) -> Gmm:
+    """Read a payload that was made with an extractor.
+
+    Raises:
+      InputError: no payload, or one of another extractor.
+    """
+    return Gmm.load(path, dim=extractor.dim, extractor=extractor.fingerprint)
+
+
+def select_images(
+    args: argparse.Namespace, gmms: list[Gmm], extractor: Extractor, pool: Images
+) -> Int[np.ndarray, "v n"]:
+    """Indices of the images chosen for each mixture, the metric dataset first."""
+    found = extractor.features(pool.source, pool.indices)
+    # Small pools are used whole for fine-tuning; only the metric dataset's size is binding.
+    finetune = min(max(args.finetune_count, args.count), len(pool.indices))
+    positions = select(
+        gmms,
+        found,
+        args.count,
+        method=args.select_method,
+        seed=args.seed,
+        finetune_count=max(finetune, args.count),
+    )
+    return pool.indices[positions]
+
+
+def _selection(
+    args: argparse.Namespace, source: ImageSource, payloads: list[str], chosen: np.ndarray
+) -> dict[str, Any]:
+    return {
+        "format": SELECTION_FORMAT,
+        "version": SELECTION_VERSION,
+        "pool": source.fingerprint(),
+        "pool_size": len(source),
+        "method": args.select_method,
+        "seed": args.seed,
+        "metric_count": args.count,
+        "devices": [
+            {"payload": Path(path).name, "indices": row.tolist()}
+            for path, row in zip(payloads, chosen, strict=True)
+        ],
+    }
+
+
+def read_selection(path: Path) -> dict[str, Any]:
+    """Read a selection file that `select` wrote.
+
+    Raises:
+      InputError: missing, damaged, or indices outside the pool.
+    """
+    found = read_spec(path, SELECTION_FORMAT, SELECTION_VERSION)
+    size = found.get("pool_size")
+    try:
+        for device in found["devices"]:
+            indices = np.asarray(device["indices"])
+            if indices.dtype.kind != "i" or indices.min() < 0 or indices.max() >= size:
+                raise InputError(f"{path}: indices must lie in 0..{size - 1}")
+        if not 0 < found["metric_count"] <= min(len(d["indices"]) for d in found["devices"]):
+            raise InputError(f"{path}: metric_count does not fit the lists")
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is not a whole selection file") from error
+    return found
+
+
+def _parse_range(text: str) -> tuple[int, ...]:
+    first, dash, last = text.partition("-")
+    try:
+        found = tuple(range(int(first), int(last) + 1)) if dash else (int(first),)
+    except ValueError:
+        found = ()
+    if not found:
+        raise InputError(f"--components {text!r}: expected a number or a range such as 1-10")
+    return found

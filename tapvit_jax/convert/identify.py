@@ -1,0 +1,177 @@
+"""What a state dict looks like, in a few words; for error messages."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_Shapes = Mapping[str, tuple[int, ...]]
+# Places of blocks (by stage, if there are any), with the shapes below them.
+_Blocks = dict[tuple[int, ...], dict[str, tuple[int, ...]]]
+
+# Libraries whose names are not timm's.
+_FOREIGN = {
+    r"(.+\.)?embeddings\.patch_embeddings?\.": "a Hugging Face transformers model",
+    r"(.+\.)?embedder\.embedder\.convolution\.": "a Hugging Face transformers ResNet",
+    r"encoder\.layers\.encoder_layer_\d": "a torchvision ViT",
+    r"features\.\d+\.\d+\.attn\.": "a torchvision Swin",
+    r"visual\.": "a CLIP model",
+}
+# Where a backbone within a larger model begins.
+_ANCHORS = ("patch_embed.proj.weight", "layer1.0.conv1.weight")
+
+
+def describe(state: Mapping[str, Any]) -> str:
+    """Say what architecture the names and shapes of a state dict suggest."""
+    shapes = {name: tuple(np.shape(array)) for name, array in state.items()}
+    for name in shapes:
+        for pattern, text in _FOREIGN.items():
+            if re.match(pattern, name):
+                return f"{text} ({_short(name)}, ...): bring it under timm's names first"
+    prefix = _prefix(shapes)
+    inner = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+    found = _swin(inner) or _resnet(inner) or _vit(inner)
+    if found:
+        return found + (f", all under the prefix {_short(prefix)}" if prefix else "")
+    names = ", ".join(_short(name) for name in list(shapes)[:3])
+    return f"nothing that we know ({f'first names: {names}' if names else 'no tensors'})"
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 60 else f"{name[:57]}...")
+
+
+def _prefix(shapes: _Shapes) -> str:
+    for name in shapes:
+        for anchor in _ANCHORS:
+            if name.endswith(f".{anchor}"):
+                return name.removesuffix(anchor)
+    return ""
+
+
+def _blocks(shapes: _Shapes, pattern: str) -> _Blocks:
+    """Group the tensors of blocks; every group of the pattern but the last is a place."""
+    found: _Blocks = {}
+    for name, shape in shapes.items():
+        if match := re.fullmatch(pattern, name):
+            *place, rest = match.groups()
+            found.setdefault(tuple(map(int, place)), {})[rest] = shape
+    return found
+
+
+def _size(shapes: _Shapes, name: str, axis: int, rank: int) -> int | None:
+    shape = shapes.get(name, ())
+    return shape[axis] if len(shape) == rank else None
+
+
+def _listed(*details: tuple[str, int | None] | str) -> str:
+    """Join details, where pairs of a format and a number that is not known are left out."""
+    texts = [detail if isinstance(detail, str) else _number(*detail) for detail in details]
+    return ", ".join(text for text in texts if text)
+
+
+def _number(text: str, number: int | None) -> str:
+    return "" if number is None else text.format(number)
+
+
+def _classes(shapes: _Shapes, *heads: str) -> str:
+    counts = (_size(shapes, f"{head}.weight", 0, 2) for head in heads)
+    return next((f"{count} classes" for count in counts if count is not None), "no classifier")
+
+
+def _depths(blocks: _Blocks) -> str:
+    stages = [place[0] for place in blocks]
+    return "-".join(str(stages.count(stage)) for stage in sorted(set(stages)))
+
+
+def _is_transformer(blocks: _Blocks) -> bool:
+    known = ("attn.qkv.weight", "mlp.fc1.weight", "mlp.w12.weight")
+    return any(name in block for block in blocks.values() for name in known)
+
+
+def _is_pruned(blocks: _Blocks) -> bool:
+    """Whether blocks of one stage differ or have fewer heads' rows than a whole attention."""
+    widths: dict[tuple[int, ...], set] = {}
+    for place, block in blocks.items():
+        qkv = block.get("attn.qkv.weight", ())
+        if len(qkv) == 2 and qkv[0] != 3 * qkv[1]:
+            return True
+        widths.setdefault(place[:-1], set()).add((qkv, block.get("mlp.fc1.weight")))
+    return any(len(found) > 1 for found in widths.values())
+
+
+def _swin(shapes: _Shapes) -> str | None:
+    blocks = _blocks(shapes, r"layers\.(\d{1,4})\.blocks\.(\d{1,4})\.(.+)")
+    if not _is_transformer(blocks):
+        return None
+    version = " V2" if any("attn.logit_scale" in block for block in blocks.values()) else ""
+    tables = (_size(block, "attn.relative_position_bias_table", 0, 2) for block in blocks.values())
+    rows = next((rows for rows in tables if rows is not None), None)
+    return _listed(
+        f"a {'pruned or ragged ' if _is_pruned(blocks) else ''}Swin{version} "
+        f"with stage depths {_depths(blocks)}",
+        ("embed_dim {}", _size(shapes, "patch_embed.proj.weight", 0, 4)),
+        ("patch {}", _size(shapes, "patch_embed.proj.weight", -1, 4)),
+        ("window {}", None if rows is None else (math.isqrt(rows) + 1) // 2),
+        _classes(shapes, "head.fc", "head"),
+        "in the original repository's names" if "head.weight" in shapes else "",
+    )
+
+
+def _resnet(shapes: _Shapes) -> str | None:
+    blocks = _blocks(shapes, r"layer(\d{1,4})\.(\d{1,4})\.(.+)")
+    if not any("conv1.weight" in block for block in blocks.values()):
+        return None
+    kind = "bottleneck" if any("conv3.weight" in block for block in blocks.values()) else "basic"
+    inner = {}
+    for place, block in blocks.items():
+        inner.setdefault(place[0], set()).add(_size(block, "conv1.weight", 0, 4))
+    ragged = any(len(widths) > 1 for widths in inner.values())
+    grouped = any(
+        _size(block, "conv2.weight", 1, 4) != _size(block, "conv1.weight", 0, 4)
+        for block in blocks.values()
+    )
+    return _listed(
+        f"a {'pruned or ragged ' if ragged else ''}ResNet with {kind} blocks {_depths(blocks)}",
+        "grouped convolutions" if grouped else "",
+        "a deep stem" if "conv1.0.weight" in shapes else "",
+        _classes(shapes, "fc"),
+    )
+
+
+def _vit(shapes: _Shapes) -> str | None:
+    blocks = _blocks(shapes, r"blocks\.(\d{1,4})\.(.+)")
+    if not _is_transformer(blocks):
+        return None
+    depth = max(place[0] for place in blocks) + 1
+    pruned = _is_pruned(blocks) or depth != len(blocks)
+    below = {name for block in blocks.values() for name in block}
+    scaled = not below.isdisjoint(("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2"))
+    positions = _size(shapes, "pos_embed", 1, 3)
+    return _listed(
+        f"a {'pruned or ragged ' if pruned else ''}{_vit_kind(shapes, scaled)} of {depth} blocks",
+        "with layer scale" if scaled else "",
+        ("embed_dim {}", _size(shapes, "patch_embed.proj.weight", 0, 4)),
+        ("patch {}", _size(shapes, "patch_embed.proj.weight", -1, 4)),
+        "no position embedding" if positions is None else f"{positions} positions",
+        ("{} registers", _size(shapes, "reg_token", 1, 3)),
+        ("{} registers", _size(shapes, "register_tokens", 1, 3)),
+        _classes(shapes, "head"),
+        "distilled" if "dist_token" in shapes else "",
+        "without class token" if "cls_token" not in shapes else "",
+    )
+
+
+def _vit_kind(shapes: _Shapes, scaled: bool) -> str:
+    if any("relative_position_bias_table" in name for name in shapes):
+        return "BEiT-like ViT"
+    if any(name.startswith("decoder_blocks.") for name in shapes):
+        return "masked autoencoder's ViT"
+    if not scaled:
+        return "ViT"
+    dino = {"mask_token", "reg_token", "register_tokens"} & shapes.keys()
+    if dino or _size(shapes, "patch_embed.proj.weight", -1, 4) == 14:
+        return f"{'DINOv2' if 'pos_embed' in shapes else 'DINOv3'}-like ViT"
+    return "DeiT-III-like ViT"

@@ -1,0 +1,1 @@
+"""Deployable artefacts: ONNX, StableHLO, and back to timm."""

@@ -1,0 +1,62 @@
+"""Back to timm: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+
+import os
+from typing import Any
+
+import safetensors.numpy
+
+from tapvit_jax.convert.timm import timm_model
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import atomic_directory, write_json
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.resnet import ResNetConfig
+from tapvit_jax.models.swin import SwinConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def export_timm(model: Model, directory: str | os.PathLike) -> None:
+    """Write model.safetensors and config.json as timm's own models on the hub have them.
+
+    Raises:
+      InputError: timm cannot represent the widths, the model has no preprocessing, or the directory
+        cannot be written.
+    """
+    name, arguments, state = timm_model(model)
+    record = {
+        "architecture": name,
+        "num_classes": model.config.num_classes,
+        "num_features": model.config.pooled_dim,
+        "model_args": {key: value for key, value in arguments.items() if value is not None},
+        "pretrained_cfg": _pretrained_cfg(model),
+    }
+    if model.class_names:
+        record["label_names"] = list(model.class_names)
+    with atomic_directory(directory) as partial:
+        safetensors.numpy.save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(partial / CONFIG_FILE, record)
+
+
+def _pretrained_cfg(model: Model) -> dict[str, Any]:
+    prepare, config = model.preprocess, model.config
+    if prepare is None:
+        raise InputError(f"{model.name}: does not say how its images are prepared")
+    classifier, first = "head", "patch_embed.proj"
+    if isinstance(config, ResNetConfig):
+        classifier, first = "fc", "conv1"
+    elif isinstance(config, SwinConfig):
+        classifier = "head.fc"
+    elif config.distilled:
+        classifier = ["head", "head_dist"]
+    return {
+        "input_size": [config.in_channels, config.image_size, config.image_size],
+        "num_classes": config.num_classes,
+        "mean": list(prepare.mean),
+        "std": list(prepare.std),
+        "crop_pct": prepare.crop_pct,
+        "crop_mode": "center",
+        "interpolation": prepare.interpolation,
+        "first_conv": first,
+        "classifier": classifier,
+    }

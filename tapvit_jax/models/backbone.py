@@ -1,0 +1,125 @@
+"""All backbones behind one set of functions: pure over (config, params, images)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.models import resnet
+from tapvit_jax.models.layers import Block, BlockSpec, Gates, Taps
+from tapvit_jax.models.params import Params
+from tapvit_jax.models.resnet import ResNetConfig
+from tapvit_jax.models.swin import Swin, SwinConfig
+from tapvit_jax.models.vit import ViT, ViTConfig
+
+TransformerConfig = ViTConfig | SwinConfig
+"""Backbones that can be pruned."""
+
+Config = ViTConfig | SwinConfig | ResNetConfig
+
+FAMILIES: dict[str, type] = {"vit": ViTConfig, "swin": SwinConfig, "resnet": ResNetConfig}
+"""Name of every family in stored files, and its config."""
+
+
+def family(config: Config) -> str:
+    """Name of a config's family."""
+    return next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
+
+
+def check_prunable(config: Config) -> None:
+    """Refuse a backbone without prunable units.
+
+    Raises:
+      InputError: a ResNet.
+    """
+    if not isinstance(config, TransformerConfig):
+        raise InputError(
+            f"a {family(config)} only serves as a feature extractor, expected a ViT or a Swin"
+        )
+
+
+def _module(config: TransformerConfig) -> nn.Module:
+    return Swin(config) if isinstance(config, SwinConfig) else ViT(config)
+
+
+def init(config: Config, key: Array) -> Params:
+    """Draw fresh parameters (Xavier, as the original ViT; small models start slowly at 0.02)."""
+    if isinstance(config, ResNetConfig):
+        return resnet.init(config, key)
+    images = jnp.zeros((1, config.image_size, config.image_size, config.in_channels))
+    return _module(config).init(key, images)["params"]
+
+
+@functools.lru_cache(maxsize=256)
+def param_shapes(config: Config) -> Params:
+    """Shapes and dtypes of the parameter tree, without making it. Treat the result as frozen."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+def apply(config: Config, params: Params, images: Float[Array, "b s s ch"]) -> Float[Array, "b c"]:
+    """Logits of a batch of images."""
+    if isinstance(config, ResNetConfig):
+        return resnet.apply(config, params, images)
+    return apply_with_taps(config, params, images)[0]
+
+
+def apply_with_taps(
+    config: TransformerConfig,
+    params: Params,
+    images: Float[Array, "b s s ch"],
+    gates: dict[str, Gates] | None = None,
+) -> tuple[Float[Array, "b c"], dict[str, Taps]]:
+    """Logits, and for each block "blocks_i" the activations that its prunable units produce.
+
+    See `layers.Block` for the taps. Gates, when given, multiply the units of one block:
+    {"blocks_i": {"mlp": (b, f), "vo": (b, h, v), "qk": (b, h, k), "head": (b, h)}}; those of qk
+    multiply the queries. What is not used of the taps costs nothing under jit.
+    """
+    return _module(config).apply({"params": params}, images, gates)
+
+
+def embed(
+    config: TransformerConfig, params: Params, images: Float[Array, "b s s ch"]
+) -> Float[Array, "b n d"]:
+    """The tokens that enter the first block."""
+    return _module(config).apply({"params": params}, images, method="embed")
+
+
+def apply_block(
+    spec: BlockSpec, params: Params, x: Float[Array, "b n d"], gates: Gates | None = None
+) -> Float[Array, "b n d"]:
+    """One block on its own, from its part of the parameter tree (`block_params`)."""
+    return Block(spec).apply({"params": params}, x, gates)[0]
+
+
+def block_params(params: Params, i: int) -> Params:
+    """A block's part of the parameter tree; a block without branches has none."""
+    return params.get(f"blocks_{i}", {})
+
+
+def classify(
+    config: TransformerConfig, params: Params, x: Float[Array, "b n d"]
+) -> Float[Array, "b c"]:
+    """Logits from the tokens that leave the last block."""
+    return _module(config).apply({"params": params}, x, method="classify")
+
+
+def apply_blocks(
+    config: TransformerConfig, params: Params, images: Float[Array, "b s s ch"]
+) -> Float[Array, "b n d"]:
+    """The tokens that leave the last block."""
+    x = embed(config, params, images)
+    for i in range(len(config.blocks)):
+        x = apply_block(config.block_spec(i), block_params(params, i), x)
+    return x
+
+
+def pooled(config: Config, params: Params, images: Float[Array, "b s s ch"]) -> Float[Array, "b e"]:
+    """What the classifier sees: the features of a whole pretrained network."""
+    if isinstance(config, ResNetConfig):
+        return resnet.pooled(config, params, images)
+    x = apply_blocks(config, params, images)
+    return _module(config).apply({"params": params}, x, method="pooled")

@@ -1,0 +1,351 @@
+"""Transformer blocks that every backbone shares, with widths of their own and gates on their units.
+
+Letters: b batch, n tokens, w windows, m tokens of a window, d embedding, h heads, k qk dim, v value
+dim, f MLP hidden.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tapvit_jax.errors import InputError
+
+Taps = dict[str, Array]
+Gates = dict[str, Array]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Widths of one transformer block.
+
+    Attributes:
+      num_heads: attention heads.
+      qk_dim: dimensions of queries and keys in each head.
+      v_dim: dimensions of values in each head, hence the projection's inputs per head.
+      mlp_dim: hidden units of the MLP.
+      attn: whether the attention branch is there at all.
+      mlp: whether the MLP branch is there at all.
+    """
+
+    num_heads: int
+    qk_dim: int
+    v_dim: int
+    mlp_dim: int
+    attn: bool = True
+    mlp: bool = True
+
+    def __post_init__(self):
+        for field in ("num_heads", "qk_dim", "v_dim", "mlp_dim"):
+            if getattr(self, field) < 0:
+                raise InputError(f"{field} is {getattr(self, field)}, expected 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """Everything that fixes one block's shapes and arithmetic; equal specs share a program.
+
+    Attributes:
+      widths: what pruning changes.
+      embed_dim: residual width.
+      head_dim: head dimension of the dense model; the softmax scale is head_dim ** -0.5, and it
+        stays so when qk dims are pruned.
+      tokens: tokens of an image that leave the block.
+      window: side of the square windows that attend within themselves; 0 for global attention.
+      shift: by how many tokens the windows are shifted, cyclically.
+      merge: whether the block starts with patch merging, which halves the grid's side and doubles
+        the width: tokens and embed_dim are those after it.
+      layer_scale: whether each branch's output is scaled channel by channel.
+      dtype: what the matrix products are computed in; parameters, normalisation and softmax stay
+        in float32.
+    """
+
+    widths: BlockConfig
+    embed_dim: int
+    head_dim: int
+    tokens: int
+    layer_norm_eps: float
+    window: int = 0
+    shift: int = 0
+    merge: bool = False
+    layer_scale: bool = False
+    qkv_bias: bool = True
+    dtype: Dtype = "float32"
+
+    @property
+    def grid(self) -> int:
+        """Side of the token grid, for windows."""
+        return round(self.tokens**0.5)
+
+    @property
+    def attended(self) -> int:
+        """Tokens that each token attends to."""
+        return self.window**2 if self.window else self.tokens
+
+
+_XAVIER = nn.initializers.xavier_uniform()
+
+
+def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Xavier, as the original ViT; fully pruned widths have no fan to scale by, and no entries."""
+    return _XAVIER(key, shape, dtype) if 0 not in shape else jnp.zeros(shape, dtype)
+
+
+def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with the exact variance: E[x^2] - E[x]^2 cancels where a few channels are huge."""
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, name=name)
+
+
+def _apply_gate(x: Array, gates: Gates | None, kind: str) -> Array:
+    # A gate has shape (b, *unit shape) and acts on all tokens of its image.
+    if gates is None or kind not in gates:
+        return x
+    gate = gates[kind]
+    unit = gate.shape[1:]
+    # The units' axes are the last ones, except that gates of heads leave the dims behind them.
+    behind = (1,) if kind == "head" else ()
+    between = (1,) * (x.ndim - 1 - len(unit) - len(behind))
+    return x * gate.reshape(gate.shape[0], *between, *unit, *behind).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate widths for queries/keys and values.
+
+    Windows, where there are any, are an axis in front of the tokens. They add a learned bias for
+    every relative position and head; shifted ones mask pairs that were no neighbours before.
+    """
+
+    spec: BlockSpec
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b *w n d"], gates: Gates | None = None
+    ) -> tuple[Float[Array, "b *w n d"], Taps]:
+        spec, widths = self.spec, self.spec.widths
+        heads = functools.partial(
+            nn.DenseGeneral, use_bias=spec.qkv_bias, kernel_init=kernel_init, dtype=spec.dtype
+        )
+        q = heads((widths.num_heads, widths.qk_dim), name="q")(x)
+        k = heads((widths.num_heads, widths.qk_dim), name="k")(x)
+        v = heads((widths.num_heads, widths.v_dim), name="v")(x)
+        taps = {"q": q, "k": k}
+        q = _apply_gate(q, gates, "qk")
+        logits = jnp.einsum("...nhk,...mhk->...hnm", q * spec.head_dim**-0.5, k)
+        logits = logits.astype(jnp.float32)
+        if spec.window:
+            bias = self.param(
+                "rel_pos_bias",
+                nn.initializers.normal(stddev=0.02),
+                ((2 * spec.window - 1) ** 2, widths.num_heads),
+            )
+            logits = logits + bias[relative_positions(spec.window)].transpose(2, 0, 1)
+            if spec.shift:
+                logits = logits + shift_mask(spec.grid, spec.window, spec.shift)[:, None]
+        attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        out = jnp.einsum("...hnm,...mhv->...nhv", attention, v)
+        taps["vo"] = out
+        out = _apply_gate(_apply_gate(out, gates, "vo"), gates, "head")
+        project = nn.DenseGeneral(
+            spec.embed_dim,
+            axis=(-2, -1),
+            kernel_init=kernel_init,
+            dtype=spec.dtype,
+            name="proj",
+        )
+        return project(out), taps
+
+
+class Mlp(nn.Module):
+    """Two dense layers around the exact GELU."""
+
+    spec: BlockSpec
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], gates: Gates | None = None
+    ) -> tuple[Float[Array, "b n d"], Taps]:
+        dense = functools.partial(nn.Dense, kernel_init=kernel_init, dtype=self.spec.dtype)
+        hidden = nn.gelu(dense(self.spec.widths.mlp_dim, name="fc1")(x), approximate=False)
+        taps = {"mlp": hidden}
+        hidden = _apply_gate(hidden, gates, "mlp")
+        return dense(self.spec.embed_dim, name="fc2")(hidden), taps
+
+
+class LayerScale(nn.Module):
+    """One learned factor a channel, as DeiT-III and DINOv2 have behind each branch."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), (x.shape[-1],))
+        return x * gamma.astype(x.dtype)
+
+
+class PatchMerging(nn.Module):
+    """Four neighbouring tokens become one of twice the width."""
+
+    spec: BlockSpec
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n/4 2*d"]:
+        b, _, d = x.shape
+        half = self.spec.grid
+        x = x.reshape(b, half, 2, half, 2, d)
+        # Down the column first, then the next column: the order that the weights were trained in.
+        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(b, half * half, 4 * d)
+        x = layer_norm(self.spec.layer_norm_eps, name="norm")(x)
+        reduce = nn.Dense(
+            self.spec.embed_dim,
+            use_bias=False,
+            kernel_init=kernel_init,
+            dtype=self.spec.dtype,
+            name="reduction",
+        )
+        return reduce(x).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; a branch that was pruned away is the identity.
+
+    Taps: "mlp" (b, n, f) after GELU; "vo" (b, n, h, v), the heads' outputs before the projection;
+    "q" and "k" (b, n, h, k). With windows, the last three have (w, m) in place of n.
+    """
+
+    spec: BlockSpec
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], gates: Gates | None = None
+    ) -> tuple[Float[Array, "b n d"], Taps]:
+        spec = self.spec
+        taps: Taps = {}
+        if spec.merge:
+            x = PatchMerging(spec, name="merge")(x)
+        if spec.widths.attn:
+            found = layer_norm(spec.layer_norm_eps, "norm1")(x)
+            found = to_windows(found, spec) if spec.window else found
+            found, taps = Attention(spec, name="attn")(found, gates)
+            found = from_windows(found, spec) if spec.window else found
+            found = LayerScale(name="ls1")(found) if spec.layer_scale else found
+            x = x + found.astype(x.dtype)
+        if spec.widths.mlp:
+            normed = layer_norm(spec.layer_norm_eps, "norm2")(x)
+            found, tap = Mlp(spec, name="mlp")(normed, gates)
+            taps = taps | tap
+            found = LayerScale(name="ls2")(found) if spec.layer_scale else found
+            x = x + found.astype(x.dtype)
+        return x, taps
+
+
+def to_windows(x: Float[Array, "b n d"], spec: BlockSpec) -> Float[Array, "b w m d"]:
+    """Shift the token grid cyclically and cut it into windows."""
+    side, window = spec.grid, spec.window
+    d = x.shape[-1]
+    if spec.shift:
+        x = x.reshape(-1, side, side, d)
+        x = jnp.roll(x, (-spec.shift, -spec.shift), axis=(1, 2))
+    x = x.reshape(-1, side // window, window, side // window, window, d)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, (side // window) ** 2, window**2, d)
+
+
+def from_windows(x: Float[Array, "b w m d"], spec: BlockSpec) -> Float[Array, "b n d"]:
+    """The inverse of `to_windows`."""
+    side, window = spec.grid, spec.window
+    d = x.shape[-1]
+    x = x.reshape(-1, side // window, side // window, window, window, d)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    if spec.shift:
+        x = x.reshape(-1, side, side, d)
+        x = jnp.roll(x, (spec.shift, spec.shift), axis=(1, 2))
+    return x.reshape(-1, side * side, d)
+
+
+@functools.lru_cache(maxsize=32)
+def relative_positions(window: int) -> Int[np.ndarray, "m m"]:
+    """Row of the bias table for every pair of a window's tokens, by their offset."""
+    y, x = (axis.ravel() for axis in np.indices((window, window)))
+    rows = y[:, None] - y[None] + window - 1
+    columns = x[:, None] - x[None] + window - 1
+    return rows * (2 * window - 1) + columns
+
+
+@functools.lru_cache(maxsize=32)
+def shift_mask(side: int, window: int, shift: int) -> Float[np.ndarray, "w m m"]:
+    """-100 for pairs that share a shifted window only because the grid was rolled, else 0."""
+    # Along one axis the roll joins up to three stretches; a region is a pair of stretches.
+    position = np.arange(side)
+    stretch = (position >= side - window).astype(int) + (position >= side - shift)
+    region = 3 * stretch[:, None] + stretch[None]
+    count = side // window
+    region = region.reshape(count, window, count, window).transpose(0, 2, 1, 3)
+    region = region.reshape(count**2, window**2)
+    return np.where(region[:, :, None] == region[:, None, :], 0.0, -100.0).astype(np.float32)
+
+
+class Transformer(nn.Module):
+    """What all backbones of transformer blocks share; they add `setup`, `embed` and `pool`."""
+
+    config: Any
+
+    def classify(self, x: Float[Array, "b n d"]) -> Float[Array, "b c"]:
+        """Final norm, pooling and head, in float32."""
+        return self.head(self.pooled(x))
+
+    def __call__(
+        self, images: Float[Array, "b s s ch"], gates: dict[str, Gates] | None = None
+    ) -> tuple[Float[Array, "b c"], dict[str, Taps]]:
+        x = self.embed(images)
+        taps = {}
+        for i, block in enumerate(self.blocks):
+            name = f"blocks_{i}"
+            x, taps[name] = block(x, None if gates is None else gates.get(name))
+        return self.classify(x), taps
+
+
+def patch_embedding(config: Any) -> nn.Conv:
+    """The convolution that turns patches into tokens."""
+    sides = (config.patch_size, config.patch_size)
+    return nn.Conv(
+        config.embed_dim,
+        sides,
+        sides,
+        padding="VALID",
+        kernel_init=nn.initializers.lecun_normal(),
+        dtype=config.dtype,
+    )
+
+
+def check_sizes(config: Any, fields: tuple[str, ...]) -> None:
+    """Refuse a config whose `fields` are not whole positive numbers or whose patches do not fit.
+
+    Raises:
+      InputError: names the field.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{field} is {value!r}, expected a whole number, 1 or more")
+    if not config.layer_norm_eps > 0:
+        raise InputError(f"layer_norm_eps is {config.layer_norm_eps}, expected more than 0")
+    if config.image_size % config.patch_size:
+        raise InputError(
+            f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
+        )
+
+
+def dense_head_dim(embed_dim: int, num_heads: int) -> int:
+    """Head dimension of a dense model.
+
+    Raises:
+      InputError: `embed_dim` is not a multiple of `num_heads`.
+    """
+    if num_heads < 1:
+        raise InputError(f"num_heads is {num_heads}, expected 1 or more")
+    if embed_dim % num_heads:
+        raise InputError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+    return embed_dim // num_heads
