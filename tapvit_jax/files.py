@@ -228,5 +228,5 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: no such file")
     try:
         return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, AttributeError, KeyError, ValueError) as error:
         raise InputError(f"{path}: truncated or not a .safetensors file ({error})") from error

@@ -97,11 +97,6 @@ def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) ->
     return _XAVIER(key, shape, dtype) if 0 not in shape else jnp.zeros(shape, dtype)
 
 
-def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the exact variance: E[x^2] - E[x]^2 cancels where a few channels are huge."""
-    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, name=name)
-
-
 def _apply_gate(x: Array, gates: Gates | None, kind: str) -> Array:
     # A gate has shape (b, *unit shape) and acts on all tokens of its image.
     if gates is None or kind not in gates:
@@ -136,7 +131,9 @@ class Attention(nn.Module):
         v = heads((widths.num_heads, widths.v_dim), name="v")(x)
         taps = {"q": q, "k": k}
         q = _apply_gate(q, gates, "qk")
-        logits = jnp.einsum("...nhk,...mhk->...hnm", q * spec.head_dim**-0.5, k)
+        # Products of matrices, not einsum: ONNX Runtime runs the exported graph a tenth faster.
+        q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q * spec.head_dim**-0.5, k, v))
+        logits = q @ jnp.swapaxes(k, -1, -2)
         logits = logits.astype(jnp.float32)
         if spec.window:
             bias = self.param(
@@ -148,7 +145,7 @@ class Attention(nn.Module):
             if spec.shift:
                 logits = logits + shift_mask(spec.grid, spec.window, spec.shift)[:, None]
         attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum("...hnm,...mhv->...nhv", attention, v)
+        out = jnp.swapaxes(attention @ v, -2, -3)
         taps["vo"] = out
         out = _apply_gate(_apply_gate(out, gates, "vo"), gates, "head")
         project = nn.DenseGeneral(
@@ -198,7 +195,7 @@ class PatchMerging(nn.Module):
         x = x.reshape(b, half, 2, half, 2, d)
         # Down the column first, then the next column: the order that the weights were trained in.
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(b, half * half, 4 * d)
-        x = layer_norm(self.spec.layer_norm_eps, name="norm")(x)
+        x = nn.LayerNorm(self.spec.layer_norm_eps, name="norm")(x)
         reduce = nn.Dense(
             self.spec.embed_dim,
             use_bias=False,
@@ -227,14 +224,14 @@ class Block(nn.Module):
         if spec.merge:
             x = PatchMerging(spec, name="merge")(x)
         if spec.widths.attn:
-            found = layer_norm(spec.layer_norm_eps, "norm1")(x)
+            found = nn.LayerNorm(spec.layer_norm_eps, name="norm1")(x)
             found = to_windows(found, spec) if spec.window else found
             found, taps = Attention(spec, name="attn")(found, gates)
             found = from_windows(found, spec) if spec.window else found
             found = LayerScale(name="ls1")(found) if spec.layer_scale else found
             x = x + found.astype(x.dtype)
         if spec.widths.mlp:
-            normed = layer_norm(spec.layer_norm_eps, "norm2")(x)
+            normed = nn.LayerNorm(spec.layer_norm_eps, name="norm2")(x)
             found, tap = Mlp(spec, name="mlp")(normed, gates)
             taps = taps | tap
             found = LayerScale(name="ls2")(found) if spec.layer_scale else found

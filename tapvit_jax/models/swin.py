@@ -20,7 +20,6 @@ from tapvit_jax.models.layers import (
     check_sizes,
     dense_head_dim,
     kernel_init,
-    layer_norm,
     patch_embedding,
 )
 from tapvit_jax.structs import check_choices
@@ -191,9 +190,9 @@ class Swin(Transformer):
     def setup(self):
         config = self.config
         self.patch_embed = patch_embedding(config)
-        self.patch_norm = layer_norm(config.layer_norm_eps)
+        self.patch_norm = nn.LayerNorm(config.layer_norm_eps)
         self.blocks = [Block(config.block_spec(i)) for i in range(len(config.blocks))]
-        self.norm = layer_norm(config.layer_norm_eps)
+        self.norm = nn.LayerNorm(config.layer_norm_eps)
         self.head = nn.Dense(config.num_classes, kernel_init=kernel_init)
 
     def embed(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b n d"]:

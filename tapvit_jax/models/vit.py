@@ -21,7 +21,6 @@ from tapvit_jax.models.layers import (
     check_sizes,
     dense_head_dim,
     kernel_init,
-    layer_norm,
     patch_embedding,
 )
 from tapvit_jax.structs import check_choices
@@ -157,7 +156,7 @@ class ViT(Transformer):
         positions = (1, config.num_positions, config.embed_dim)
         self.pos_embed = self.param("pos_embed", _position_init, positions)
         self.blocks = [Block(config.block_spec(i)) for i in range(len(config.blocks))]
-        final_norm = layer_norm(config.layer_norm_eps)
+        final_norm = nn.LayerNorm(config.layer_norm_eps)
         if config.pool == "mean":
             self.fc_norm = final_norm
         else:
