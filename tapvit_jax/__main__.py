@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from tapvit_jax.commands import devices, models, prune
+from tapvit_jax.commands import deploy, devices, models, prune
 from tapvit_jax.runtime import run_program, set_up_jax
 
 
@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         found.set_defaults(function=function)
         return found
 
-    for module in (models, devices, prune):
+    for module in (models, devices, prune, deploy):
         module.register(command)
     return parser
 

@@ -130,9 +130,14 @@ def allocate_measured(
 
     Source: ours.
     """
-    planned = budget
+    planned, found = budget, None
     for _ in range(rounds):
-        plan = allocate(model, units, layers, planned, config=config, latency=latency)
+        try:
+            plan = allocate(model, units, layers, planned, config=config, latency=latency)
+        except InputError:
+            if found is None:
+                raise
+            break
         small = reshape(model, plan)
         dense_ms, pruned_ms = measure(model, small)
         limit = min(
@@ -149,8 +154,8 @@ def allocate_measured(
             return plan, found
         planned = planned.tightened(0.99 * limit / pruned_ms)
     raise InputError(
-        f"budget {budget} was not met: {pruned_ms:.2f} ms measured after {rounds} plans, "
-        f"expected at most {limit:.2f} ms"
+        f"budget {budget} was not met: the last plan took {found['pruned_ms']:.2f} ms when "
+        f"measured, expected at most {found['limit_ms']:.2f} ms"
     )
 
 

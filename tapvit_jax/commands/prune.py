@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import get_args
 
@@ -30,6 +31,7 @@ from tapvit_jax.commands.devices import (
 from tapvit_jax.data.base import UNLABELLED, ImageSource
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.errors import InputError
+from tapvit_jax.export.latency import compare_latency
 from tapvit_jax.files import check_directory
 from tapvit_jax.importance.neurons import Method, NeuronConfig
 from tapvit_jax.models import store
@@ -112,7 +114,13 @@ def prune(args: argparse.Namespace) -> None:
     with progress.step("plan", 0):
         if budget.needs_latency:
             plan, measured = allocate_measured(
-                model, units, layers, budget, latency, config=config.allocate
+                model,
+                units,
+                layers,
+                budget,
+                latency,
+                config=config.allocate,
+                measure=functools.partial(_measure, latency),
             )
         else:
             plan, measured = allocate(model, units, layers, budget, config=config.allocate), None
@@ -149,7 +157,7 @@ def prune(args: argparse.Namespace) -> None:
     print_costs({"dense": cost(model.config), "pruned": cost(small.config)})
     if measured is not None:
         print(
-            f"ONNX Runtime, batch {measured['batch_size']}, {measured['threads']} threads: "
+            f"ONNX Runtime, batch {latency.batch_size}, {latency.threads} threads: "
             f"{measured['dense_ms']:.2f} ms dense, {measured['pruned_ms']:.2f} ms pruned "
             f"(predicted {measured['predicted_ms']:.2f})"
         )
@@ -161,6 +169,13 @@ def prune(args: argparse.Namespace) -> None:
         f"{compared} on {len(validation)} of the chosen public images, held out from fine-tuning: "
         f"{100 * before:.1f} % dense, {100 * after:.1f} % pruned"
     )
+
+
+def _measure(latency: LatencyModel, dense: Model, pruned: Model) -> tuple[float, float]:
+    found = compare_latency(
+        {"dense": dense, "pruned": pruned}, batch_size=latency.batch_size, threads=latency.threads
+    )
+    return found["dense"].median, found["pruned"].median
 
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:

@@ -195,8 +195,9 @@ class ResNet(nn.Module):
     def pooled(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b e"]:
         """The mean over the last feature map, in float32."""
         x = nn.relu(self.bn1(self.conv1(images)))
-        # Pads with -inf.
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        # Nothing is below zero here, so that zeros pad as well as -inf does.
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
         for stage in range(1, len(self.config.depths) + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x)

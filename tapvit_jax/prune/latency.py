@@ -81,6 +81,7 @@ class LatencyModel:
       dense: config of the dense model whose prunings were measured.
       coefficients: milliseconds a feature, none negative, so that wider is never predicted faster.
       batch_size: images in the measured forward pass.
+      threads: of the runtime that was measured.
       error_median: median relative error of predictions for left-out measurements.
       error_max: the largest of them.
       measured: the measurements, as features and milliseconds.
@@ -90,6 +91,7 @@ class LatencyModel:
     dense: TransformerConfig
     coefficients: tuple[float, ...]
     batch_size: int
+    threads: int
     error_median: float
     error_max: float
     measured: tuple[tuple[tuple[float, ...], float], ...]
@@ -151,6 +153,7 @@ def fit_latency(
     milliseconds: Sequence[float],
     *,
     batch_size: int = 1,
+    threads: int = 1,
     machine: Mapping[str, Any] | None = None,
 ) -> LatencyModel:
     """Fit a latency model to measured prunings of a dense model.
@@ -165,6 +168,7 @@ def fit_latency(
       configs: what was measured; widths should vary over the range that plans will use.
       milliseconds: median time of each.
       batch_size: images in the forward pass.
+      threads: of the runtime.
       machine: for the record.
 
     Raises:
@@ -190,6 +194,7 @@ def fit_latency(
         dense=dense,
         coefficients=tuple(map(float, solve(x, t))),
         batch_size=batch_size,
+        threads=threads,
         error_median=float(np.median(errors)),
         error_max=float(np.max(errors)),
         measured=tuple(

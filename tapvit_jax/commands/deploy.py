@@ -1,0 +1,130 @@
+"""export, bench-latency: from a model directory to what a device runs."""
+
+import argparse
+import os
+from typing import get_args
+
+import numpy as np
+
+from tapvit_jax.commands.common import (
+    Command,
+    add_image_options,
+    labels_fit,
+    open_images,
+    preprocess_of,
+)
+from tapvit_jax.data.base import UNLABELLED
+from tapvit_jax.data.pipeline import batches
+from tapvit_jax.errors import InputError
+from tapvit_jax.export.check import BATCH_SIZES, Precision
+from tapvit_jax.export.latency import compare_latency, measure_latency_model
+from tapvit_jax.export.onnx import export_onnx
+from tapvit_jax.export.stablehlo import export_stablehlo
+from tapvit_jax.export.timm import export_timm
+from tapvit_jax.models import store
+from tapvit_jax.models.backbone import check_prunable
+from tapvit_jax.progress import Progress
+
+
+def register(command: Command) -> None:
+    """Add the commands of this module."""
+    c = command("export", export)
+    c.add_argument("model", help="a model's directory")
+    c.add_argument("--format", choices=("onnx", "stablehlo", "timm"), required=True)
+    c.add_argument("--precision", choices=get_args(Precision), default="float32")
+    c.add_argument(
+        "--images",
+        metavar="IMAGES",
+        help="what the artefact is checked on; with labels, its accuracy is measured too",
+    )
+    c.add_argument("--out", required=True, help="the file, or for timm the folder")
+    add_image_options(c)
+
+    c = command("bench-latency", bench_latency)
+    c.add_argument("--model", required=True, help="the dense model's directory")
+    c.add_argument("--pruned", action="append", default=[], help="a pruned one's, repeatable")
+    c.add_argument("--batch", type=int, action="append", help="repeatable; 1 and 8 by default")
+    c.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    c.add_argument("--repeats", type=int, default=40)
+    c.add_argument(
+        "--fit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure N random prunings too (at the first batch size) and fit the latency model "
+        "that prune --latency-table takes",
+    )
+    c.add_argument("--round-to", type=int, default=1, help="multiple of the random widths")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--out", help="where the latency model goes, with --fit")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a model as ONNX, StableHLO or for timm, checked before it gets its name."""
+    model = store.load(args.model)
+    if args.format == "timm":
+        if args.precision != "float32":
+            raise InputError(f"--precision {args.precision} is for onnx and stablehlo")
+        export_timm(model, args.out)
+        print(f"{args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
+        return
+    if args.images is None:
+        raise InputError(f"--format {args.format} is checked on real images: give --images")
+    preprocess = preprocess_of(model)
+    images = open_images(
+        args.images,
+        preprocess,
+        class_names=model.class_names or None,
+        split=args.split,
+        skip_corrupt=args.skip_corrupt,
+    )
+    source = images.source
+    if not labels_fit(model, source):
+        source = source.with_labels(np.full(len(source), UNLABELLED, np.int32))
+    checked = source.load(images.indices[: max(BATCH_SIZES)], preprocess)
+    write = export_onnx if args.format == "onnx" else export_stablehlo
+    report = write(
+        model,
+        args.out,
+        images=checked,
+        precision=args.precision,
+        batches=lambda: batches(source, images.indices, preprocess, 32),
+    )
+    print(report)
+
+
+def bench_latency(args: argparse.Namespace) -> None:
+    """Time dense and pruned models side by side in ONNX Runtime; fit a latency model."""
+    if args.fit and not args.out:
+        raise InputError("--fit needs --out")
+    dense = store.load(args.model)
+    models = {args.model: dense} | {path: store.load(path) for path in args.pruned}
+    sizes = args.batch or [1, 8]
+    for size in sizes:
+        found = compare_latency(models, batch_size=size, threads=args.threads, repeats=args.repeats)
+        first = found[args.model].median
+        for name, latency in found.items():
+            print(
+                f"batch {size}, {args.threads} threads, {name}: {latency.median:.2f} ms "
+                f"({latency.low:.2f} to {latency.high:.2f}), ratio {latency.median / first:.3f}"
+            )
+    if not args.fit:
+        return
+    check_prunable(dense.config)
+    progress = Progress(1.0)
+    with progress.step("measure random prunings", 1) as step:
+        fitted = measure_latency_model(
+            dense.config,
+            args.fit,
+            batch_size=sizes[0],
+            threads=args.threads,
+            round_to=args.round_to,
+            seed=args.seed,
+            on_share=step.advance,
+        )
+    progress.close()
+    fitted.save(args.out)
+    print(
+        f"{args.out}: {args.fit + 1} measurements; predictions of left-out ones are off by "
+        f"{100 * fitted.error_median:.1f} % in the median, {100 * fitted.error_max:.1f} % at most"
+    )

@@ -1,0 +1,229 @@
+"""What every artefact must pass before it gets its name, and the record that stands beside it."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import file_hash
+from tapvit_jax.models.backbone import apply, family
+from tapvit_jax.models.params import Params, flatten, unflatten
+from tapvit_jax.models.registry import Model
+from tapvit_jax.structs import to_plain
+from tapvit_jax.versions import library_versions
+
+FORMAT = "tapvit-artefact"
+VERSION = 1
+BATCH_SIZES = (1, 3, 16)
+_HEADS = ("head", "head_dist", "fc")
+
+Precision = Literal["float32", "float16", "int8"]
+Run = Callable[[Float[np.ndarray, "b s s ch"]], Float[np.ndarray, "b c"]]
+Batches = Callable[[], Iterable[dict[str, np.ndarray]]]
+
+# Relative to the logits' scale. What int8 does to accuracy is measured, not bounded.
+TOLERANCES: dict[str, float | None] = {"float32": 1e-4, "float16": 2e-2, "int8": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How often the model and its artefact are right, and how often they agree.
+
+    Attributes:
+      images: how many were looked at.
+      model: top-1 of the model in JAX; None without labels.
+      artefact: top-1 of the artefact; None without labels.
+      agreement: share of images that both give the same class.
+    """
+
+    images: int
+    model: float | None
+    artefact: float | None
+    agreement: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was written, and how far it is from the model in JAX.
+
+    Attributes:
+      file: name of the artefact.
+      bytes: its size.
+      difference: largest absolute difference of logits.
+      scale: largest absolute logit, at least 1.
+      tolerance: what the difference was allowed to be, relative to the scale; None if anything.
+      images: real images it was checked on, in batches of 1, 3 and 16.
+      accuracy: on the images given for it; None without any.
+    """
+
+    file: str
+    bytes: int
+    difference: float
+    scale: float
+    tolerance: float | None
+    images: int
+    accuracy: Accuracy | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.file}: {self.bytes:,} bytes, logits differ by {self.difference:.1e} at most "
+            f"({self.difference / self.scale:.1e} of their scale) on {self.images} images"
+        ]
+        found = self.accuracy
+        if found is not None and found.model is not None:
+            lines.append(
+                f"top-1 on {found.images} images: {100 * found.model:.2f} % in JAX, "
+                f"{100 * found.artefact:.2f} % as exported"
+            )
+        if found is not None:
+            lines.append(f"same class on {100 * found.agreement:.2f} % of {found.images} images")
+        return "\n".join(lines)
+
+
+def traced_model(model: Model, precision: Precision) -> tuple[Callable, Params]:
+    """The function to export and its parameters, at the artefact's precision.
+
+    In float16 the matrix products and their parameters are float16; the residual stream,
+    normalisation, softmax and the classifier stay in float32.
+    """
+    if precision != "float16":
+        config, params = dataclasses.replace(model.config, dtype="float32"), model.params
+    else:
+        config = dataclasses.replace(model.config, dtype="float16")
+        params = _halved(model.params)
+    # A copy on the host: exporters turn parameters into constants one by one.
+    params = jax.tree.map(np.asarray, params)
+    return (lambda images: apply(config, params, images)), params
+
+
+def _halved(params: Params) -> Params:
+    leaves = flatten(params)
+    layers = {path[:-1] for path in leaves if path[-1] == "kernel" and path[0] not in _HEADS}
+    return unflatten(
+        {
+            path: leaf.astype(jnp.float16) if path[:-1] in layers else leaf
+            for path, leaf in leaves.items()
+        }
+    )
+
+
+def check_artefact(
+    model: Model,
+    run: Run,
+    images: Float[np.ndarray, "n s s ch"],
+    tolerance: float | None,
+    name: str,
+) -> tuple[float, float]:
+    """Compare an artefact with the model on real images, in batches of several sizes.
+
+    Returns:
+      The largest absolute difference of logits, and the logits' scale.
+
+    Raises:
+      InputError: no images, logits that are not finite, or a difference above the tolerance.
+    """
+    if len(images) == 0:
+        raise InputError(f"{name}: no images to check it on")
+    difference, scale = 0.0, 1.0
+    for size in BATCH_SIZES:
+        batch = np.resize(images, (size, *images.shape[1:]))
+        expected, found = np.asarray(model.apply(batch), np.float32), np.asarray(run(batch))
+        if found.shape != expected.shape or not np.isfinite(found).all():
+            raise InputError(
+                f"{name}: not written: the exported model gives {found.shape} logits"
+                f"{'' if np.isfinite(found).all() else ', not all of them finite'}"
+            )
+        difference = max(difference, float(np.abs(found - expected).max()))
+        scale = max(scale, float(np.abs(expected).max()))
+    if tolerance is not None and not difference <= tolerance * scale:
+        raise InputError(
+            f"{name}: not written: its logits differ from the model's by {difference:.2e}, "
+            f"expected at most {tolerance:g} of their scale {scale:.3g}"
+        )
+    return difference, scale
+
+
+def measure_accuracy(model: Model, run: Run, batches: Iterable[dict[str, np.ndarray]]) -> Accuracy:
+    """Compare classes on batches of "image", "label" and "mask"; padding rows do not count.
+
+    Raises:
+      InputError: no images.
+    """
+    count = agree = right = exported_right = 0
+    labelled = True
+    for batch in batches:
+        real = np.asarray(batch["mask"]) > 0
+        classes = np.asarray(model.apply(batch["image"])).argmax(axis=-1)[real]
+        exported = np.asarray(run(batch["image"])).argmax(axis=-1)[real]
+        labels = np.asarray(batch["label"])[real]
+        count += int(real.sum())
+        agree += int((classes == exported).sum())
+        right += int((classes == labels).sum())
+        exported_right += int((exported == labels).sum())
+        labelled = labelled and bool((labels >= 0).all())
+    if count == 0:
+        raise InputError("no images to measure accuracy on")
+    return Accuracy(
+        images=count,
+        model=right / count if labelled else None,
+        artefact=exported_right / count if labelled else None,
+        agreement=agree / count,
+    )
+
+
+def artefact_spec(
+    model: Model, kind: str, precision: Precision, report: Report, written: Path, **more: Any
+) -> dict[str, Any]:
+    """What an engineer must know to use an artefact, as JSON values.
+
+    Args:
+      model: what was exported.
+      kind: "onnx" or "stablehlo".
+      precision: of the weights.
+      report: how it was checked.
+      written: where the artefact stands now, for its checksum.
+      **more: what only this kind of artefact has to say.
+    """
+    config, history = model.config, dict(model.history)
+    side = config.image_size
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "precision": precision,
+        "file": report.file,
+        "sha256": file_hash(written),
+        "bytes": report.bytes,
+        "input": {
+            "name": "images",
+            "dtype": "float32",
+            "shape": ["batch", side, side, config.in_channels],
+            "layout": "NHWC",
+        },
+        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", config.num_classes]},
+        "preprocess": to_plain(model.preprocess),
+        "class_names": list(model.class_names),
+        "model": model.name,
+        "family": family(config),
+        "config": to_plain(config),
+        "kept": history.pop("kept", None),
+        "source": history.pop("weights", None),
+        "history": to_plain(history),
+        "gelu": "exact (erf)",
+        "check": dataclasses.asdict(report),
+        "libraries": library_versions(),
+        **more,
+    }
+
+
+def spec_path(path: str | os.PathLike) -> Path:
+    """Where an artefact's record stands."""
+    path = Path(path)
+    return path.with_name(path.name + ".json")

@@ -1,0 +1,193 @@
+"""Models as ONNX files, checked in ONNX Runtime before they get their name."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import onnx
+from jaxtyping import Float
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.export.check import (
+    TOLERANCES,
+    Batches,
+    Precision,
+    Report,
+    artefact_spec,
+    check_artefact,
+    measure_accuracy,
+    spec_path,
+    traced_model,
+)
+from tapvit_jax.export.runtime import INPUT, OUTPUT, OnnxModel
+from tapvit_jax.files import atomic_file, write_json
+from tapvit_jax.models.registry import Model
+from tapvit_jax.structs import to_plain
+
+OPSET = 23
+_HALVED = ("Conv", "Gemm", "MatMul")
+# A protobuf message holds two GiB at most; some room for the graph.
+_MOST_BYTES = 2**31 - 2**26
+
+
+def export_onnx(
+    model: Model,
+    path: str | os.PathLike,
+    *,
+    images: Float[np.ndarray, "n s s ch"],
+    precision: Precision = "float32",
+    batches: Batches | None = None,
+    tolerance: float | None = None,
+) -> Report:
+    """Write a model as ONNX with a symbolic batch, and PATH.json beside it.
+
+    The graph is traced by jax2onnx; int8 quantises its matrix products' weights dynamically with
+    ONNX Runtime's quantiser, channel by channel. The file is compared with the model in JAX on real
+    images, in batches of 1, 3 and 16, before it gets its name.
+
+    Args:
+      model: what to export.
+      path: the file; what stands there is replaced.
+      images: preprocessed real images for the check.
+      precision: of weights and matrix products.
+      batches: makes batches of "image", "label" and "mask" to measure accuracy on.
+      tolerance: largest difference of logits relative to their scale; by default 1e-4 in float32,
+        2e-2 in float16, and anything finite in int8.
+
+    Raises:
+      InputError: a failed check, a model too large for one file, or a path that cannot be written;
+        nothing is left behind.
+    """
+    path = Path(path)
+    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
+    with atomic_file(path) as partial, atomic_file(spec_path(path)) as partial_spec:
+        write_onnx(model, partial, precision)
+        run = OnnxModel(partial)
+        difference, scale = check_artefact(model, run, images, tolerance, str(path))
+        report = Report(
+            file=path.name,
+            bytes=partial.stat().st_size,
+            difference=difference,
+            scale=scale,
+            tolerance=tolerance,
+            images=len(images),
+            accuracy=None if batches is None else measure_accuracy(model, run, batches()),
+        )
+        spec = artefact_spec(model, "onnx", precision, report, partial, opset=OPSET)
+        write_json(partial_spec, spec)
+    return report
+
+
+def write_onnx(model: Model, path: Path, precision: Precision = "float32") -> None:
+    """Write a model as ONNX, unchecked.
+
+    Raises:
+      InputError: a model too large for one file.
+    """
+    graph = _trace(model)
+    if precision == "float16":
+        graph = _halve(graph)
+    if precision == "int8":
+        _quantise(graph, path)
+    else:
+        onnx.save_model(graph, path)
+
+
+def _trace(model: Model) -> onnx.ModelProto:
+    # Imported here: it patches Flax's layers and takes seconds.
+    from jax2onnx import to_onnx
+
+    forward, params = traced_model(model, "float32")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if size > _MOST_BYTES:
+        raise InputError(
+            f"{model.name}: {size:,} bytes of parameters, expected at most {_MOST_BYTES:,} for "
+            "one ONNX file: export it as StableHLO"
+        )
+    config = model.config
+    shape = ("batch", config.image_size, config.image_size, config.in_channels)
+    with _quiet():
+        graph = to_onnx(
+            forward,
+            [shape],
+            opset=OPSET,
+            # One LayerNormalization node instead of nine: faster, and exact where values are large.
+            normalization_mode="prefer_native",
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+        )
+    # What running it takes also travels inside the file.
+    carried = {"preprocess": model.preprocess, "class_names": model.class_names}
+    carried = {key: json.dumps(to_plain(value)) for key, value in carried.items()}
+    onnx.helper.set_model_props(graph, {"name": model.name, **carried})
+    return graph
+
+
+def _halve(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Matrix products and convolutions in float16, their weights stored so; all else in float32.
+
+    Statistics and the residual stream, whose largest channels overflow first, keep their range.
+    (ONNX Runtime's own converter passes them through float16 between any two nodes, and names its
+    casts twice.)
+    """
+    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    nodes, halved = [], {}
+    for node in graph.graph.node:
+        if node.op_type not in _HALVED:
+            nodes.append(node)
+            continue
+        for i, name in enumerate(node.input):
+            if name not in halved:
+                halved[name] = f"{name}_half"
+                if name in weights:
+                    array = onnx.numpy_helper.to_array(weights[name]).astype(np.float16)
+                    graph.graph.initializer.append(
+                        onnx.numpy_helper.from_array(array, halved[name])
+                    )
+                else:
+                    nodes.append(onnx.helper.make_node("Cast", [name], [halved[name]], to=half))
+            node.input[i] = halved[name]
+        out = node.output[0]
+        node.output[0] = f"{out}_of_half"
+        nodes += [node, onnx.helper.make_node("Cast", [node.output[0]], [out], to=single)]
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.graph.initializer if tensor.name in used]
+    del graph.graph.node[:], graph.graph.initializer[:], graph.graph.value_info[:]
+    graph.graph.node.extend(nodes)
+    graph.graph.initializer.extend(kept)
+    return graph
+
+
+def _quantise(graph: onnx.ModelProto, path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            graph,
+            path,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            # The patch embedding's convolution stays as it is: few weights, and sensitive ones.
+            op_types_to_quantize=["MatMul", "Gemm"],
+            extra_options={"MatMulConstBOnly": True},
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Both warn of what they do on purpose, such as shapes that stay symbolic.
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "jax2onnx", "root")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

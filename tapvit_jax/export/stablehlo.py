@@ -1,0 +1,102 @@
+"""Models as serialised StableHLO (jax.export): one file that JAX runs on CPU, GPU and TPU."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.export.check import (
+    TOLERANCES,
+    Batches,
+    Precision,
+    Report,
+    artefact_spec,
+    check_artefact,
+    measure_accuracy,
+    spec_path,
+    traced_model,
+)
+from tapvit_jax.files import atomic_file, write_json
+from tapvit_jax.models.registry import Model
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_stablehlo(
+    model: Model,
+    path: str | os.PathLike,
+    *,
+    images: Float[np.ndarray, "n s s ch"],
+    precision: Precision = "float32",
+    batches: Batches | None = None,
+    tolerance: float | None = None,
+) -> Report:
+    """Write a model, parameters included, as StableHLO with a symbolic batch, and PATH.json.
+
+    Args:
+      model: what to export.
+      path: the file; what stands there is replaced.
+      images: preprocessed real images for the check.
+      precision: float32 or float16.
+      batches: makes batches of "image", "label" and "mask" to measure accuracy on.
+      tolerance: see `export_onnx`.
+
+    Raises:
+      InputError: int8, a failed check, or a path that cannot be written; nothing is left behind.
+    """
+    if precision == "int8":
+        raise InputError("int8 is for ONNX, expected float32 or float16")
+    path = Path(path)
+    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
+    forward, _ = traced_model(model, precision)
+    config = model.config
+    size, side = jax.export.symbolic_shape("b")[0], config.image_size
+    struct = jax.ShapeDtypeStruct((size, side, side, config.in_channels), jnp.float32)
+    exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(struct)
+    with atomic_file(path) as partial, atomic_file(spec_path(path)) as partial_spec:
+        partial.write_bytes(exported.serialize())
+        run = load_stablehlo(partial)
+        difference, scale = check_artefact(model, run, images, tolerance, str(path))
+        report = Report(
+            file=path.name,
+            bytes=partial.stat().st_size,
+            difference=difference,
+            scale=scale,
+            tolerance=tolerance,
+            images=len(images),
+            accuracy=None if batches is None else measure_accuracy(model, run, batches()),
+        )
+        spec = artefact_spec(
+            model,
+            "stablehlo",
+            precision,
+            report,
+            partial,
+            platforms=list(PLATFORMS),
+            calling_convention=exported.calling_convention_version,
+        )
+        write_json(partial_spec, spec)
+    return report
+
+
+def load_stablehlo(path: str | os.PathLike) -> Callable[[Any], Any]:
+    """Read a file of `export_stablehlo`; the result maps images (b, s, s, ch) to logits (b, c).
+
+    Raises:
+      InputError: missing, or no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    except Exception as error:
+        # A damaged buffer makes the reader raise nearly anything.
+        raise InputError(f"{path}: is no serialised StableHLO ({type(error).__name__})") from error
+    return jax.jit(exported.call)
