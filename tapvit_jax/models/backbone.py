@@ -1,6 +1,7 @@
 """All backbones behind one set of functions: pure over (config, params, images)."""
 
 import functools
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from tapvit_jax.models.params import Params
 from tapvit_jax.models.resnet import ResNetConfig
 from tapvit_jax.models.swin import Swin, SwinConfig
 from tapvit_jax.models.vit import ViT, ViTConfig
+from tapvit_jax.structs import from_plain
 
 TransformerConfig = ViTConfig | SwinConfig
 """Backbones that can be pruned."""
@@ -27,6 +29,18 @@ FAMILIES: dict[str, type] = {"vit": ViTConfig, "swin": SwinConfig, "resnet": Res
 def family(config: Config) -> str:
     """Name of a config's family."""
     return next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
+
+
+def read_config(name: Any, plain: Any, where: str) -> Config:
+    """Build a config from a stored file's family name and plain values.
+
+    Files of before there were several families do not name theirs (None): ViTs.
+
+    Raises:
+      InputError: an unknown family, or values that make no such config.
+    """
+    known = from_plain(Literal[*FAMILIES], "vit" if name is None else name, f"{where}: family")
+    return from_plain(FAMILIES[known], plain, where)
 
 
 def check_prunable(config: Config) -> None:

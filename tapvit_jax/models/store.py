@@ -7,7 +7,7 @@ format's version, the config, the checksum, and every parameter's presence, shap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ import safetensors.numpy
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_directory, file_hash, read_json, read_safetensors, write_json
-from tapvit_jax.models.backbone import FAMILIES, Config, family, param_shapes
+from tapvit_jax.models.backbone import Config, family, param_shapes, read_config
 from tapvit_jax.models.params import Params, check_params, flatten, unflatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.structs import from_plain, to_plain
@@ -63,21 +63,18 @@ def load(directory: str | os.PathLike) -> Model:
     directory = Path(directory)
     path = directory / SPEC_FILE
     spec = read_spec(path, FORMAT, VERSION)
-    # Models of before there were several families do not name theirs.
-    name = from_plain(Literal[*FAMILIES], spec.get("family", "vit"), f"{path}: family")
+    config = read_config(spec.get("family"), spec.get("config"), f"{path}: config")
     kinds = {
-        "config": FAMILIES[name],
         "preprocess": Preprocess | None,
         "class_names": tuple[str, ...],
         "name": str,
         "history": Mapping[str, Any],
     }
     fields = {n: from_plain(kind, spec.get(n), f"{path}: {n}") for n, kind in kinds.items()}
-    config = fields["config"]
     _check_class_names(fields["class_names"], config, str(path))
     params = load_params(directory / PARAMS_FILE, spec.get("params_sha256"))
     check_params(param_shapes(config), params, str(directory))
-    return Model(params=jax.tree.map(jax.numpy.asarray, params), **fields)
+    return Model(config, jax.tree.map(jax.numpy.asarray, params), **fields)
 
 
 def _check_class_names(class_names: tuple[str, ...], config: Config, name: str) -> None:

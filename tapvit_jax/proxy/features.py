@@ -28,7 +28,7 @@ from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_directory, content_hash, file_hash, write_json
 from tapvit_jax.models import backbone, convnet
-from tapvit_jax.models.backbone import FAMILIES, Config, check_prunable, family
+from tapvit_jax.models.backbone import Config, check_prunable, family, read_config
 from tapvit_jax.models.convnet import ConvNetConfig
 from tapvit_jax.models.params import Params, check_params, flatten
 from tapvit_jax.models.registry import Model
@@ -160,9 +160,7 @@ class Extractor:
 def _read_network(kind: Kind, spec: dict[str, Any], path: Path) -> ConvNetConfig | Config:
     if kind == "embedding":
         return from_plain(ConvNetConfig, spec.get("network"), f"{path}: network")
-    # Extractors of before there were several families do not name theirs.
-    name = from_plain(Literal[*FAMILIES], spec.get("family", "vit"), f"{path}: family")
-    network = from_plain(FAMILIES[name], spec.get("network"), f"{path}: network")
+    network = read_config(spec.get("family"), spec.get("network"), f"{path}: network")
     if kind == "backbone":
         check_prunable(network)
     return network

@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import read_json, write_json
-from tapvit_jax.models.backbone import FAMILIES, TransformerConfig, family
+from tapvit_jax.models.backbone import TransformerConfig, family, read_config
 from tapvit_jax.models.layers import BlockSpec
 from tapvit_jax.structs import from_plain, to_plain
 
@@ -133,8 +133,7 @@ class LatencyModel:
             raise InputError(f"{path}: is not a {FORMAT} file")
         if found.get("version") != VERSION or found.get("features") != list(FEATURES):
             raise InputError(f"{path}: has another version, expected {VERSION}")
-        kind = FAMILIES.get(str(found.get("family")))
-        dense = from_plain(kind or TransformerConfig, found.get("dense"), f"{path}: dense")
+        dense = read_config(found.get("family"), found.get("dense"), f"{path}: dense")
         fields = {f.name for f in dataclasses.fields(cls)} - {"dense"}
         rest = {key: value for key, value in found.items() if key in fields}
         return from_plain(cls, rest | {"dense": dense}, str(path))

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.layers import LayerScores
 from tapvit_jax.models.layers import BlockConfig
-from tapvit_jax.models.vit import ViTConfig, vit_config
+from tapvit_jax.models.presets import create
+from tapvit_jax.models.swin import swin_config
+from tapvit_jax.models.vit import vit_config
 from tapvit_jax.prune.allocate import (
     AllocateConfig,
+    RoundTo,
     allocate,
     check_budget,
     smallest_cost,
@@ -26,9 +29,19 @@ from tapvit_jax.prune.widths import divergence_curves, softmax_keep, water_fill
 
 SMALL = vit_config(image_size=16, patch_size=4, num_classes=10, depth=4, num_heads=4, embed_dim=64)
 UNITS = ("params", "macs", "encoder_params")
+BOUNDS = (*UNITS, "model_bytes", "activation_bytes")
+SWIN = swin_config(
+    image_size=32,
+    patch_size=2,
+    num_classes=10,
+    embed_dim=16,
+    depths=(2, 2),
+    num_heads=(2, 4),
+    window_size=4,
+)
 
 
-def random_scores(config: ViTConfig, seed: int, ties: bool):
+def random_scores(config, seed: int, ties: bool):
     rng = np.random.default_rng(seed)
     units = {}
     for group in unit_table(config):
@@ -39,12 +52,14 @@ def random_scores(config: ViTConfig, seed: int, ties: bool):
     return units, layers
 
 
-def grown(config: ViTConfig, dense: ViTConfig, step: int):
+def grown(config, dense, options: AllocateConfig):
     """Every config that is one step of one width larger."""
+    steps = {"qk_dim": "qk", "v_dim": "vo", "mlp_dim": "mlp"}
     for i, (block, full) in enumerate(zip(config.blocks, dense.blocks, strict=True)):
         for name in ("qk_dim", "v_dim", "mlp_dim"):
             width, most = getattr(block, name), getattr(full, name)
             if width < most:
+                step = options.step(steps[name])
                 larger = dataclasses.replace(block, **{name: min(most, width + step)})
                 blocks = (*config.blocks[:i], larger, *config.blocks[i + 1 :])
                 yield dataclasses.replace(config, blocks=blocks)
@@ -52,30 +67,31 @@ def grown(config: ViTConfig, dense: ViTConfig, step: int):
 
 @settings(max_examples=200)
 @given(
+    dense=st.sampled_from([SMALL, SWIN]),
     seed=st.integers(0, 10**6),
     ties=st.booleans(),
-    bounds=st.dictionaries(st.sampled_from(UNITS), st.floats(0.05, 1.0), min_size=1),
-    round_to=st.sampled_from([1, 1, 4, 8]),
+    bounds=st.dictionaries(st.sampled_from(BOUNDS), st.floats(0.05, 1.0), min_size=1),
+    round_to=st.sampled_from([1, 1, 4, 8, RoundTo(mlp=32, qk=4, vo=2)]),
     min_keep=st.sampled_from([0.0, 0.1]),
     widths=st.sampled_from(["sensitivity", "softmax"]),
 )
-def test_budget_is_kept_and_used(seed, ties, bounds, round_to, min_keep, widths):
-    units, layers = random_scores(SMALL, seed, ties)
+def test_budget_is_kept_and_used(dense, seed, ties, bounds, round_to, min_keep, widths):
+    units, layers = random_scores(dense, seed, ties)
     budget = Budget(**bounds)
     config = AllocateConfig(round_to=round_to, min_keep=min_keep, widths=widths)
-    limits = budget.limits(SMALL)
-    smallest = smallest_cost(SMALL, config)
+    limits = budget.limits(dense)
+    smallest = smallest_cost(dense, config)
     if not within(smallest, limits):
         with pytest.raises(InputError, match="smallest feasible"):
-            allocate(SMALL, units, layers, budget, config=config)
+            allocate(dense, units, layers, budget, config=config)
         return
-    plan = allocate(SMALL, units, layers, budget, config=config)
+    plan = allocate(dense, units, layers, budget, config=config)
     small = reshaped_config(plan)
     found = cost(small)
     assert within(found, limits)
     # At least 99 % is used, or there is no room for a single further step of any width.
     used = max(getattr(found, unit) / limit for unit, limit in limits.items())
-    larger = [c for c in grown(small, SMALL, round_to) if within(cost(c), limits)]
+    larger = [c for c in grown(small, dense, config) if within(cost(c), limits)]
     assert used >= 0.99 or not larger
     assert not larger
     for i, block in enumerate(small.blocks):
@@ -83,7 +99,7 @@ def test_budget_is_kept_and_used(seed, ties, bounds, round_to, min_keep, widths)
             mask = plan.keep[unit_key(i, kind)]
             rows = mask[None] if kind == "mlp" else mask
             assert np.all(rows.sum(axis=1) == width)
-            assert width % round_to == 0 or width == rows.shape[1]
+            assert width % config.step(kind) == 0 or width == rows.shape[1]
             # The kept units are the highest scores; under ties the count still is exact.
             scores = np.atleast_2d(units[unit_key(i, kind)])
             for kept, row in zip(rows, scores, strict=True):
@@ -292,6 +308,41 @@ def test_budgets_are_read_from_text(text, expected):
 def test_bad_budgets_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8", RoundTo(8, 8, 8)),
+        ("mlp=64,qk=8", RoundTo(mlp=64, qk=8)),
+        ("4,mlp=16", RoundTo(mlp=16, qk=4, vo=4)),
+    ],
+)
+def test_rounding_is_read_from_text(text, expected):
+    assert RoundTo.parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "mlp", "head=8", "mlp=x", "mlp=-8"])
+def test_bad_rounding_is_refused(text):
+    with pytest.raises(InputError, match="round_to"):
+        RoundTo.parse(text)
+
+
+def test_peak_memory_caps_every_branch():
+    units, layers = random_scores(SMALL, 6, ties=False)
+    full = cost(SMALL).activation_bytes
+    small = reshaped_config(allocate(SMALL, units, layers, Budget(activation_bytes=0.6)))
+    assert cost(small).activation_bytes <= 0.6 * full
+    # The MLPs make the peak here; attention, which does not, stays whole.
+    assert all(block.qk_dim == block.v_dim == 16 for block in small.blocks)
+    assert all(block.mlp_dim > 100 for block in small.blocks)
+    assert len({block.mlp_dim for block in small.blocks}) == 1
+
+
+def test_resnets_are_not_pruned():
+    resnet, _ = create("resnet18")
+    with pytest.raises(InputError, match="a resnet only serves as a feature extractor"):
+        check_budget(resnet, Budget(macs=0.5))
 
 
 def test_a_budget_needs_a_bound():

@@ -1,0 +1,40 @@
+"""The folder for timm: what timm's loader looks for (tests/peers loads it with timm itself)."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tapvit_jax.convert.timm import load_timm
+from tapvit_jax.errors import InputError
+from tapvit_jax.export.timm import export_timm
+from tests.convert.test_parity import CASES, images, make_model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_own_loader_reads_it_back(tmp_path, case):
+    model, _ = make_model(case)
+    model = model.replace(class_names=tuple("abcde"))
+    export_timm(model, tmp_path / "folder")
+    record = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert record["architecture"] == CASES[case][0]
+    assert record["label_names"] == list("abcde")
+    again = load_timm(CASES[case][0], tmp_path / "folder" / "model.safetensors")
+    assert again.config == model.config
+    assert again.preprocess == model.preprocess
+    batch = images(model.config.image_size)
+    np.testing.assert_array_equal(again.apply(batch), model.apply(batch))
+
+
+def test_preprocessing_is_needed(tmp_path):
+    model, _ = make_model("vit")
+    with pytest.raises(InputError, match="how its images are prepared"):
+        export_timm(model.replace(preprocess=None), tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_architecture_is_named(tmp_path):
+    model, _ = make_model("vit")
+    export_timm(model, tmp_path / "folder")
+    with pytest.raises(InputError, match="says 'vit_tiny_patch16_224', expected 'deit_small"):
+        load_timm("deit_small_patch16_224", tmp_path / "folder" / "model.safetensors")
