@@ -225,6 +225,7 @@ def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
     Raises:
       InputError: unknown preset, unreadable file, or a file that does not fit the preset.
     """
+    architecture(name)  # a wrong name is said before anything is read or downloaded
     found = read_weights(weights)
     arguments = _recorded_arguments(name, found) | overrides
     config, preprocess = create(name, **arguments)
