@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
 SETUP := $(VENV)/.ready
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench peers clean
 
 run: $(SETUP)
 	$(BIN)/python -m experiments.run --config=configs/digits.py --workdir=$(WORKDIR)
@@ -19,6 +19,13 @@ lint: $(SETUP)
 
 bench: $(SETUP)
 	$(BIN)/python -m experiments.bench_scoring
+	$(BIN)/python -m experiments.bench_latency
+
+# Every named model against timm itself; torch and timm go into the same environment.
+peers: $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep -o '^torch==.*' requirements-peers.txt) $(shell grep -o '^pyyaml==.*' requirements-peers.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
+	$(BIN)/python -m pytest tests/peers tests/convert
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

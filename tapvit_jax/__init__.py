@@ -12,10 +12,14 @@ The public face, one line each, in the order of use:
     masked = tap.apply_masks(model, plan)
     small  = tap.reshape(model, plan)
     tap.save(small, directory); tap.load(directory)
+    tap.export_onnx(small, path, images=images); tap.export_stablehlo(...); tap.export_timm(...)
 """
 
 from tapvit_jax.convert.timm import load_timm, save_timm
 from tapvit_jax.errors import InputError
+from tapvit_jax.export.onnx import export_onnx
+from tapvit_jax.export.stablehlo import export_stablehlo, load_stablehlo
+from tapvit_jax.export.timm import export_timm
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
 from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
 from tapvit_jax.models.presets import list_models
@@ -25,9 +29,10 @@ from tapvit_jax.proxy.density import log_likelihood
 from tapvit_jax.proxy.features import Extractor, ExtractorConfig
 from tapvit_jax.proxy.gmm import Gmm, GmmConfig
 from tapvit_jax.proxy.select import SelectConfig, select
-from tapvit_jax.prune.allocate import AllocateConfig, allocate
+from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, allocate
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import Cost, cost
+from tapvit_jax.prune.latency import LatencyModel, fit_latency
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.reshape import reshape
 
@@ -40,18 +45,25 @@ __all__ = [
     "Gmm",
     "GmmConfig",
     "InputError",
+    "LatencyModel",
     "LayerConfig",
     "LayerScores",
     "Model",
     "NeuronConfig",
     "Plan",
+    "RoundTo",
     "SelectConfig",
     "allocate",
     "apply_masks",
     "cost",
+    "export_onnx",
+    "export_stablehlo",
+    "export_timm",
+    "fit_latency",
     "layer_importance",
     "list_models",
     "load",
+    "load_stablehlo",
     "load_timm",
     "log_likelihood",
     "neuron_importance",
