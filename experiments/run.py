@@ -190,7 +190,7 @@ class Experiment:
             "data": self.data_key,
             "extractor": to_plain(options),
             "train": to_plain(config.extractor_train),
-            "dense": self.dense_key if options.kind == "backbone" else None,
+            "dense": None if options.kind == "embedding" else self.dense_key,
         }
         if options.kind == "embedding":
             network = embedding_network(options, preprocess, len(self.files.class_names))

@@ -317,6 +317,20 @@ def patch_embedding(config: Any) -> nn.Conv:
     )
 
 
+def check_images(config: Any, images: Float[Array, "b s s ch"]) -> None:
+    """Refuse images of another shape than the network's, which reshaping might take for others.
+
+    Raises:
+      InputError: not square, or of another size or number of channels.
+    """
+    expected = (config.image_size, config.image_size, config.in_channels)
+    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        raise InputError(
+            f"images have shape {tuple(images.shape)}, expected (batch, {expected[0]}, "
+            f"{expected[1]}, {expected[2]})"
+        )
+
+
 def check_sizes(config: Any, fields: tuple[str, ...]) -> None:
     """Refuse a config whose `fields` are not whole positive numbers or whose patches do not fit.
 

@@ -17,6 +17,7 @@ from tapvit_jax.models.layers import (
     BlockSpec,
     Dtype,
     Transformer,
+    check_images,
     check_sizes,
     dense_head_dim,
     kernel_init,
@@ -197,6 +198,7 @@ class Swin(Transformer):
 
     def embed(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b n d"]:
         """Patches, normalised."""
+        check_images(self.config, images)
         x = self.patch_embed(images)
         x = x.reshape(-1, self.config.grid(0) ** 2, x.shape[-1])
         return self.patch_norm(x)

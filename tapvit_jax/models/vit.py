@@ -18,6 +18,7 @@ from tapvit_jax.models.layers import (
     BlockSpec,
     Dtype,
     Transformer,
+    check_images,
     check_sizes,
     dense_head_dim,
     kernel_init,
@@ -168,6 +169,7 @@ class ViT(Transformer):
 
     def embed(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b n d"]:
         """Patches, prefix tokens and positions."""
+        check_images(self.config, images)
         x = self.patch_embed(images)
         x = x.reshape(-1, self.config.num_patches, x.shape[-1])
         if not self.config.prefix_positions:

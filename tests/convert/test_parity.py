@@ -6,11 +6,25 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from tapvit_jax.convert.timm import from_timm, rules, timm_model, to_timm
+from tapvit_jax.convert.resample import (
+    resample_patch_embed,
+    resample_pos_embed,
+    resample_rel_pos_bias,
+)
+from tapvit_jax.convert.timm import (
+    from_timm,
+    load_timm,
+    rename_old,
+    rules,
+    timm_model,
+    to_timm,
+)
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.layers import BlockConfig
+from tapvit_jax.models.params import flatten
 from tapvit_jax.models.presets import create, list_models
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.resnet import ResNetConfig
@@ -113,6 +127,91 @@ def test_timm_gives_the_same_logits_for_pruned_models_it_can_represent(case):
     }
     rebuilt = Model(again, from_timm(again, found))
     assert_close(logits(rebuilt), logits(pruned))
+
+
+def test_names_of_the_original_swin():
+    """It merges patches at the end of a stage, calls its classifier "head" and stores buffers."""
+    model, state = make_model("swin4")
+    old = {}
+    for name, array in state.items():
+        name = name.replace("layers.1.downsample", "layers.0.downsample")
+        old[name.replace("head.fc.", "head.")] = array
+    old["layers.0.blocks.1.attn_mask"] = np.zeros((16, 16, 16), np.float32)
+    old["layers.0.blocks.0.attn.relative_position_index"] = np.zeros((16, 16), np.int64)
+    assert old.keys() != state.keys()
+    found = from_timm(model.config, rename_old(model.config, old))
+    for path, leaf in flatten(model.params).items():
+        np.testing.assert_array_equal(flatten(found)[path], leaf)
+
+
+def test_names_of_the_original_deit3():
+    model, state = make_model("deit3")
+    old = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): array
+        for name, array in state.items()
+    }
+    assert "blocks.0.gamma_1" in old
+    found = from_timm(model.config, rename_old(model.config, old))
+    for path, leaf in flatten(model.params).items():
+        np.testing.assert_array_equal(flatten(found)[path], leaf)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "resampled"),
+    [
+        ("vit", {"img_size": 24}, {"pos_embed"}),
+        ("deit3", {"img_size": 24}, {"pos_embed"}),
+        ("vit", {"patch_size": 8}, {"pos_embed", "patch_embed.proj.weight"}),
+        ("swin4", {"img_size": 64}, set()),
+        ("swin4", {"window_size": 8}, {"relative_position_bias_table"}),
+    ],
+)
+def test_other_sizes_are_resampled_and_nothing_else_changes(tmp_path, case, changes, resampled):
+    name, arguments = CASES[case]
+    model, state = make_model(case)
+    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
+    arguments = {"num_classes": NUM_CLASSES} | arguments | changes
+    found = load_timm(name, tmp_path / "model.safetensors", **arguments)
+    side = found.config.image_size
+    assert found.preprocess.image_size == side
+    assert np.isfinite(found.apply(images(side))).all()
+    back = to_timm(found.config, found.params)
+    changed = {key for key in state if not np.array_equal(back[key], state[key])}
+    assert {key.rpartition("attn.")[2] for key in changed} == resampled
+    for key in changed:
+        if key == "pos_embed":
+            prefix = model.config.num_positions - model.config.num_patches
+            grid = side // found.config.patch_size
+            expected = resample_pos_embed(state[key], grid, prefix)
+        elif key == "patch_embed.proj.weight":
+            expected = resample_patch_embed(state[key], found.config.patch_size)
+        else:
+            expected = resample_rel_pos_bias(state[key], 8)
+        np.testing.assert_array_equal(back[key], expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "into", "looks"),
+    [
+        ("swin4", "vit", "Swin"),
+        ("vit", "swin4", "ViT"),
+        ("deit_distilled", "vit", "distilled"),
+    ],
+)
+def test_the_message_says_what_a_foreign_state_dict_looks_like(case, into, looks):
+    config = make_model(into)[0].config
+    with pytest.raises(InputError, match=rf"problems: .*The tensors look like .*{looks}"):
+        from_timm(config, make_model(case)[1], "weights.pth")
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8, 3), (2, 8, 8, 3), (2, 16, 16, 1), (16, 16, 3)])
+@pytest.mark.parametrize("case", ["vit", "swin4"])
+def test_images_of_another_shape_are_refused(case, shape):
+    model, _ = make_model(case)
+    side = model.config.image_size
+    shape = tuple(side if n == 16 else n for n in shape)
+    with pytest.raises(InputError, match=rf"expected \(batch, {side}, {side}, 3\)"):
+        model.apply(np.zeros(shape, np.float32))
 
 
 @pytest.mark.parametrize(

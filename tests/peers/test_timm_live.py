@@ -9,10 +9,13 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from tapvit_jax.convert.timm import from_timm, rename_old, rules, to_timm
+from tapvit_jax.convert.timm import from_timm, load_timm, rename_old, rules, to_timm
+from tapvit_jax.export.timm import export_timm
 from tapvit_jax.models import backbone
 from tapvit_jax.models.presets import create, list_models
+from tapvit_jax.models.registry import Model
 from tapvit_jax.models.resnet import ResNetConfig
 from tests.peers import make_fixtures, make_fixtures_resnet
 
@@ -103,6 +106,48 @@ def test_gradients(name):
     found = to_timm(config, jax.jit(jax.grad(loss))(params))
     for key, gradient in expected.items():
         assert np.abs(found[key] - gradient).max() <= TOLERANCE * np.abs(gradient).max(), key
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "wanted"),
+    [
+        ("deit_tiny_patch16_224", {}, {"img_size": 160}),
+        ("deit_tiny_distilled_patch16_224", {}, {"img_size": 256, "patch_size": 32}),
+        ("deit3_small_patch16_224", {}, {"img_size": 192}),
+        ("swin_tiny_patch4_window7_224", {}, {"img_size": 256, "window_size": 8}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")
+def test_other_sizes_are_resampled_as_timm_does(tmp_path, name, saved, wanted):
+    _, model = build(name, saved)
+    path = tmp_path / "model.safetensors"
+    save_file(state_of(model), path)
+    ours = load_timm(name, path, **wanted)
+    # timm loads a file of another size through the filter of the architecture.
+    theirs = (
+        timm()
+        .create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **wanted)
+        .eval()
+    )
+    batch = make_fixtures.images(ours.config.image_size, 2)
+    with torch.no_grad():
+        expected = make_fixtures.logits_of(torch, theirs, batch).numpy()
+    assert np.abs(ours.apply(batch) - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("case", make_fixtures.CASES)
+def test_timm_loads_our_folder(tmp_path, case):
+    name, arguments = make_fixtures.CASES[case]
+    config, model = build(name, {"num_classes": make_fixtures.NUM_CLASSES} | arguments)
+    _, preprocess = create(name, **arguments)
+    params = from_timm(config, state_of(model))
+    ours = Model(config, params, preprocess, history={"architecture": name})
+    export_timm(ours, tmp_path / "folder")
+    theirs = timm().create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    batch = make_fixtures.images(config.image_size, 2)
+    with torch.no_grad():
+        found = make_fixtures.logits_of(torch, theirs, batch).numpy()
+    np.testing.assert_allclose(ours.apply(batch), found, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", list_models())
