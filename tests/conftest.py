@@ -65,10 +65,9 @@ def distilled_model(tiny_config):
     return Model(config, realistic(backbone.init(config, jax.random.key(1)), 1), name="distilled")
 
 
-@pytest.fixture(scope="session")
-def swin_model():
+def tiny_swin():
     """Two stages: shifted windows on an 8 x 8 grid, then patch merging and a single window."""
-    config = swin_config(
+    return swin_config(
         image_size=8,
         patch_size=1,
         num_classes=5,
@@ -78,6 +77,11 @@ def swin_model():
         window_size=4,
         mlp_ratio=2.0,
     )
+
+
+@pytest.fixture(scope="session")
+def swin_model():
+    config = tiny_swin()
     return Model(config, realistic(backbone.init(config, jax.random.key(2)), 2), name="swin")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import file_hash
+from tapvit_jax.files import atomic_file, file_hash, write_json
 from tapvit_jax.models.backbone import apply, family
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
@@ -112,6 +112,55 @@ def _halved(params: Params) -> Params:
             for path, leaf in leaves.items()
         }
     )
+
+
+def write_artefact(
+    model: Model,
+    path: Path,
+    *,
+    kind: str,
+    write: Callable[[Path], None],
+    load: Callable[[Path], Run],
+    images: Float[np.ndarray, "n s s ch"],
+    precision: Precision,
+    batches: Batches | None,
+    tolerance: float | None,
+    **more: Any,
+) -> Report:
+    """Write an artefact and its record under temporary names, check it, then give both their names.
+
+    Args:
+      model: what is exported.
+      path: name of the artefact; its record stands at `spec_path(path)`.
+      kind: "onnx" or "stablehlo".
+      write: writes the artefact to a path.
+      load: makes it ready to run, from a path.
+      images: see `check_artefact`.
+      precision: of the weights.
+      batches: makes batches to measure accuracy on, see `measure_accuracy`.
+      tolerance: see `check_artefact`; None for the precision's usual one.
+      **more: what only this kind of artefact records.
+
+    Raises:
+      InputError: a failed check, or a path that cannot be written; nothing is left behind.
+    """
+    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
+    with atomic_file(path) as partial, atomic_file(spec_path(path)) as partial_spec:
+        write(partial)
+        run = load(partial)
+        difference, scale = check_artefact(model, run, images, tolerance, str(path))
+        report = Report(
+            file=path.name,
+            bytes=partial.stat().st_size,
+            difference=difference,
+            scale=scale,
+            tolerance=tolerance,
+            images=len(images),
+            accuracy=None if batches is None else measure_accuracy(model, run, batches()),
+        )
+        spec = artefact_spec(model, kind, precision, report, partial, **more)
+        write_json(partial_spec, spec)
+    return report
 
 
 def check_artefact(

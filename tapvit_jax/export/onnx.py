@@ -13,19 +13,8 @@ import onnx
 from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.export.check import (
-    TOLERANCES,
-    Batches,
-    Precision,
-    Report,
-    artefact_spec,
-    check_artefact,
-    measure_accuracy,
-    spec_path,
-    traced_model,
-)
+from tapvit_jax.export.check import Batches, Precision, Report, traced_model, write_artefact
 from tapvit_jax.export.runtime import INPUT, OUTPUT, OnnxModel
-from tapvit_jax.files import atomic_file, write_json
 from tapvit_jax.models.registry import Model
 from tapvit_jax.structs import to_plain
 
@@ -63,24 +52,18 @@ def export_onnx(
       InputError: a failed check, a model too large for one file, or a path that cannot be written;
         nothing is left behind.
     """
-    path = Path(path)
-    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
-    with atomic_file(path) as partial, atomic_file(spec_path(path)) as partial_spec:
-        write_onnx(model, partial, precision)
-        run = OnnxModel(partial)
-        difference, scale = check_artefact(model, run, images, tolerance, str(path))
-        report = Report(
-            file=path.name,
-            bytes=partial.stat().st_size,
-            difference=difference,
-            scale=scale,
-            tolerance=tolerance,
-            images=len(images),
-            accuracy=None if batches is None else measure_accuracy(model, run, batches()),
-        )
-        spec = artefact_spec(model, "onnx", precision, report, partial, opset=OPSET)
-        write_json(partial_spec, spec)
-    return report
+    return write_artefact(
+        model,
+        Path(path),
+        kind="onnx",
+        write=lambda partial: write_onnx(model, partial, precision),
+        load=OnnxModel,
+        images=images,
+        precision=precision,
+        batches=batches,
+        tolerance=tolerance,
+        opset=OPSET,
+    )
 
 
 def write_onnx(model: Model, path: Path, precision: Precision = "float32") -> None:

@@ -11,18 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.export.check import (
-    TOLERANCES,
-    Batches,
-    Precision,
-    Report,
-    artefact_spec,
-    check_artefact,
-    measure_accuracy,
-    spec_path,
-    traced_model,
-)
-from tapvit_jax.files import atomic_file, write_json
+from tapvit_jax.export.check import Batches, Precision, Report, traced_model, write_artefact
 from tapvit_jax.models.registry import Model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -52,37 +41,24 @@ def export_stablehlo(
     """
     if precision == "int8":
         raise InputError("int8 is for ONNX, expected float32 or float16")
-    path = Path(path)
-    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
     forward, _ = traced_model(model, precision)
     config = model.config
     size, side = jax.export.symbolic_shape("b")[0], config.image_size
     struct = jax.ShapeDtypeStruct((size, side, side, config.in_channels), jnp.float32)
     exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(struct)
-    with atomic_file(path) as partial, atomic_file(spec_path(path)) as partial_spec:
-        partial.write_bytes(exported.serialize())
-        run = load_stablehlo(partial)
-        difference, scale = check_artefact(model, run, images, tolerance, str(path))
-        report = Report(
-            file=path.name,
-            bytes=partial.stat().st_size,
-            difference=difference,
-            scale=scale,
-            tolerance=tolerance,
-            images=len(images),
-            accuracy=None if batches is None else measure_accuracy(model, run, batches()),
-        )
-        spec = artefact_spec(
-            model,
-            "stablehlo",
-            precision,
-            report,
-            partial,
-            platforms=list(PLATFORMS),
-            calling_convention=exported.calling_convention_version,
-        )
-        write_json(partial_spec, spec)
-    return report
+    return write_artefact(
+        model,
+        Path(path),
+        kind="stablehlo",
+        write=lambda partial: partial.write_bytes(exported.serialize()),
+        load=load_stablehlo,
+        images=images,
+        precision=precision,
+        batches=batches,
+        tolerance=tolerance,
+        platforms=list(PLATFORMS),
+        calling_convention=exported.calling_convention_version,
+    )
 
 
 def load_stablehlo(path: str | os.PathLike) -> Callable[[Any], Any]:

@@ -13,12 +13,11 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import check_params, flatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.swin import swin_config
 from tapvit_jax.prune.cost import cost, param_count
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape, reshape_tree, reshaped_config
 from tapvit_jax.prune.units import fixed_paths, unit_key, unit_table
-from tests.conftest import realistic
+from tests.conftest import realistic, tiny_swin
 
 CONFIGS = {
     "plain": {},
@@ -26,7 +25,6 @@ CONFIGS = {
     "mean": {"pool": "mean"},
     "no_bias": {"qkv_bias": False},
     "layer_scale": {"layer_scale": True, "prefix_positions": False},
-    # Two blocks of shifted windows, patch merging, a block of one window.
     "swin": None,
 }
 
@@ -34,16 +32,7 @@ CONFIGS = {
 def make_config(variant, config, depth):
     if variant != "swin":
         return dataclasses.replace(config, blocks=config.blocks[:depth], **CONFIGS[variant])
-    return swin_config(
-        image_size=config.image_size,
-        patch_size=1,
-        num_classes=5,
-        embed_dim=8,
-        depths=(2, 1),
-        num_heads=(2, 4),
-        window_size=4,
-        mlp_ratio=2.0,
-    )
+    return tiny_swin()
 
 
 def make(variant, config):
