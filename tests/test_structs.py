@@ -118,7 +118,7 @@ def test_all_problems_are_named_at_once():
     config = get_config().to_dict()
     config["seeed"] = 1
     del config["name"]
-    config["dense"]["depth"] = "six"
+    config["dense"]["arguments"] = "six"
     config["dense"]["train"]["epochs"] = 1.5
     config["data"]["preprocess"]["image_size"] = 0
     config["budgets"] = ("macs=0.5", 3)
@@ -127,7 +127,7 @@ def test_all_problems_are_named_at_once():
         [
             "unknown field config.seeed: did you mean seed?",
             "missing field config.name",
-            "config.dense.depth is 'six', expected int",
+            "config.dense.arguments is 'six', expected a mapping",
             "config.dense.train.epochs is 1.5, expected int",
             "config.data.preprocess: image_size is 0, expected 1 or more",
             "config.budgets[1] is 3, expected str",
