@@ -117,7 +117,7 @@ def test_gradients(name):
         ("swin_tiny_patch4_window7_224", {}, {"img_size": 256, "window_size": 8}),
     ],
 )
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_other_sizes_are_resampled_as_timm_does(tmp_path, name, saved, wanted):
     _, model = build(name, saved)
     path = tmp_path / "model.safetensors"
