@@ -13,7 +13,13 @@ from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file, file_hash, write_json
-from tapvit_jax.models.backbone import apply, family
+from tapvit_jax.models.backbone import (
+    Config,
+    TransformerConfig,
+    apply,
+    family,
+    param_shapes,
+)
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.structs import to_plain
@@ -93,14 +99,38 @@ def traced_model(model: Model, precision: Precision) -> tuple[Callable, Params]:
     In float16 the matrix products and their parameters are float16; the residual stream,
     normalisation, softmax and the classifier stay in float32.
     """
+    config, params = _without_empty_widths(model.config, model.params)
     if precision != "float16":
-        config, params = dataclasses.replace(model.config, dtype="float32"), model.params
+        config = dataclasses.replace(config, dtype="float32")
     else:
-        config = dataclasses.replace(model.config, dtype="float16")
-        params = _halved(model.params)
+        config, params = dataclasses.replace(config, dtype="float16"), _halved(params)
     # A copy on the host: exporters turn parameters into constants one by one.
     params = jax.tree.map(np.asarray, params)
     return (lambda images: apply(config, params, images)), params
+
+
+def _without_empty_widths(config: Config, params: Params) -> tuple[Config, Params]:
+    """The same network with one unit of zeros wherever a branch has none.
+
+    ONNX Runtime refuses matrices without entries. A branch without units still adds its bias.
+    """
+    if not isinstance(config, TransformerConfig):
+        return config, params
+    blocks = []
+    for block in config.blocks:
+        widths = ("num_heads", "qk_dim", "v_dim") if block.attn else ()
+        widths += ("mlp_dim",) if block.mlp else ()
+        blocks.append(
+            dataclasses.replace(block, **{name: max(1, getattr(block, name)) for name in widths})
+        )
+    padded = dataclasses.replace(config, blocks=tuple(blocks))
+    if padded == config:
+        return config, params
+    leaves = flatten(params)
+    for path, wanted in flatten(param_shapes(padded)).items():
+        missing = [(0, n - m) for n, m in zip(wanted.shape, leaves[path].shape, strict=True)]
+        leaves[path] = np.pad(np.asarray(leaves[path]), missing)
+    return padded, unflatten(leaves)
 
 
 def _halved(params: Params) -> Params:

@@ -58,6 +58,22 @@ def test_random_pruned_shapes(request, images, tmp_path, family, seed):
         np.testing.assert_allclose(run(batch), small.apply(batch), atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["tiny_model", "swin_model"])
+def test_branches_without_units_still_add_their_bias(request, images, tmp_path, family):
+    model = request.getfixturevalue(family)
+    nothing = {
+        group.key: np.zeros(group.shape, bool)
+        for group in unit_table(model.config)
+        if (group.block, group.kind) in ((0, "mlp"), (0, "qk"), (1, "vo"))
+    }
+    small = reshape(model, Plan(model.config, nothing))
+    assert small.config.blocks[0].mlp_dim == small.config.blocks[1].num_heads == 0
+    for precision in ("float32", "float16"):
+        path = tmp_path / "model.onnx"
+        report = export_onnx(small, path, images=images, precision=precision)
+        assert report.difference <= {"float32": 1e-4, "float16": 0.02 * report.scale}[precision]
+
+
 @pytest.mark.parametrize("fields", [{"pool": "mean"}, {"distilled": True}, {"layer_scale": True}])
 def test_other_heads(tiny_config, images, tmp_path, fields):
     config = dataclasses.replace(tiny_config, **fields)
