@@ -68,6 +68,9 @@ class DenseConfig:
             "mean": preprocess.mean,
             "std": preprocess.std,
         }
+        twice = sorted(set(self.arguments) & set(data))
+        if twice:
+            raise InputError(f"dense.arguments names {', '.join(twice)}, which the data decides")
         return create(self.model, **self.arguments, **data)[0]
 
 

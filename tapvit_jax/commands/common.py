@@ -125,6 +125,8 @@ def load_preset(name: str, args: argparse.Namespace) -> Model:
         key, equals, value = item.partition("=")
         if not equals:
             raise InputError(f"--set {item!r}: expected NAME=VALUE, such as num_classes=40")
+        # JSON, or as Python spells constants; anything else is text.
+        value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
         try:
             overrides[key] = json.loads(value)
         except json.JSONDecodeError:

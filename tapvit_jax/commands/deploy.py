@@ -97,7 +97,15 @@ def bench_latency(args: argparse.Namespace) -> None:
     """Time dense and pruned models side by side in ONNX Runtime; fit a latency model."""
     if args.fit and not args.out:
         raise InputError("--fit needs --out")
+    if args.threads < 1 or args.round_to < 1:
+        raise InputError(
+            f"--threads is {args.threads} and --round-to {args.round_to}, expected 1 or more"
+        )
+    if args.fit and args.fit < 3:
+        raise InputError(f"--fit is {args.fit}, expected 3 or more random prunings")
     dense = store.load(args.model)
+    if args.fit:
+        check_prunable(dense.config)
     models = {args.model: dense} | {path: store.load(path) for path in args.pruned}
     sizes = args.batch or [1, 8]
     for size in sizes:
@@ -110,7 +118,6 @@ def bench_latency(args: argparse.Namespace) -> None:
             )
     if not args.fit:
         return
-    check_prunable(dense.config)
     progress = Progress(1.0)
     with progress.step("measure random prunings", 1) as step:
         fitted = measure_latency_model(

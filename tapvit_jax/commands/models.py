@@ -60,6 +60,8 @@ def evaluate(args: argparse.Namespace) -> None:
         skip_corrupt=args.skip_corrupt,
     )
     labels = images.source.labels[images.indices]
+    if labels.max() < 0:
+        raise InputError(f"{args.images}: evaluation needs labels: a folder of images per class")
     if labels.max() >= model.config.num_classes or not labels_fit(model, images.source):
         raise InputError(
             f"{args.images}: has {len(images.source.class_names)} classes and labels up to "

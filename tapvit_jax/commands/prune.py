@@ -46,6 +46,7 @@ from tapvit_jax.pipeline import (
 )
 from tapvit_jax.progress import Progress
 from tapvit_jax.proxy.features import Extractor, build_extractor
+from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.prune.allocate import RoundTo, allocate, check_budget
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
@@ -190,6 +191,7 @@ def _chosen_images(
     args: argparse.Namespace, model: Model, pool: Images
 ) -> tuple[np.ndarray, np.ndarray]:
     if args.payload is not None:
+        Gmm.load(args.payload)  # what cannot be read is said before the pool is
         extractor = _extractor(args, model, pool)
         try:
             gmm = load_payload(args.payload, extractor)

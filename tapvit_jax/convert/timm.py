@@ -137,6 +137,8 @@ def resize(config: Config, state: StateDict) -> dict[str, np.ndarray]:
         found = state.get(rule.timm)
         if found is None or found.shape == rule.shape or found.ndim != len(rule.shape):
             continue
+        if 0 in found.shape or (rule.timm == "pos_embed" and found.shape[0] != 1):
+            continue
         if rule.timm == "patch_embed.proj.weight" and found.shape[:2] == rule.shape[:2]:
             state[rule.timm] = resample.resample_patch_embed(_float32(found), config.patch_size)
         elif rule.timm == "pos_embed" and found.shape[-1] == rule.shape[-1]:
@@ -231,7 +233,9 @@ def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
     config, preprocess = create(name, **arguments)
     params = jax.tree.map(jnp.asarray, params_of(config, found))
     history = {"architecture": architecture(name), "weights": {"name": name, **found.source}}
-    return Model(config, params, preprocess, name=name, history=history)
+    names = (found.config or {}).get("label_names") or ()
+    names = tuple(map(str, names)) if len(names) == config.num_classes else ()
+    return Model(config, params, preprocess, names, name=name, history=history)
 
 
 def params_of(config: Config, weights: Weights) -> Params:
@@ -244,7 +248,7 @@ def params_of(config: Config, weights: Weights) -> Params:
     return from_timm(config, state, weights.name)
 
 
-_PREPARED = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "interpolation": "interpolation"}
+_PREPARED = ("mean", "std", "crop_pct", "interpolation")
 
 
 def _recorded_arguments(name: str, weights: Weights) -> dict[str, Any]:
@@ -262,11 +266,20 @@ def _recorded_arguments(name: str, weights: Weights) -> dict[str, Any]:
         raise InputError(
             f"{weights.name}: crop_mode is {prepared['crop_mode']!r}, expected 'center'"
         )
-    found = {ours: prepared[theirs] for theirs, ours in _PREPARED.items() if theirs in prepared}
-    if "input_size" in prepared:
-        found |= {"in_chans": prepared["input_size"][0], "img_size": prepared["input_size"][-1]}
-    if record.get("num_classes"):
-        found["num_classes"] = record["num_classes"]
+    found = {key: prepared[key] for key in _PREPARED if prepared.get(key) is not None}
+    size = prepared.get("input_size")
+    if size is not None:
+        if not isinstance(size, list) or len(size) != 3:
+            raise InputError(f"{weights.name}: input_size is {size!r:.80}, expected three numbers")
+        found |= {"in_chans": size[0], "img_size": tuple(size[1:])}
+    classes = record.get("num_classes", prepared.get("num_classes"))
+    if classes == 0:
+        raise InputError(
+            f"{weights.name}: was saved without a classifier (num_classes 0), which is not "
+            "supported: expected a checkpoint with one"
+        )
+    if classes is not None:
+        found["num_classes"] = classes
     return found | dict(record.get("model_args") or {})
 
 
@@ -289,6 +302,9 @@ def timm_model(model: Model) -> tuple[str, dict[str, Any], dict[str, np.ndarray]
     config = model.config
     if isinstance(config, ResNetConfig):
         name = _recorded_architecture(model, "resnet50" if config.bottleneck else "resnet18")
+        preset, _ = create(name, **_image_arguments(config))
+        if config != preset:
+            raise InputError(f"timm's {name} has other depths or widths than {model.name}")
         return (
             name,
             _image_arguments(config, "num_classes", "in_chans"),

@@ -185,7 +185,7 @@ def write_artefact(
             difference=difference,
             scale=scale,
             tolerance=tolerance,
-            images=len(images),
+            images=min(len(images), max(BATCH_SIZES)),
             accuracy=None if batches is None else measure_accuracy(model, run, batches()),
         )
         spec = artefact_spec(model, kind, precision, report, partial, **more)
@@ -214,6 +214,8 @@ def check_artefact(
     for size in BATCH_SIZES:
         batch = np.resize(images, (size, *images.shape[1:]))
         expected, found = np.asarray(model.apply(batch), np.float32), np.asarray(run(batch))
+        if not np.isfinite(expected).all():
+            raise InputError(f"{name}: not written: the model's logits are not all of them finite")
         if found.shape != expected.shape or not np.isfinite(found).all():
             raise InputError(
                 f"{name}: not written: the exported model gives {found.shape} logits"

@@ -45,7 +45,13 @@ def export_stablehlo(
     config = model.config
     size, side = jax.export.symbolic_shape("b")[0], config.image_size
     struct = jax.ShapeDtypeStruct((size, side, side, config.in_channels), jnp.float32)
-    exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(struct)
+    limit = jax.config.jax_traceback_in_locations_limit
+    # Else the file names every source line of this machine that it was traced from.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(struct)
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
     return write_artefact(
         model,
         Path(path),

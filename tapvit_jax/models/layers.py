@@ -285,7 +285,7 @@ def shift_mask(side: int, window: int, shift: int) -> Float[np.ndarray, "w m m"]
 
 
 class Transformer(nn.Module):
-    """What all backbones of transformer blocks share; they add `setup`, `embed` and `pool`."""
+    """What all backbones of transformer blocks share; they add `setup`, `embed` and `pooled`."""
 
     config: Any
 

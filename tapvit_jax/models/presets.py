@@ -10,6 +10,7 @@ from tapvit_jax.models.backbone import Config
 from tapvit_jax.models.resnet import ResNetConfig
 from tapvit_jax.models.swin import swin_config
 from tapvit_jax.models.vit import vit_config
+from tapvit_jax.structs import from_plain
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -57,6 +58,11 @@ _TAGS: dict[str, dict[str, Any]] = {
     "ms_in22k": {"num_classes": 21841},
     "mae": IMAGENET,
     "dino": IMAGENET,
+    "fb_in22k_ft_in1k": {"crop_pct": 1.0},
+    "a3_in1k": {"img_size": 160},
+    "a1h_in1k": {"img_size": 176, "crop_pct": 0.9},
+    "tv2_in1k": {"img_size": 176, "crop_pct": 0.875, "interpolation": "bilinear"},
+    "ra4_e3600_r224_in1k": {**HALF, "crop_pct": 0.9},
     "tv_in1k": {"crop_pct": 0.875, "interpolation": "bilinear"},
     "fb_ssl_yfcc100m_ft_in1k": {"crop_pct": 0.875, "interpolation": "bilinear"},
     "fb_swsl_ig1b_ft_in1k": {"crop_pct": 0.875, "interpolation": "bilinear"},
@@ -124,7 +130,12 @@ def _presets() -> dict[str, Preset]:
 PRESETS = _presets()
 
 _POOLS = {"token": "cls", "avg": "mean", "cls": "cls", "mean": "mean"}
-_RENAMED = {"img_size": "image_size", "in_chans": "in_channels", "eps": "layer_norm_eps"}
+_RENAMED = {"img_size": "image_size", "in_chans": "in_channels"}
+# Arguments of timm's that say nothing about inference at the network's own image size.
+_IGNORED = {
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    *("drop_path_rate", "weight_init", "dynamic_img_size", "strict_img_size"),
+}
 _SIZES = {"img_size", "in_chans", "num_classes", "dtype"}
 _TRANSFORMER = _SIZES | {
     "patch_size",
@@ -173,23 +184,26 @@ def create(name: str, **overrides: Any) -> tuple[Config, Preprocess]:
       InputError: an unknown preset or argument, or sizes that do not fit together.
     """
     preset = PRESETS[architecture(name)]
+    overrides = {key: value for key, value in overrides.items() if key not in _IGNORED}
     unknown = sorted(set(overrides) - _KNOWN[preset.build] - set(_PREPARE))
     if unknown:
         known = sorted(_KNOWN[preset.build] | set(_PREPARE))
         raise InputError(
             f"{name}: unknown argument {', '.join(unknown)}, expected some of {', '.join(known)}"
         )
-    fields = {**preset.arguments, **_TAGS.get(name.partition(".")[2], {}), **overrides}
+    tag = _TAGS.get(name.partition(".")[2], {})
+    if preset.arguments["img_size"] == 384:
+        # Of weights for larger images, the tag's preparation is their architecture's.
+        tag = {key: value for key, value in tag.items() if key == "num_classes"}
+    fields = {**preset.arguments, **tag, **overrides}
     prepare = {key: fields.pop(key) for key in _PREPARE}
     config = _build(name, preset.build, fields)
-    return config, Preprocess(
-        image_size=config.image_size,
-        channels=config.in_channels,
-        mean=tuple(prepare["mean"]),
-        std=tuple(prepare["std"]),
-        crop_pct=prepare["crop_pct"],
-        interpolation=prepare["interpolation"],
-    )
+    for key in ("mean", "std"):
+        if key not in overrides and config.in_channels == 1:
+            # One channel is prepared as the mean of the three.
+            prepare[key] = (sum(prepare[key]) / len(prepare[key]),)
+    plain = prepare | {"image_size": config.image_size, "channels": config.in_channels}
+    return config, from_plain(Preprocess, plain, f"{name}: preprocessing")
 
 
 def _build(name: str, build: Callable[..., Config], fields: dict[str, Any]) -> Config:
@@ -210,13 +224,13 @@ def _build(name: str, build: Callable[..., Config], fields: dict[str, Any]) -> C
         return build(**{_RENAMED.get(key, key): value for key, value in fields.items()})
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise InputError(f"{name}: an argument has the wrong type ({error})") from error
 
 
 def _side(name: str, key: str, value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
-    if len(set(value)) != 1:
+    if not value or any(side != value[0] for side in value):
         raise InputError(f"{name}: {key} is {value}, expected a square: one number")
     return value[0]

@@ -60,7 +60,7 @@ class RoundTo:
         steps = {}
         for part in text.split(","):
             kind, equals, step = part.rpartition("=")
-            if not step.strip().isdigit() or (equals and kind.strip() not in kinds):
+            if not step.strip().isdecimal() or (equals and kind.strip() not in kinds):
                 raise InputError(f"round_to {part!r}: expected NUMBER or KIND=NUMBER, {kinds}")
             steps |= dict.fromkeys([kind.strip()] if equals else kinds, int(step))
         return cls(**steps)
@@ -401,7 +401,7 @@ class _Planner:
         return steps + [(unit_key(i, "qk"), unit_key(i, "vo")) for i in blocks]
 
     def _gap(self, keys: tuple[str, ...], counts: Counts, ideal: dict[str, float]) -> float:
-        return max((ideal[key] - counts[key]) / self.sizes[key] for key in keys)
+        return max((ideal[key] - counts[key]) / max(self.sizes[key], 1) for key in keys)
 
     def plan(self, counts: Counts) -> Plan:
         """The kept units: the highest scores, exactly as many as counted."""
@@ -415,5 +415,6 @@ class _Planner:
             if group.kind == "mlp" or self.config.ragged:
                 keep[group.key] = top_k_mask(scores, count)
             else:
-                keep[group.key] = np.stack([top_k_mask(row, count) for row in scores])
+                rows = [top_k_mask(row, count) for row in scores]
+                keep[group.key] = np.array(rows, bool).reshape(group.shape)
         return Plan(self.dense, keep)

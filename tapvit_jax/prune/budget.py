@@ -139,7 +139,7 @@ def _parse_amount(unit: str, amount: str) -> float | int:
     percent = re.fullmatch(r"(-?[0-9.]+)\s*%", amount)
     scaled = re.fullmatch(r"(-?[0-9.]+(?:[eE][0-9]+)?)\s*([kKmMgGtT]?)", amount)
     try:
-        if percent:
+        if percent and unit != "latency_ms":
             return float(percent[1]) / 100
         if scaled and scaled[2]:
             return int(float(scaled[1]) * _SUFFIXES[scaled[2].lower()])

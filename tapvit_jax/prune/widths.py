@@ -176,11 +176,13 @@ def sensitivity_rule(
     """
     curves = divergence_curves(layers)
     present = present_branches(dense)
+    # Pruning what costs nothing (a fitted time can be zero) gains nothing.
+    priced = {b: there & (branch_costs[b] > 0) for b, there in present.items()}
     slopes = [
-        (curves[b][0] * curves[b][1] / np.maximum(branch_costs[b], 1e-300))[there]
-        for b, there in present.items()
+        (curves[b][0] * curves[b][1])[some] / branch_costs[b][some] for b, some in priced.items()
     ]
-    scale = float(np.median(np.concatenate(slopes)))
+    slopes = np.concatenate(slopes)
+    scale = float(np.median(slopes)) if len(slopes) else 1.0
 
     def rule(t: float) -> Keeps:
         keeps = {}
@@ -192,6 +194,7 @@ def sensitivity_rule(
                 price = scale * ((1.0 - t) / t) ** 4
                 ratio = price * branch_costs[branch] / (a * p)
                 pruned = np.minimum(ratio ** (1.0 / (p - 1.0)), 1.0)
+                pruned = np.where(priced[branch], pruned, 0.0)
             keeps[branch] = np.where(there, 1.0 - pruned, 0.0)
         return keeps
 
