@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from tapvit_jax.distributed import initialize
 from tapvit_jax.errors import InputError
 
 # What is wrong is the machine's state or the user's rights, not this program.
@@ -15,10 +16,11 @@ _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EAC
 
 
 def set_up_jax() -> None:
-    """Keep compiled programs on disk, so that a second run of a program does not compile again.
+    """Join the other processes of a job, and keep compiled programs on disk.
 
-    The directory is $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's cache directory.
+    A second run of a program then does not compile again. The directory is $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's cache directory.
     """
+    initialize()
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not directory:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -1,0 +1,160 @@
+"""Several processes as one job: joining, sharing out rows, adding up, and agreeing.
+
+Every process runs the same program on the same config. Statistics are summed where the data are and
+added over the processes once, at the end, so that hosts never wait for one another in between. All
+functions here are trivial where there is one process, and collective where there are several: every
+process must call them in the same order.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib import util
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Shaped
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import content_hash
+
+T = TypeVar("T")
+
+_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize() -> None:
+    """Join the other processes of the job, if there are any; the first thing that a program does.
+
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name the
+    job by hand. Without them the job is found by JAX on Cloud TPU, under `srun` and under Open
+    MPI's `mpirun`. TAPVIT_DISTRIBUTED=0 keeps a process on its own wherever it runs.
+
+    Raises:
+      InputError: some of the three variables are missing or not numbers, or the others cannot be
+        reached.
+    """
+    if os.environ.get("TAPVIT_DISTRIBUTED") == "0" or jax.distributed.is_initialized():
+        return
+    arguments: dict[str, Any] = {}
+    if any(os.environ.get(name) for name in _BY_HAND):
+        arguments = _job_by_hand()
+    elif not _is_managed():
+        return
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot join the other processes: {reason}") from error
+
+
+def _job_by_hand() -> dict[str, Any]:
+    missing = [name for name in _BY_HAND if not os.environ.get(name)]
+    if missing:
+        raise InputError(f"{' and '.join(missing)} not set, expected all of {', '.join(_BY_HAND)}")
+    address, count, rank = (os.environ[name] for name in _BY_HAND)
+    if not count.isdecimal() or not rank.isdecimal() or not 0 <= int(rank) < int(count):
+        raise InputError(
+            f"JAX_NUM_PROCESSES is {count!r} and JAX_PROCESS_ID {rank!r}, expected a number and "
+            "one below it"
+        )
+    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
+        raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}, expected host:port")
+    return {
+        "coordinator_address": address,
+        "num_processes": int(count),
+        "process_id": int(rank),
+    }
+
+
+def _is_managed() -> bool:
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in counts)
+    return several or util.find_spec("libtpu") is not None
+
+
+def process_index() -> int:
+    """Number of this process, from 0."""
+    return jax.process_index()
+
+
+def process_count() -> int:
+    """Number of processes of the job."""
+    return jax.process_count()
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes what all have in common."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until all processes have come to the barrier of this name."""
+    if process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def share(count: int) -> range:
+    """This process's contiguous share of `count` rows; shares differ by one row at most."""
+    index, processes = process_index(), process_count()
+    return range(index * count // processes, (index + 1) * count // processes)
+
+
+def gather(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "processes ..."]:
+    """The arrays of all processes, which have one shape and type, in process order.
+
+    They travel as bytes, so that every type arrives bit for bit.
+    """
+    array = np.asarray(array, order="C")
+    if process_count() == 1:
+        return array[None]
+    sent = np.frombuffer(array.tobytes(), np.uint8)
+    received = np.asarray(multihost_utils.process_allgather(sent), np.uint8)
+    return received.reshape(-1).view(array.dtype).reshape(process_count(), *array.shape)
+
+
+def sum_over_processes(tree: T) -> T:
+    """Sum arrays over all processes, in float64 and process order: the same result everywhere."""
+    return jax.tree.map(lambda a: gather(np.asarray(a, np.float64)).sum(axis=0), tree)
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """The bytes of all processes, whatever their lengths, in process order."""
+    if process_count() == 1:
+        return [data]
+    lengths = gather(np.array(len(data), np.int64))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return [row[:length].tobytes() for row, length in zip(gather(padded), lengths, strict=True)]
+
+
+def check_agreement(values: Mapping[str, Any], what: str = "the processes") -> None:
+    """Refuse to go on where processes hold different JSON values under one name.
+
+    Raises:
+      InputError: on every process, names the fields that differ, nested ones with dots.
+    """
+    flat = _flatten(values)
+    text = "\n".join(f"{content_hash(value)} {name}" for name, value in sorted(flat.items()))
+    tables = [
+        dict(reversed(line.split(" ", 1)) for line in found.decode().splitlines())
+        for found in gather_bytes(text.encode())
+    ]
+    names = sorted(set().union(*tables))
+    differing = [name for name in names if len({table.get(name) for table in tables}) > 1]
+    if differing:
+        raise InputError(
+            f"{what} do not agree; these fields differ between hosts: {', '.join(differing[:20])}"
+        )
+
+
+def _flatten(values: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        path = f"{name}.{key}" if name else str(key)
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, path)
+        else:
+            flat[path] = value
+    return flat
