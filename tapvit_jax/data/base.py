@@ -69,7 +69,10 @@ class ImageSource(abc.ABC):
       class_names: names of the classes; empty when nothing is labelled.
       labels: class of every image, -1 where unknown.
       splits: "train" or "val" for every image.
+      in_memory: the images lie prepared in memory, so that there is nothing to decode.
     """
+
+    in_memory: bool = False
 
     name: str
     class_names: tuple[str, ...]

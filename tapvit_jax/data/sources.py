@@ -24,6 +24,8 @@ class MemorySource(ImageSource):
         not among `class_names`.
     """
 
+    in_memory = True
+
     def __init__(
         self,
         images: Float[np.ndarray, "n s s c"],

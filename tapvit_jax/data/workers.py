@@ -1,0 +1,104 @@
+"""Reading images in several processes, with grain."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection
+from typing import TYPE_CHECKING
+
+import numpy as np
+from absl import flags
+from jaxtyping import Float, Int
+
+from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from tapvit_jax.data.base import ImageSource
+
+
+class _Reader:
+    """Random access to whole batches of images: the form in which grain takes data."""
+
+    def __init__(
+        self, source: "ImageSource", chunks: Sequence[Int[np.ndarray, "b"]], preprocess: Preprocess
+    ):
+        self._source, self._preprocess = source, preprocess
+        # One array pickles faster than many.
+        self._indices = np.concatenate(chunks)
+        self._ends = np.cumsum([0, *map(len, chunks)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> Float[np.ndarray, "b s s c"]:
+        return self._source.load(self._indices[self._ends[i] : self._ends[i + 1]], self._preprocess)
+
+
+def load_in_workers(
+    source: "ImageSource",
+    chunks: Sequence[Int[np.ndarray, "b"]],
+    preprocess: Preprocess,
+    workers: int,
+) -> Iterator[Float[np.ndarray, "b s s c"]]:
+    """Yield the images of every chunk in order; worker w of n reads chunks w, w + n, ...
+
+    Closing the iterator ends the workers, and so do its end, an error, and the end of this process.
+    They are started afresh (spawned, never forked), so that a program's own code must stand behind
+    `if __name__ == "__main__"`.
+
+    Raises:
+      InputError: an image cannot be read (as without workers), or a worker died.
+    """
+    # Imported here: it takes a second, and most sets are read without workers.
+    import grain
+
+    if not flags.FLAGS.is_parsed():
+        # grain asks absl for its flags' values, which absl refuses before a program parsed any.
+        flags.FLAGS.mark_as_parsed()
+    workers = min(workers, len(chunks))
+    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    images = iter(
+        grain.MapDataset.source(_Reader(source, chunks, preprocess))
+        .to_iter_dataset(reading)
+        .mp_prefetch(options, worker_init_fn=_start_worker)
+    )
+    try:
+        while True:
+            try:
+                shared = next(images)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                code = str(error).partition("exit code ")[2].partition(".")[0]
+                raise InputError(
+                    f"{source.name}: one of {workers} worker processes died (exit code {code}; -9 "
+                    "is usually too little memory, -7 too little of it in /dev/shm, 1 an error "
+                    "that it printed); use fewer workers or 0"
+                ) from error
+            # Into memory of this process: what is shared is scarce, and freed by the last reader.
+            yield np.array(shared)
+            del shared
+    finally:
+        images.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    import jax
+
+    # An accelerator belongs to the process that trains.
+    jax.config.update("jax_platforms", "cpu")
+    # Ctrl-C reaches the whole group of processes; the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A parent that is killed cannot end its workers.
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
