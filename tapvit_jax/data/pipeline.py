@@ -1,8 +1,10 @@
 """Batches of images, read ahead of their use, in an order that depends on nothing but the indices."""
 
+import atexit
 import concurrent.futures
 import contextlib
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -14,6 +16,8 @@ from tapvit_jax.data.base import ImageSource, check_indices
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.workers import load_in_workers
 from tapvit_jax.errors import InputError
+
+_open_iterators: weakref.WeakSet[Iterator] = weakref.WeakSet()
 
 Batch = dict[str, np.ndarray]
 """Keys: image (b, s, s, c), label (b), mask (b; 1 for images, 0 for padding), index (b)."""
@@ -77,9 +81,20 @@ def batches(
         indices[first + place * width : min(first + (place + 1) * width, stop)]
         for first in range(start * batch_size, stop, batch_size)
     ]
-    return _generate(
+    found = _generate(
         source, chunks, preprocess, width if remainder == "pad" else None, prefetch, workers
     )
+    _open_iterators.add(found)
+    return found
+
+
+@atexit.register
+def _close_iterators() -> None:
+    # When Python collects what a program left open, threads and workers can no longer be ended.
+    for iterator in list(_open_iterators):
+        # One that runs in a daemon thread cannot be closed.
+        with contextlib.suppress(ValueError):
+            iterator.close()
 
 
 def _generate(

