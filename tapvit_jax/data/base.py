@@ -119,7 +119,7 @@ class ImageSource(abc.ABC):
           InputError: an image is missing or damaged (named), or an index is out of range.
         """
         indices = check_indices(indices, self)
-        images = list(_pool().map(lambda i: self.read(int(i), preprocess), indices))
+        images = list(threads().map(lambda i: self.read(int(i), preprocess), indices))
         side = preprocess.image_size
         if not images:
             return np.zeros((0, side, side, preprocess.channels), np.float32)
@@ -127,7 +127,8 @@ class ImageSource(abc.ABC):
 
 
 @functools.lru_cache(maxsize=1)
-def _pool() -> concurrent.futures.ThreadPoolExecutor:
+def threads() -> concurrent.futures.ThreadPoolExecutor:
+    """The threads that read and decode, one pool for all sources."""
     return concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
 
 
@@ -152,7 +153,7 @@ def find_corrupt(
         return None
 
     bad = []
-    for found in _pool().map(attempt, map(int, indices)):
+    for found in threads().map(attempt, map(int, indices)):
         if on_image is not None:
             on_image()
         if found is not None:

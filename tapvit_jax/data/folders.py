@@ -1,37 +1,69 @@
 """Images that are files: a folder per class, a list of labels, or Tiny-ImageNet's layout."""
 
+import contextlib
 import csv
+import functools
+import hashlib
+import json
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes
+from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes, threads
 from tapvit_jax.data.preprocess import Preprocess, decode
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import content_hash
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 # Without class names, labels that are numbers are bounded by nothing else.
 _MOST_CLASSES = 2**16
 
 
+# How many files a thread looks at in one go.
+_FILES_AT_ONCE = 1000
+
+_Group = tuple[list[str], int, str]
+"""Images of one class: paths relative to the root, label, "train" or "val"."""
+
+
+class _Paths(Sequence[Path]):
+    """Paths below one folder, held as a few bytes each: there may be millions."""
+
+    def __init__(self, root: Path, names: Sequence[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self._root = root
+        self._text = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Path:
+        return self._root / self.name(range(len(self))[index])
+
+    def name(self, index: int) -> str:
+        """Path relative to the root."""
+        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]])
+
+
 class _FileSource(ImageSource):
     """Images that are files under one folder."""
 
     root: Path
-    paths: list[Path]
+    paths: _Paths
 
-    def _set(self, root: Path, rows: list[tuple[Path, int, str]], class_names: Sequence[str]):
+    def _set(self, root: Path, groups: Sequence[_Group], class_names: Sequence[str]):
         self.root, self.name = root, str(root)
-        self.paths = [path for path, _, _ in rows]
-        self.labels = np.array([label for _, label, _ in rows], np.int32)
-        self.splits = np.array([split for _, _, split in rows])
-        self.class_names = tuple(class_names)
-        if not rows:
+        self.paths = _Paths(root, [name for names, _, _ in groups for name in names])
+        if not self.paths:
             raise InputError(f"{root}: holds no images (looked for {', '.join(sorted(_SUFFIXES))})")
+        counts = [len(names) for names, _, _ in groups]
+        self.labels = np.repeat(np.array([label for _, label, _ in groups], np.int32), counts)
+        self.splits = np.repeat([split for _, _, split in groups], counts)
+        self.class_names = tuple(class_names)
 
     def describe(self, index: int) -> str:
         """Path of the file."""
@@ -48,12 +80,30 @@ class _FileSource(ImageSource):
 
     def fingerprint(self) -> str:
         """Hash of all relative paths, sizes and labels; file contents are not read."""
-        rows = [
-            [str(path.relative_to(self.root)), path.stat().st_size, int(label)]
-            for path, label in zip(self.paths, self.labels, strict=True)
-            if path.is_file()
-        ]
-        return content_hash({"files": rows, "classes": list(self.class_names)})
+        starts = range(0, len(self), _FILES_AT_ONCE)
+        # content_hash of {"classes": ..., "files": [[path, size, label], ...]}, piece by piece.
+        digest = hashlib.sha256(f'{{"classes":{_json(self.class_names)},"files":['.encode())
+        separator = ""
+        for rows in threads().map(self._describe_files, starts):
+            for row in rows:
+                digest.update(f"{separator}{row}".encode())
+                separator = ","
+        digest.update(b"]}")
+        return digest.hexdigest()
+
+    def _describe_files(self, start: int) -> list[str]:
+        rows = []
+        for index in range(start, min(start + _FILES_AT_ONCE, len(self))):
+            name = self.paths.name(index)
+            with contextlib.suppress(OSError):
+                found = os.stat(f"{self.root}/{name}")  # noqa: PTH116 (a Path takes longer)
+                if stat.S_ISREG(found.st_mode):
+                    rows.append(_json([name, found.st_size, int(self.labels[index])]))
+        return rows
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 class FolderSource(_FileSource):
@@ -78,19 +128,33 @@ class FolderSource(_FileSource):
         if not root.is_dir():
             raise InputError(f"{root}: no such folder")
         if labels_file is not None:
-            rows, names = _read_labels_file(root, Path(labels_file), class_names)
+            groups, names = _read_labels_file(root, Path(labels_file), class_names)
         else:
-            rows, names = _scan_folders(root, class_names)
-        self._set(root, rows, names)
+            groups, names = _scan_folders(root, class_names)
+        self._set(root, groups, names)
 
 
-def _images_below(folder: Path) -> list[Path]:
-    # macOS leaves "._photo.jpg" files behind that hold no image.
-    return sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and p.is_file()
-    )
+def _images_below(root: Path, folder: str) -> list[str]:
+    """Paths, relative to `root`, of all images below one of its folders, sorted part by part."""
+    names = []
+    try:
+        with os.scandir(root / folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{root / folder}: cannot be read ({error.strerror})") from error
+    for entry in found:
+        name = f"{folder}/{entry.name}" if folder else entry.name
+        # Neither asks the file system again, except about links.
+        if entry.is_dir(follow_symlinks=False):
+            names += _images_below(root, name)
+        # macOS leaves "._photo.jpg" files behind that hold no image.
+        elif not entry.name.startswith(".") and _is_image(entry.name) and entry.is_file():
+            names.append(name)
+    return names
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _SUFFIXES  # noqa: PTH122 (a Path takes longer)
 
 
 def _folders_in(folder: Path) -> list[Path]:
@@ -99,15 +163,14 @@ def _folders_in(folder: Path) -> list[Path]:
 
 def _scan_folders(
     root: Path, class_names: Sequence[str] | None
-) -> tuple[list[tuple[Path, int, str]], Sequence[str]]:
+) -> tuple[list[_Group], Sequence[str]]:
     folders = _folders_in(root)
     if folders and all(p.name in SPLITS for p in folders):
         classes = [(c, SPLITS[p.name]) for p in folders for c in _folders_in(p)]
     else:
         classes = [(p, "train") for p in folders]
     if not classes:
-        flat = [(p, UNLABELLED, "train") for p in _images_below(root)]
-        return flat, class_names or ()
+        return [(_images_below(root, ""), UNLABELLED, "train")], class_names or ()
     names = tuple(class_names or sorted({folder.name for folder, _ in classes}))
     unknown = sorted({folder.name for folder, _ in classes} - set(names))
     if unknown:
@@ -116,13 +179,16 @@ def _scan_folders(
             f"{len(names)} classes of the model"
         )
     index = {name: i for i, name in enumerate(names)}
-    rows = [(p, index[c.name], split) for c, split in classes for p in _images_below(c)]
-    return rows, names
+    below = [folder.relative_to(root).as_posix() for folder, _ in classes]
+    # On threads: over a network most of the time is waiting.
+    images = threads().map(functools.partial(_images_below, root), below)
+    groups = [(found, index[c.name], s) for found, (c, s) in zip(images, classes, strict=True)]
+    return groups, names
 
 
 def _read_labels_file(
     root: Path, path: Path, class_names: Sequence[str] | None
-) -> tuple[list[tuple[Path, int, str]], Sequence[str]]:
+) -> tuple[list[_Group], Sequence[str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -143,7 +209,7 @@ def _read_labels_file(
     elif class_names is None:
         class_names = sorted(set(labels))
     index = {name: i for i, name in enumerate(class_names)}
-    rows, seen = [], {}
+    groups, seen = [], {}
     for (number, (name, label)), value in zip(lines, numbers, strict=True):
         where = f"{path}: line {number}"
         # A class may be called "3" without being number 3; names go first.
@@ -161,8 +227,8 @@ def _read_labels_file(
         if seen.setdefault(relative, number) != number:
             raise InputError(f"{where}: {name} is in line {seen[relative]} already")
         above = relative.parts[0] if len(relative.parts) > 1 else "train"
-        rows.append((root / relative, value, SPLITS.get(above, "train")))
-    return rows, class_names
+        groups.append(([str(relative)], value, SPLITS.get(above, "train")))
+    return groups, class_names
 
 
 def _whole_number(text: str) -> int | None:
@@ -197,12 +263,13 @@ class TinyImageNetSource(_FileSource):
         pairs = list(zip(names, self.wnids, strict=True))
         names, order = align_classes(pairs, class_names, str(root))
         index = dict(zip(self.wnids, order.tolist(), strict=True))
-        rows = []
+        groups = []
         for wnid in self.wnids:
             folder = root / "train" / wnid / "images"
             if not folder.is_dir():
                 raise InputError(f"{folder}: no such folder, but wnids.txt names {wnid}")
-            rows += [(path, index[wnid], "train") for path in _images_below(folder)]
+            below = folder.relative_to(root).as_posix()
+            groups.append((_images_below(root, below), index[wnid], "train"))
         annotations = root / "val" / "val_annotations.txt"
         for number, line in enumerate(_lines(annotations) if (root / "val").is_dir() else (), 1):
             fields = line.split("\t")
@@ -213,8 +280,8 @@ class TinyImageNetSource(_FileSource):
                 )
             if Path(fields[0]).name != fields[0]:
                 raise InputError(f"{annotations}: line {number}: {fields[0]!r} is no file name")
-            rows.append((root / "val" / "images" / fields[0], index[fields[1]], "val"))
-        self._set(root, rows, names)
+            groups.append(([f"val/images/{fields[0]}"], index[fields[1]], "val"))
+        self._set(root, groups, names)
 
 
 def _lines(path: Path) -> list[str]:

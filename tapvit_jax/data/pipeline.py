@@ -1,4 +1,4 @@
-"""Batches of images, read ahead of their use, in an order that depends on nothing but the indices."""
+"""Batches of images, read ahead of their use, in an order that depends on the indices alone."""
 
 import atexit
 import concurrent.futures
