@@ -1,4 +1,4 @@
-"""Where images come from: digits, image folders, Tiny-ImageNet, TFDS, or arrays in memory."""
+"""Where images come from: digits, image folders, Tiny-ImageNet, CIFAR, TFDS, arrays in memory."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from PIL import Image
 
 from tapvit_jax.data.base import UNLABELLED, ImageSource, align_classes, check_indices
 from tapvit_jax.data.base import find_corrupt as find_corrupt
+from tapvit_jax.data.cifar import CifarSource, is_cifar
 from tapvit_jax.data.folders import FolderSource, TinyImageNetSource
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.tfds import TfdsSource
@@ -115,7 +116,7 @@ class DigitsSource(ImageSource):
 
 
 def open_source(spec: str, class_names: Sequence[str] | None = None) -> ImageSource:
-    """Open "digits", "tfds:NAME", or a path (Tiny-ImageNet's layout, or image folders).
+    """Open "digits", "tfds:NAME", or a path: Tiny-ImageNet or CIFAR as published, or image folders.
 
     Raises:
       InputError: nothing there, not in a known layout, or a class not among `class_names`.
@@ -129,4 +130,6 @@ def open_source(spec: str, class_names: Sequence[str] | None = None) -> ImageSou
         raise InputError(f"{spec}: no such folder (expected a folder, 'digits' or 'tfds:NAME')")
     if (root / "wnids.txt").is_file():
         return TinyImageNetSource(root, class_names)
+    if is_cifar(root):
+        return CifarSource(root, class_names)
     return FolderSource(root, class_names)
