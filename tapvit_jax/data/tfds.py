@@ -1,17 +1,23 @@
 """Images from TensorFlow Datasets, read without TensorFlow."""
 
+import contextlib
 import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes
+from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes, threads
 from tapvit_jax.data.preprocess import Preprocess, decode
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import content_hash
+from tapvit_jax.files import atomic_file, content_hash
+
+# From so many images on, the labels of a split are kept in a cache.
+_CACHED_FROM = 20_000
 
 
 class TfdsSource(ImageSource):
@@ -71,7 +77,7 @@ class TfdsSource(ImageSource):
         for ours, theirs in wanted.items():
             try:
                 part = builder.as_data_source(theirs, decoders=raw)
-                labels += [int(part[i]["label"]) for i in range(len(part))]
+                labels.append(_read_labels(part, builder.info.splits[theirs].filepaths))
             except (
                 NotImplementedError,
                 ImportError,
@@ -88,8 +94,14 @@ class TfdsSource(ImageSource):
             self._parts.append(part)
             kinds += [ours] * len(part)
         self._starts = np.cumsum([0, *map(len, self._parts)])
+        theirs = np.concatenate(labels)
+        wrong = theirs[(theirs < UNLABELLED) | (theirs >= len(order))]
+        if wrong.size:
+            raise InputError(
+                f"{self.name}: label {wrong[0]} is out of range, expected 0 to {len(order) - 1}"
+            )
         # The entry added is that of -1, which some sets have for images without a label.
-        self.labels = np.append(order, np.int32(UNLABELLED))[np.array(labels, np.int64)]
+        self.labels = np.append(order, np.int32(UNLABELLED))[theirs]
         self.splits = np.array(kinds)
 
     def describe(self, index: int) -> str:
@@ -112,6 +124,36 @@ class TfdsSource(ImageSource):
         """Hash of the name and all labels."""
         digest = hashlib.sha256(self.labels.tobytes()).hexdigest()
         return content_hash({"name": self.name, "labels": digest})
+
+
+def _read_labels(part: Sequence[Any], files: Sequence[os.PathLike]) -> Int[np.ndarray, "n"]:
+    """The set's own labels of all images in one split.
+
+    Records hold labels and images together, so that this reads the whole split: minutes for
+    ImageNet. The labels of large splits are therefore kept in the user's cache folder, by the name,
+    size and time of the split's files.
+    """
+    cache = None
+    if len(part) >= _CACHED_FROM:
+        found = [(os.path.realpath(file), Path(file).stat()) for file in files]
+        key = content_hash([[path, s.st_size, s.st_mtime_ns] for path, s in found])
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = Path(home) / "tapvit_jax" / f"labels-{key}.npy"
+        # One that is damaged is written again.
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            labels = np.load(cache, allow_pickle=False)
+            if labels.shape == (len(part),) and labels.dtype == np.int64:
+                return labels
+    labels = np.fromiter(threads().map(lambda i: part[i]["label"], range(len(part))), np.int64)
+    if cache is not None:
+        # Without a place to write it is only slow.
+        with (
+            contextlib.suppress(InputError),
+            atomic_file(cache) as partial,
+            partial.open("wb") as file,
+        ):
+            np.save(file, labels)
+    return labels
 
 
 def _splits(builder) -> dict:

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from tapvit_jax import structs
 from tapvit_jax.data import preprocess, sources
+from tapvit_jax.data import tfds as tfds_module
 from tapvit_jax.data.sources import (
     DigitsSource,
     FolderSource,
@@ -594,6 +596,44 @@ def test_tfds_unlabelled_and_damaged(tmp_path):
     assert source.labels.tolist() == [0, -1]
     ((i, message),) = find_corrupt(source, [0, 1], RGB)
     assert i == 1 and message.startswith("tfds:mini[1]: image is corrupt")
+
+
+def test_tfds_labels_of_large_splits_are_read_once(tmp_path, monkeypatch):
+    write_tfds(tmp_path, {"train": [0, 1, -1]})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    TfdsSource("mini", tmp_path)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(tfds_module, "_CACHED_FROM", 3)
+    assert TfdsSource("mini", tmp_path).labels.tolist() == [0, 1, -1]
+    (cache,) = (tmp_path / "cache").rglob("*.npy")
+    np.save(cache, np.array([1, 1, 1]))
+    assert TfdsSource("mini", tmp_path).labels.tolist() == [1, 1, 1]
+    for damage in (b"", b"damaged", pickle.dumps([1, 1, 1])):
+        cache.write_bytes(damage)
+        assert TfdsSource("mini", tmp_path).labels.tolist() == [0, 1, -1]
+    np.save(cache, np.array([1, 1]))
+    assert TfdsSource("mini", tmp_path).labels.tolist() == [0, 1, -1]
+    cache.unlink()
+    cache.parent.rmdir()
+    cache.parent.write_text("in the way")
+    assert TfdsSource("mini", tmp_path).labels.tolist() == [0, 1, -1]
+
+
+@pytest.mark.parametrize("label", [2, -2])
+def test_tfds_refuses_labels_that_no_class_has(tmp_path, label):
+    write_tfds(tmp_path, {"train": [0, label]})
+    with pytest.raises(InputError, match=f"tfds:mini: label {label} is out of range, .* 0 to 1"):
+        TfdsSource("mini", tmp_path)
+
+
+def test_tfds_is_pickled_without_its_images(tmp_path):
+    write_tfds(tmp_path, {"train": [0, 1, 1], "val": [0]})
+    source = TfdsSource("mini", tmp_path)
+    source.load([0, 1], RGB)
+    written = pickle.dumps(source)
+    assert len(written) < 20_000
+    other = pickle.loads(written)
+    np.testing.assert_array_equal(other.load([3, 1], RGB), source.load([3, 1], RGB))
 
 
 def test_tfds_refuses(tmp_path):
