@@ -1,5 +1,6 @@
 """What every program does first and last: JAX's caches, and errors that users can read."""
 
+import ctypes
 import errno
 import os
 import sys
@@ -14,19 +15,40 @@ from tapvit_jax.errors import InputError
 # What is wrong is the machine's state or the user's rights, not this program.
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
+# Of <malloc.h>: one arena (M_ARENA_MAX), since all others are limited to 64 MiB; no blocks of their
+# own from the system (M_MMAP_MAX); nothing trimmed off the end (M_TRIM_THRESHOLD).
+_MALLOC_OPTIONS = {-8: 1, -4: 0, -1: -1}
+
 
 def set_up_jax() -> None:
-    """Join the other processes of a job, and keep compiled programs on disk.
+    """Join the other processes of a job; keep freed memory, and compiled programs on disk.
 
-    A second run of a program then does not compile again. The directory is $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's cache directory.
+    A second run of a program then does not compile again. The directory of the compiled programs
+    is $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's cache directory.
     """
     initialize()
+    keep_freed_memory()
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not directory:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         directory = str(Path(cache) / "tapvit_jax")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of handing it back to the system.
+
+    XLA allocates the temporaries of every call on the CPU anew, hundreds of megabytes at a time,
+    and touching fresh pages takes longer than the arithmetic of a backward pass. Does nothing
+    elsewhere, or where the user has set MALLOC_ variables.
+    """
+    if not sys.platform.startswith("linux") or any(n.startswith("MALLOC_") for n in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in _MALLOC_OPTIONS.items():
+            mallopt(option, value)
 
 
 def one_line(text: str) -> str:

@@ -3,7 +3,7 @@
 Every unit is a cloud of b points, one an image, with n coordinates, one a token. All Gram matrices
 of a layer come from one batched matrix product, and all bandwidths from one exponential.
 
-Letters: b images, n tokens, u units, r references.
+Letters: b images, n tokens, u units.
 """
 
 from typing import Literal
@@ -19,17 +19,25 @@ _LARGEST_FIXED = 16.0
 _LARGEST_RELATIVE = 4.0
 
 
-def squared_distances(points: Float[Array, "b n u"]) -> Float[Array, "u b b"]:
-    """Squared distances between images, for each unit.
+def centred_by_unit(points: Float[Array, "b n u"]) -> Float[Array, "u n b"]:
+    """Points with units first and images last, their batch mean taken out, in float32.
 
-    The batch mean is taken out first: distances do not see it, float32 cancellation does.
+    Distances do not see the mean, float32 cancellation does. In this order a unit's Gram matrix is
+    a product of contiguous matrices, and all reductions over images run along memory.
     """
-    points = points.astype(jnp.float32)
-    points = points - points.mean(axis=0)
-    gram = jnp.einsum("bnu,cnu->ubc", points, points, precision=jax.lax.Precision.HIGHEST)
+    moved = jnp.transpose(points.astype(jnp.float32), (2, 1, 0))
+    # Without the barrier the compiler moves the transposition into every use, at several times the
+    # cost.
+    moved = jax.lax.optimization_barrier(moved)
+    return moved - moved.mean(axis=-1, keepdims=True)
+
+
+def squared_distances(centred: Float[Array, "u n b"]) -> Float[Array, "u b b"]:
+    """Squared distances between images, for each unit of `centred_by_unit`."""
+    gram = jnp.einsum("unb,unc->ubc", centred, centred, precision=jax.lax.Precision.HIGHEST)
     norms = jnp.diagonal(gram, axis1=1, axis2=2)
     squared = jnp.maximum(norms[:, :, None] + norms[:, None, :] - 2 * gram, 0.0)
-    return squared * (1.0 - jnp.eye(points.shape[0], dtype=jnp.float32))
+    return squared * (1.0 - jnp.eye(centred.shape[-1], dtype=jnp.float32))
 
 
 def rbf_kernel(
@@ -67,16 +75,18 @@ def center(kernel: Float[Array, "*u b b"]) -> Float[Array, "*u b b"]:
     )
 
 
-def hsic(kernels: Float[Array, "u b b"], references: Float[Array, "r b b"]) -> Float[Array, "u r"]:
-    """HSIC of every unit's kernel with every reference kernel, without the 1 / (b - 1)^2.
+def hsic(
+    kernels: Float[Array, "*u b b"], references: Float[Array, "*#u b b"]
+) -> Float[Array, "*u"]:
+    """HSIC of every kernel with its reference kernel, without the 1 / (b - 1)^2.
 
         HSIC(K, L) = trace(cen(K) cen(L)) = <K, cen(L)>
 
-    Centring is a projection, so that only the few references need it.
+    Centring is a projection, so that only the few references need it; they broadcast against the
+    kernels. A plain sum, which the compiler fuses with the kernel's exponential: a matrix product
+    would have to write the kernels to memory first.
     """
-    return jnp.einsum(
-        "ubc,rbc->ur", kernels, center(references), precision=jax.lax.Precision.HIGHEST
-    )
+    return (kernels * center(references)).sum(axis=(-2, -1))
 
 
 def linear_kernel(points: Float[Array, "b c"]) -> Float[Array, "b b"]:

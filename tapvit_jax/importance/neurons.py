@@ -1,8 +1,9 @@
 """Neuron importance: composite (relevance, redundancy, activation, gradient) and Taylor scores.
 
-A batch takes one jitted pass through the model, then one jitted program per block that scores all
-its units at once; blocks of equal widths share that program. Only sums travel from batch to batch,
-and nothing is read back to the host before the end.
+A batch takes one jitted program: a pass through the model that reduces every block's activations
+to kernels as they appear, and a backward pass where the gradient counts. Blocks of equal widths
+share their compiled code. Only sums travel from batch to batch, on the device, and nothing is read
+back to the host before the end.
 
 Letters: b images, n tokens, h heads, k dims of a head, f MLP hidden, u units, c classes.
 """
@@ -11,28 +12,42 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.hsic import (
     Bandwidth,
+    centred_by_unit,
     hsic,
     linear_kernel,
     rbf_kernel,
     squared_distances,
 )
-from tapvit_jax.models.backbone import TransformerConfig, apply_with_taps, check_prunable
-from tapvit_jax.models.layers import Gates, Taps
+from tapvit_jax.models import backbone
+from tapvit_jax.models.backbone import (
+    TransformerConfig,
+    apply_block_with_taps,
+    check_prunable,
+    classify,
+    embed,
+    visit_blocks,
+)
+from tapvit_jax.models.layers import BlockSpec, Gates, Taps
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.units import unit_key
+from tapvit_jax.sharding import AXIS, data_mesh, replicate, shard_rows
 from tapvit_jax.structs import check_choices
+
+T = TypeVar("T")
 
 Scores = dict[str, Float[np.ndarray, "..."]]
 """Scores by group key of the unit table; higher means keep."""
@@ -41,6 +56,8 @@ Terms = dict[str, dict[str, Float[Array, "..."]]]
 Loss = Literal["label", "entropy", "kl"]
 # Relative to a unit's largest value: what float32 leaves of a coordinate that should be constant.
 _ROUNDING = 1e-6
+# Beyond this, the backward pass keeps the dense layers' outputs only and computes the rest again.
+_MOST_RESIDUAL_BYTES = 5 * 2**30
 Method = Literal["tap", "tap_published", "taylor"]
 
 
@@ -144,6 +161,7 @@ def neuron_importance(
     *,
     config: NeuronConfig | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> Scores:
     """Score every prunable dim and head of a model on a metric dataset.
 
@@ -153,10 +171,12 @@ def neuron_importance(
     Args:
       model: the dense model.
       batches: image batches (b, s, s, ch), or pairs (images, labels), or dicts with "image" and,
-        where the loss asks for it, "label"; a "mask" key drops padding rows.
+        where the loss asks for it, "label"; a "mask" key drops padding rows. Of several processes,
+        each brings its own: process p of P every P-th of all batches, from the p-th on.
       method: "tap" (composite, quirks mended), "tap_published", or "taylor".
       config: overrides what `method` stands for.
       seed: for the classes that loss "kl" samples.
+      mesh: devices of this process that share the batches; by default all.
 
     Returns:
       Scores by unit group: "blocks_i/mlp" (f,), "blocks_i/qk" and "blocks_i/vo" (h, k), and
@@ -173,8 +193,36 @@ def neuron_importance(
     if config.couple_qk_vo:
         _check_coupling(model.config)
     key = jax.random.key(seed)
+    usable = _usable_batches(config, batches)
+    # As many batches at a time as there are devices, each on its own: kernels compare the images
+    # of one batch, so that nothing travels between devices before the end.
+    devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
+    first = list(itertools.islice(usable, len(devices)))
     sums: Terms | None = None
-    for i, batch in enumerate(itertools.islice(batches, config.max_batches)):
+    mesh = data_mesh(devices[: max(1, len(first))])
+    params = replicate(model.params, mesh)
+    for group in _groups(itertools.chain(first, usable), mesh.size):
+        stacked = _stack_group(group, mesh)
+        if sums is None:
+            sums = _no_sums(model.config, config, mesh)
+        sums = _add_batches(model.config, config, mesh, params, sums, *stacked, key)
+    found = {} if sums is None else jax.device_get(sums)
+    found = jax.tree.map(lambda values: values.astype(np.float64).sum(axis=0), found)
+    found = _over_processes(found, model.config, config)
+    if config.scale == "batch":
+        scores = {unit: terms["score"] for unit, terms in found.items()}
+    else:
+        scores = {unit: compose(config, unit, terms) for unit, terms in found.items()}
+    return _finish(model.config, config, jax.device_get(scores))
+
+
+def _usable_batches(
+    config: NeuronConfig, batches: Iterable[Any]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number among the batches of all processes, images and labels of every batch to be scored."""
+    index, processes = distributed.process_index(), distributed.process_count()
+    most = len(range(index, config.max_batches, processes))
+    for i, batch in enumerate(itertools.islice(batches, most)):
         images, labels = unpack_batch(batch)
         if len(images) < 2:
             # A trailing batch of one image has no distances, so it says nothing about units.
@@ -182,19 +230,41 @@ def neuron_importance(
         if config.loss == "label" and config.needs_gradient and not _labelled(labels):
             raise InputError("loss 'label' needs batches with labels")
         labels = np.zeros(len(images), np.int32) if labels is None else labels
-        found = batch_terms(
-            model.config, config, model.params, images, labels, jax.random.fold_in(key, i)
-        )
-        if config.scale == "batch":
-            found = {unit: {"score": compose(config, unit, t)} for unit, t in found.items()}
-        sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-    if sums is None:
-        raise InputError("neuron importance needs at least one batch of two images or more")
-    if config.scale == "batch":
-        scores = {unit: terms["score"] for unit, terms in sums.items()}
+        yield index + i * processes, images, labels
+
+
+def _groups(batches: Iterable[tuple[int, Any, Any]], most: int) -> Iterator[list[tuple]]:
+    """Up to `most` consecutive batches of one size."""
+    for _, same in itertools.groupby(batches, key=lambda batch: len(batch[1])):
+        while group := list(itertools.islice(same, most)):
+            yield group
+
+
+def _stack_group(group: list[tuple], mesh: Mesh) -> tuple[Array, Array, Array, Array]:
+    """Images, labels, numbers and weights of a group, one batch a device.
+
+    Devices without a batch of their own repeat the first one with weight 0.
+    """
+    weights = np.float32([1.0] * len(group) + [0.0] * (mesh.size - len(group)))
+    group = group + group[:1] * (mesh.size - len(group))
+    numbers, images, labels = zip(*group, strict=True)
+    parts = (images, labels, np.asarray(numbers, np.uint32), weights)
+    if mesh.size == 1:
+        parts = (images[0][None], labels[0][None], *parts[2:])
     else:
-        scores = {unit: compose(config, unit, terms) for unit, terms in sums.items()}
-    return _finish(model.config, config, jax.device_get(scores))
+        parts = (np.stack(images), np.stack(labels), *parts[2:])
+    return tuple(shard_rows(part, mesh)[0] for part in parts)
+
+
+def _over_processes(sums: Terms, model_config: TransformerConfig, config: NeuronConfig) -> Terms:
+    """Add up the sums of all processes, some of which may have had no batch."""
+    if not any(distributed.gather(np.array(bool(sums)))):
+        raise InputError("neuron importance needs at least one batch of two images or more")
+    if distributed.process_count() == 1:
+        return jax.tree.map(np.float32, sums)
+    shapes = _term_shapes(model_config, config)
+    sums = sums or jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
+    return jax.tree.map(np.float32, distributed.sum_over_processes(sums))
 
 
 def unpack_batch(batch: Any) -> tuple[Float[np.ndarray, "b s s ch"], Int[np.ndarray, "b"] | None]:
@@ -261,76 +331,183 @@ def batch_terms(
     labels: Int[Array, "b"],
     key: Array,
 ) -> Terms:
-    """The terms of every unit on one batch, not yet scaled; terms of weight 0 are left out."""
+    """The terms of every unit on one batch, not yet scaled; terms of weight 0 are left out.
+
+    Kernels are made as soon as a block has run, so that no activations need to be kept: a kernel
+    has b^2 entries where the activations have b n. Relevance waits for the prediction.
+    """
     loss = config.loss if config.needs_gradient else None
-    logits, taps, gradients = _run_model(model_config, loss, params, images, labels, key)
+    logits, blocks, gradients = dense_pass(
+        model_config, params, images, labels, loss, key, functools.partial(_block_terms, config)
+    )
+    target = linear_kernel(jax.nn.softmax(logits, axis=-1))
     terms: Terms = {}
-    for i in range(len(model_config.blocks)):
-        name = f"blocks_{i}"
-        found = _block_terms(config, logits, taps[name], gradients.get(name, {}))
-        terms |= {unit_key(i, kind): values for kind, values in found.items()}
+    for i, block in enumerate(blocks):
+        for kind, found in block.items():
+            weights = config.mlp if kind == "mlp" else config.attn
+            found = dict(found)
+            kernels = found.pop("kernels")
+            found["relevance"] = hsic(kernels, target).reshape(found["activation"].shape)
+            if weights.gradient > 0:
+                found["gradient"] = _summed_gradient(config, gradients[f"blocks_{i}"][kind])
+            terms[unit_key(i, kind)] = {
+                name: values for name, values in found.items() if getattr(weights, name) > 0
+            }
     return terms
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_model(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _add_batches(
     model_config: TransformerConfig,
-    loss: Loss | None,
+    config: NeuronConfig,
+    mesh: Mesh,
+    params: Params,
+    sums: Terms,
+    images: Float[Array, "v b s s ch"],
+    labels: Int[Array, "v b"],
+    numbers: Int[Array, "v"],
+    weights: Float[Array, "v"],
+    key: Array,
+) -> Terms:
+    """Add every device's batch to its own sums."""
+
+    def on_device(params, sums, images, labels, numbers, weights, key):
+        key = jax.random.fold_in(key, numbers[0])
+        found = _summands(model_config, config, params, images[0], labels[0], key)
+        return jax.tree.map(lambda total, new: total + weights[0] * new, sums, found)
+
+    rows, whole = PartitionSpec(AXIS), PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(whole, rows, rows, rows, rows, rows, whole),
+        out_specs=rows,
+        # Checked, gradients of what all devices have in common would be summed over the devices.
+        check_vma=False,
+    )(params, sums, images, labels, numbers, weights, key)
+
+
+def _summands(
+    model_config: TransformerConfig,
+    config: NeuronConfig,
     params: Params,
     images: Array,
     labels: Array,
     key: Array,
-) -> tuple[Array, dict[str, Taps], dict[str, Gates]]:
-    if loss is not None:
-        return gate_gradients(model_config, params, images, labels, loss, key)
-    return *apply_with_taps(model_config, params, images), {}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _block_terms(
-    config: NeuronConfig, logits: Float[Array, "b c"], tap: Taps, gradients: Gates
-) -> dict[str, dict[str, Float[Array, "..."]]]:
-    target = linear_kernel(jax.nn.softmax(logits, axis=-1))[None]
-    found = {}
-    if "vo" in tap:
-        found["vo"] = _attention_terms(config, tap["vo"], target)
-        if not config.couple_qk_vo:
-            found["qk"] = _query_key_terms(config, tap, target)
-    if "mlp" in tap:
-        found["mlp"] = _mlp_terms(config, tap["mlp"], target)
-    for kind, term in found.items():
-        weights = config.mlp if kind == "mlp" else config.attn
-        if weights.gradient > 0:
-            term["gradient"] = _summed_gradient(config, gradients[kind])
-        found[kind] = {n: values for n, values in term.items() if getattr(weights, n) > 0}
+) -> Terms:
+    found = batch_terms(model_config, config, params, images, labels, key)
+    if config.scale == "batch":
+        return {unit: {"score": compose(config, unit, terms)} for unit, terms in found.items()}
     return found
 
 
-def _relevance_kernel(
-    config: NeuronConfig, points: Float[Array, "b n u"], shared: Float[Array, "u b b"]
-) -> Float[Array, "u b b"]:
-    if not config.standardize:
-        return shared
+def _no_sums(
+    model_config: TransformerConfig,
+    config: NeuronConfig,
+    mesh: Mesh,
+) -> Terms:
+    shapes = _term_shapes(model_config, config)
+    rows = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=rows), shapes
+    )
+
+
+def _term_shapes(model_config: TransformerConfig, config: NeuronConfig) -> Terms:
+    """Shapes of the terms, which depend neither on the batch size nor on the images."""
+    side, channels = model_config.image_size, model_config.in_channels
+    return jax.eval_shape(
+        functools.partial(_summands, model_config, config),
+        backbone.param_shapes(model_config),
+        jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+        jax.random.key(0),
+    )
+
+
+def dense_pass(
+    model_config: TransformerConfig,
+    params: Params,
+    images: Float[Array, "b s s ch"],
+    labels: Int[Array, "b"],
+    loss: Loss | None,
+    key: Array,
+    summarize: Callable[[Taps], T],
+) -> tuple[Float[Array, "b c"], list[T], dict[str, Gates]]:
+    """Logits, what `summarize` makes of every block's taps, and the gates' gradients if asked."""
+    if loss is not None:
+        return gate_gradients(model_config, params, images, labels, loss, key, summarize)
+    return *_forward(model_config, params, images, None, summarize), {}
+
+
+def _forward(
+    model_config: TransformerConfig,
+    params: Params,
+    images: Array,
+    gates: dict[str, Gates] | None,
+    summarize: Callable[[Taps], T],
+) -> tuple[Array, list[T]]:
+    def visit(spec: BlockSpec, part: Params, x: Array, gate: Gates | None) -> tuple[Array, T]:
+        x, taps = apply_block_with_taps(spec, part, x, gate)
+        return x, summarize(jax.lax.stop_gradient(taps))
+
+    if gates is not None and _residual_bytes(model_config, len(images)) > _MOST_RESIDUAL_BYTES:
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        visit = jax.checkpoint(visit, policy=kept, static_argnums=0)
+    count = len(model_config.blocks)
+    inputs = [None if gates is None else gates[f"blocks_{i}"] for i in range(count)]
+    x = embed(model_config, params, images)
+    x, found = visit_blocks(model_config, params, x, visit, inputs)
+    return classify(model_config, params, x), found
+
+
+def _residual_bytes(config: TransformerConfig, images: int) -> int:
+    """About what a backward pass keeps of the forward pass."""
+    total = 0
+    for i, block in enumerate(config.blocks):
+        spec = config.block_spec(i)
+        heads = block.num_heads * (2 * block.qk_dim + 2 * block.v_dim + 2 * spec.attended)
+        total += spec.tokens * (6 * spec.embed_dim + 3 * block.mlp_dim + heads)
+    return 4 * images * total
+
+
+def _block_terms(config: NeuronConfig, tap: Taps) -> dict[str, dict[str, Float[Array, "..."]]]:
+    """Redundancy, activation and the kernels for relevance of one block's units, by kind."""
+    found = {}
+    if "vo" in tap:
+        found["vo"] = _attention_terms(config, tap["vo"])
+        if not config.couple_qk_vo:
+            found["qk"] = _query_key_terms(config, tap)
+    if "mlp" in tap:
+        found["mlp"] = _mlp_terms(config, tap["mlp"])
+    return found
+
+
+def _kernels(
+    config: NeuronConfig, weights: TermWeights, points: Float[Array, "b n u"]
+) -> tuple[Float[Array, "u b b"], Float[Array, "u b b"]]:
+    """Kernels of the units for redundancy and for relevance."""
+    centred = centred_by_unit(points)
+    plain = rbf_kernel(squared_distances(centred), config.bandwidth)
+    if not config.standardize or weights.relevance == 0:
+        return plain, plain
     # Constant coordinates are common (the first block's class token, empty image borders): divided
     # by the deviation that rounding leaves them, they would drown all others.
-    points = points.astype(jnp.float32)
-    rounding = _ROUNDING * jnp.abs(points).max(axis=(0, 1))
-    points = points - points.mean(axis=0)
-    deviation = jnp.sqrt(jnp.square(points).sum(axis=0) / (points.shape[0] - 1))
+    rounding = _ROUNDING * jnp.abs(points.astype(jnp.float32)).max(axis=(0, 1))[:, None, None]
+    squares = jnp.square(centred).sum(axis=-1, keepdims=True)
+    deviation = jnp.sqrt(squares / (centred.shape[-1] - 1))
     varies = deviation > rounding
-    points = jnp.where(varies, points / jnp.where(varies, deviation, 1.0), 0.0)
-    return rbf_kernel(squared_distances(points), config.bandwidth)
+    standard = centred * jnp.where(varies, 1.0 / jnp.where(varies, deviation, 1.0), 0.0)
+    return plain, rbf_kernel(squared_distances(standard), config.bandwidth)
 
 
-def _mlp_terms(
-    config: NeuronConfig, hidden: Float[Array, "b n f"], target: Float[Array, "1 b b"]
-) -> dict[str, Float[Array, "f"]]:
-    kernels = rbf_kernel(squared_distances(hidden), config.bandwidth)
+def _mlp_terms(config: NeuronConfig, hidden: Float[Array, "b n f"]) -> dict[str, Float[Array, "f"]]:
+    plain, relevance = _kernels(config, config.mlp, hidden)
     mean = hidden.astype(jnp.float32).mean(axis=-1, keepdims=True)
-    reference = rbf_kernel(squared_distances(mean), config.bandwidth)
+    reference = rbf_kernel(squared_distances(centred_by_unit(mean)), config.bandwidth)
     return {
-        "relevance": hsic(_relevance_kernel(config, hidden, kernels), target)[:, 0],
-        "redundancy": hsic(kernels, reference)[:, 0],
+        "kernels": relevance,
+        "redundancy": hsic(plain, reference),
         "activation": jnp.abs(hidden.astype(jnp.float32)).sum(axis=(0, 1)),
     }
 
@@ -339,30 +516,26 @@ def _head_terms(
     config: NeuronConfig,
     points: Float[Array, "b n h k"],
     activation: Float[Array, "h k"],
-    target: Float[Array, "1 b b"],
 ) -> dict[str, Float[Array, "h k"]]:
     b, n, h, k = points.shape
-    units = points.reshape(b, n, h * k)
-    kernels = rbf_kernel(squared_distances(units), config.bandwidth)
+    plain, relevance = _kernels(config, config.attn, points.reshape(b, n, h * k))
     means = points.astype(jnp.float32).mean(axis=-1)
-    references = rbf_kernel(squared_distances(means), config.bandwidth)
-    relevance = hsic(_relevance_kernel(config, units, kernels), target)[:, 0]
-    with_heads = hsic(kernels, references).reshape(h, k, h)
-    others = 1.0 - jnp.eye(h)
-    redundancy = jnp.einsum("hkr,hr->hk", with_heads, others) / max(h - 1, 1)
+    references = rbf_kernel(squared_distances(centred_by_unit(means)), config.bandwidth)
+    # HSIC is linear in the reference: the mean over the other heads is one kernel a head.
+    others = (references.sum(axis=0) - references) / max(h - 1, 1)
     return {
-        "relevance": relevance.reshape(h, k),
-        "redundancy": redundancy,
+        "kernels": relevance,
+        "redundancy": hsic(plain.reshape(h, k, b, b), others[:, None]),
         "activation": activation,
     }
 
 
 def _attention_terms(
-    config: NeuronConfig, out: Float[Array, "b *w n h v"], target: Float[Array, "1 b b"]
+    config: NeuronConfig, out: Float[Array, "b *w n h v"]
 ) -> dict[str, Float[Array, "h v"]]:
     out = _join_windows(out)
     activation = jnp.abs(out.astype(jnp.float32)).sum(axis=(0, 1))
-    return _head_terms(config, out, activation, target)
+    return _head_terms(config, out, activation)
 
 
 def _join_windows(x: Float[Array, "b *w n h k"]) -> Float[Array, "b wn h k"]:
@@ -370,9 +543,7 @@ def _join_windows(x: Float[Array, "b *w n h k"]) -> Float[Array, "b wn h k"]:
     return x.reshape(x.shape[0], math.prod(x.shape[1:-2]), *x.shape[-2:])
 
 
-def _query_key_terms(
-    config: NeuronConfig, tap: Taps, target: Float[Array, "1 b b"]
-) -> dict[str, Float[Array, "h k"]]:
+def _query_key_terms(config: NeuronConfig, tap: Taps) -> dict[str, Float[Array, "h k"]]:
     # A query-key dim acts through the products q_nj k_mj, whose norm over all token pairs of an
     # image is |q_j| |k_j|; with windows, those of all windows together. Its coordinates are both
     # halves, each token once as query, once as key.
@@ -380,7 +551,7 @@ def _query_key_terms(
     pairs = jnp.square(q).sum(axis=-3) * jnp.square(k).sum(axis=-3)
     norms = jnp.sqrt(pairs.sum(axis=1) if pairs.ndim == 4 else pairs)
     q, k = _join_windows(q), _join_windows(k)
-    return _head_terms(config, jnp.concatenate([q, k], axis=1), norms.sum(axis=0), target)
+    return _head_terms(config, jnp.concatenate([q, k], axis=1), norms.sum(axis=0))
 
 
 def _summed_gradient(config: NeuronConfig, gradient: Float[Array, "b ..."]) -> Array:
@@ -395,13 +566,14 @@ def gate_gradients(
     labels: Int[Array, "b"],
     loss: Loss,
     key: Array,
-) -> tuple[Float[Array, "b c"], dict[str, Taps], dict[str, Gates]]:
-    """Logits, taps, and each image's gradient of its loss with respect to gates of one.
+    summarize: Callable[[Taps], T] = lambda taps: taps,
+) -> tuple[Float[Array, "b c"], list[T], dict[str, Gates]]:
+    """Logits, a summary of every block's taps, and every image's gradients at gates of one.
 
-    The gradient with respect to a unit's gate is sum over tokens of a dL/da, so that its size is
-    the first-order (Taylor) estimate of what removing the unit does to the loss. Images do not mix,
-    so that the gradient of the summed loss with respect to per-image gates holds every image's own
-    gradient: the vmap of grad, in one backward pass.
+    The gradient of an image's loss with respect to a unit's gate is sum over tokens of a dL/da, so
+    that its size is the first-order (Taylor) estimate of what removing the unit does to the loss.
+    Images do not mix, so that the gradient of the summed loss with respect to per-image gates holds
+    every image's own gradient: the vmap of grad, in one backward pass.
 
     With loss "kl" the loss is -log p_y for a class y drawn from the model's own prediction. The
     divergence of the dense output from the gated one has no gradient at gates of one; its leading
@@ -422,7 +594,7 @@ def gate_gradients(
         gates[f"blocks_{i}"] = gate
 
     def total_loss(gates):
-        logits, taps = apply_with_taps(config, params, images, gates)
+        logits, taps = _forward(config, params, images, gates, summarize)
         log_p = jax.nn.log_softmax(logits)
         if loss == "entropy":
             total = -(jnp.exp(log_p) * log_p).sum()

@@ -1,7 +1,8 @@
 """All backbones behind one set of functions: pure over (config, params, images)."""
 
 import functools
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,8 @@ from tapvit_jax.models.resnet import ResNetConfig
 from tapvit_jax.models.swin import Swin, SwinConfig
 from tapvit_jax.models.vit import ViT, ViTConfig
 from tapvit_jax.structs import from_plain
+
+T = TypeVar("T")
 
 TransformerConfig = ViTConfig | SwinConfig
 """Backbones that can be pruned."""
@@ -106,12 +109,87 @@ def apply_block(
     spec: BlockSpec, params: Params, x: Float[Array, "b n d"], gates: Gates | None = None
 ) -> Float[Array, "b n d"]:
     """One block on its own, from its part of the parameter tree (`block_params`)."""
-    return Block(spec).apply({"params": params}, x, gates)[0]
+    return apply_block_with_taps(spec, params, x, gates)[0]
+
+
+def apply_block_with_taps(
+    spec: BlockSpec, params: Params, x: Float[Array, "b n d"], gates: Gates | None = None
+) -> tuple[Float[Array, "b n d"], Taps]:
+    """One block on its own, and the activations of its units."""
+    return Block(spec).apply({"params": params}, x, gates)
 
 
 def block_params(params: Params, i: int) -> Params:
     """A block's part of the parameter tree; a block without branches has none."""
     return params.get(f"blocks_{i}", {})
+
+
+class BlockRun(NamedTuple):
+    """Consecutive blocks in which `period` specs repeat `repeats` times, from block `start` on."""
+
+    start: int
+    period: int
+    repeats: int
+
+
+@functools.lru_cache(maxsize=256)
+def block_runs(config: TransformerConfig) -> tuple[BlockRun, ...]:
+    """Cut a backbone's blocks into runs that one compiled body serves.
+
+    A dense ViT is one run; Swin's blocks alternate between plain and shifted windows, so that
+    patterns of two count as well.
+    """
+    specs = [config.block_spec(i) for i in range(len(config.blocks))]
+    runs, start = [], 0
+    while start < len(specs):
+        options = []
+        for period in (1, 2):
+            pattern = specs[start : start + period]
+            repeats = 1
+            while specs[(at := start + repeats * period) : at + period] == pattern:
+                repeats += 1
+            if repeats > 1 or period == 1:
+                options.append(BlockRun(start, period, repeats))
+        runs.append(max(options, key=lambda run: run.period * run.repeats))
+        start += runs[-1].period * runs[-1].repeats
+    return tuple(runs)
+
+
+def visit_blocks(
+    config: TransformerConfig,
+    params: Params,
+    x: Float[Array, "b n d"],
+    visit: Callable[[BlockSpec, Params, Array, Any], tuple[Array, T]],
+    inputs: Sequence[Any],
+) -> tuple[Float[Array, "b n d"], list[T]]:
+    """Pass x through all blocks by `visit(spec, params, x, input) -> (x, output)`.
+
+    Blocks of one run share their compiled code (`jax.lax.scan` over stacked parameters and inputs),
+    so that a deep network compiles as fast as a shallow one. Returns x and every block's output.
+    """
+    outputs: list[T] = []
+    for run in block_runs(config):
+        specs = [config.block_spec(run.start + j) for j in range(run.period)]
+
+        def body(x: Array, parts: Any, specs: list[BlockSpec] = specs) -> tuple[Array, list[T]]:
+            found = []
+            for spec, (part, given) in zip(specs, parts, strict=True):
+                x, output = visit(spec, part, x, given)
+                found.append(output)
+            return x, found
+
+        periods = []
+        for i in range(run.start, run.start + run.period * run.repeats, run.period):
+            blocks = range(i, i + run.period)
+            periods.append([(block_params(params, j), inputs[j]) for j in blocks])
+        if run.repeats == 1:
+            x, found = body(x, periods[0])
+            outputs += found
+            continue
+        x, stacked = jax.lax.scan(body, x, jax.tree.map(lambda *a: jnp.stack(a), *periods))
+        for i in range(run.repeats):
+            outputs += jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    return x, outputs
 
 
 def classify(

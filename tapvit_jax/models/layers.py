@@ -6,6 +6,7 @@ dim, f MLP hidden.
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -158,6 +159,29 @@ class Attention(nn.Module):
         return project(out), taps
 
 
+@jax.custom_vjp
+def exact_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU, x Phi(x), with a derivative that is computed from x alone.
+
+    JAX's own derivative goes through the pieces of erfc and keeps four arrays of the MLP's size:
+    backward passes through a ViT take a fifth longer.
+    """
+    return nn.gelu(x, approximate=False)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return exact_gelu(x), x
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    distribution = 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+    density = jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
+    return (gradient * (distribution + x * density),)
+
+
+exact_gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
 class Mlp(nn.Module):
     """Two dense layers around the exact GELU."""
 
@@ -168,7 +192,7 @@ class Mlp(nn.Module):
         self, x: Float[Array, "b n d"], gates: Gates | None = None
     ) -> tuple[Float[Array, "b n d"], Taps]:
         dense = functools.partial(nn.Dense, kernel_init=kernel_init, dtype=self.spec.dtype)
-        hidden = nn.gelu(dense(self.spec.widths.mlp_dim, name="fc1")(x), approximate=False)
+        hidden = exact_gelu(dense(self.spec.widths.mlp_dim, name="fc1")(x))
         taps = {"mlp": hidden}
         hidden = _apply_gate(hidden, gates, "mlp")
         return dense(self.spec.embed_dim, name="fc2")(hidden), taps

@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 
-from tapvit_jax.importance.hsic import center, hsic, linear_kernel, rbf_kernel, squared_distances
+from tapvit_jax.importance.hsic import (
+    center,
+    centred_by_unit,
+    hsic,
+    linear_kernel,
+    rbf_kernel,
+)
+from tapvit_jax.importance.hsic import squared_distances as distances_of_centred
+
+
+def squared_distances(points):
+    return distances_of_centred(centred_by_unit(points))
 
 
 def slow_kernel(points, bandwidth):
@@ -56,7 +67,7 @@ def test_hsic_is_the_trace_of_the_centred_product(points):
     kernels = np.asarray(rbf_kernel(squared_distances(points)))
     rng = np.random.default_rng(1)
     references = np.asarray(rbf_kernel(squared_distances(rng.standard_normal((6, 5, 3)))))
-    found = hsic(kernels, references)
+    found = hsic(kernels[:, None], references[None])
     expected = [[slow_hsic(np.float64(k), np.float64(r)) for r in references] for k in kernels]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
@@ -79,7 +90,7 @@ def test_the_order_of_the_images_does_not_matter(points):
     targets, order = rng.standard_normal((6, 2)).astype(np.float32), rng.permutation(6)
 
     def score(points, targets):
-        return hsic(rbf_kernel(squared_distances(points)), linear_kernel(targets)[None])[:, 0]
+        return hsic(rbf_kernel(squared_distances(points)), linear_kernel(targets))
 
     expected = score(points, targets)
     np.testing.assert_allclose(score(points[order], targets[order]), expected, rtol=1e-4, atol=1e-5)

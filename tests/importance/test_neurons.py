@@ -82,7 +82,7 @@ class SlowScores:
         p /= p.sum(axis=1, keepdims=True)
         p -= p.mean(axis=0)
         self.target = p @ p.T
-        for name, tap in taps.items():
+        for name, tap in ((f"blocks_{i}", tap) for i, tap in enumerate(taps)):
             tap = {kind: np.asarray(value, np.float64) for kind, value in tap.items()}
             if "mlp" in tap:
                 self._keep(f"{name}/mlp", self._mlp(tap["mlp"]), gradients)
@@ -160,7 +160,8 @@ def slow_scores(model, config, batches, seed=0):
         key = jax.random.fold_in(jax.random.key(seed), i)
         # The gradients have their own test below.
         loss = config.loss if config.needs_gradient else None
-        slow.add(*neurons._run_model(model.config, loss, model.params, images, ZEROS, key))
+        run = functools.partial(neurons.dense_pass, model.config, model.params, loss=loss)
+        slow.add(*run(images=images, labels=ZEROS, key=key, summarize=lambda taps: taps))
     return slow.result()
 
 
@@ -193,7 +194,7 @@ def test_coordinates_are_standardised_and_constant_ones_say_nothing(bandwidth):
     constant = points[:1, 0].copy()
     for first in (0, constant, np.nextafter(constant, rng.choice([-99, 99], (6, 3)).astype("f4"))):
         points[:, 0] = first
-        found = neurons._relevance_kernel(config, points, None)
+        _, found = neurons._kernels(config, config.mlp, points)
         for u in range(3):
             expected = slow_kernel(standardised(np.float64(points[:, 1:, u])), bandwidth)
             np.testing.assert_allclose(found[u], expected, rtol=1e-4, atol=1e-6)
@@ -307,17 +308,17 @@ def test_batches_come_as_arrays_pairs_and_dicts(images, labels):
 
 def test_no_batch_beyond_max_batches_is_read(tiny_config, images, monkeypatch):
     def terms(model_config, config, params, images, labels, key):
-        return {"blocks_0/mlp": {"activation": jnp.asarray(images[:3, 0, 0, 0])}}
+        return {"blocks_0/mlp": {"activation": jnp.asarray(images[:2, 0, 0, :3].sum(axis=0))}}
 
     def batches():
         for i in range(3):
-            yield images + i**2 * np.arange(6, dtype=np.float32)[:, None, None, None]
+            yield images + i**2 * np.arange(3, dtype=np.float32)
         raise AssertionError("read too far")
 
     monkeypatch.setattr(neurons, "batch_terms", terms)
     model = with_blocks(tiny_config, BlockConfig(0, 0, 0, 3, attn=False))
     found = neuron_importance(model, batches(), config=NeuronConfig(max_batches=3))
-    summed = 3 * np.float64(images[:3, 0, 0, 0]) + 5 * np.arange(3)
+    summed = 3 * np.float64(images[:2, 0, 0]).sum(axis=0) + 2 * 5 * np.arange(3)
     np.testing.assert_allclose(found["blocks_0/mlp"], 0.3 * scaled(summed), rtol=1e-5)
 
 
