@@ -1,7 +1,10 @@
 """Training checkpoints through orbax: whole training states, kept until the run is finished."""
 
+import contextlib
 import logging
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +12,49 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import content_hash
+from tapvit_jax.files import read_json, write_json
+from tapvit_jax.stages import differences
+
+_KEPT = 2
+_NAME = re.compile(r"step_(\d{9})")
+_LAYOUT = 1
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The latest state of one training run, in one directory.
+    """The latest states of one training run, in one directory.
 
-    Orbax writes each state beside the last one and renames it when it is whole, so that a run that
-    is killed at any moment resumes from a whole state.
+    Orbax writes a state and renames it when it is whole; a note of its files, its identity and what
+    was measured is written behind it. A state without its note, or whose files are not as noted, is
+    left aside and the one before is taken: a run that is killed at any moment, even while it saves,
+    goes on from a whole state. Several processes need a directory that all of them see; process 0
+    decides which state all of them take.
 
     As a context manager it removes them when the body succeeds and keeps them otherwise.
 
     Args:
       directory: where to keep them.
       identity: plain values that say which run this is; a resumed run must have the same.
+
+    Raises:
+      InputError: the directory cannot be made or written to.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any]):
         # Orbax tells every step of its work at INFO level; users want the progress line instead.
         logging.getLogger("absl").setLevel(logging.WARNING)
         self._directory = directory.resolve()
-        if self._directory.exists() and not self._directory.is_dir():
-            raise InputError(f"{directory}: cannot hold checkpoints (is a file)")
-        self._identity = content_hash(identity)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=1, create=True, enable_async_checkpointing=False
-        )
-        try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
-        except OSError as error:
-            raise InputError(f"{directory}: cannot hold checkpoints ({error})") from error
+        self._identity = identity
+        if distributed.is_main():
+            with self._disk_errors():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                for left in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(left)
+        distributed.barrier("checkpoints")
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -47,46 +62,139 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         self.close(delete=kind is None)
 
-    def save(self, epoch: int, state: Any, record: dict[str, Any]) -> None:
-        """Keep the state after an epoch, and what was measured so far."""
-        meta = {"identity": self._identity, "record": record}
-        self._manager.save(
-            epoch,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_entries(state)), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Keep the state after a step, and what was measured so far.
 
-    def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The latest epoch, state and record, or None when there is none.
+        Raises:
+          InputError: the disk is full or cannot be written to.
+        """
+        target = self._path(step)
+        entries = _entries(state)
+        with self._disk_errors():
+            self._orbax.save(target, args=ocp.args.StandardSave(entries), force=True)
+            if distributed.is_main():
+                note = {
+                    "layout": _LAYOUT,
+                    "identity": self._identity,
+                    "record": record,
+                    "shapes": _shapes(entries),
+                    "bytes": _sizes(target),
+                }
+                write_json(_note(target), note)
+                for old in self._steps()[_KEPT:]:
+                    self._remove(self._path(old))
+
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The latest whole state and its record, or None when there is none.
 
         Raises:
           InputError: the checkpoints belong to another run.
         """
-        epoch = self._manager.latest_step()
-        if epoch is None:
-            return None
-        meta = self._manager.restore(epoch, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        if meta["meta"]["identity"] != self._identity:
-            raise InputError(
-                f"{self._directory}: holds checkpoints of a run with another configuration; "
-                "choose another work directory or delete them"
-            )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _entries(template))
-        found = self._manager.restore(
-            epoch, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )["state"]
-        leaves, structure = jax.tree.flatten(template)
-        leaves = [found.get(str(i), leaf) for i, leaf in enumerate(leaves)]
-        return epoch, jax.tree.unflatten(structure, leaves), meta["meta"]["record"]
+        entries = _entries(template)
+        for step in self._agreed(self._steps()):
+            target = self._path(step)
+            reason, note = self._examine(target, entries)
+            # Process 0 has the word: what others see of the directory may be older.
+            if distributed.sum_over_processes(np.array(float(reason is not None)))[()]:
+                reason = reason or "another process cannot read it"
+            elif differing := differences(note["identity"], self._identity):
+                raise InputError(
+                    f"{self._directory}: holds checkpoints of a run with another configuration; "
+                    f"these fields differ: {', '.join(differing)}. Choose another work directory "
+                    "or delete them"
+                )
+            else:
+                found, reason = self._read(target, entries)
+                if reason is None:
+                    leaves, structure = jax.tree.flatten(template)
+                    leaves = [found.get(str(i), leaf) for i, leaf in enumerate(leaves)]
+                    return jax.tree.unflatten(structure, leaves), note["record"]
+            log.warning("%s: left aside, %s; taking the one before, if any", target, reason)
+        return None
 
     def close(self, delete: bool = False) -> None:
         """Release the directory; `delete` removes it once the run's result is stored elsewhere."""
-        self._manager.close()
+        self._orbax.close()
         if delete:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            distributed.barrier("checkpoints done")
+            if distributed.is_main():
+                shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"step_{step:09}"
+
+    def _steps(self) -> list[int]:
+        found = {_NAME.fullmatch(path.stem) for path in self._directory.glob("step_*")}
+        return sorted({int(match[1]) for match in found if match}, reverse=True)
+
+    def _agreed(self, steps: list[int]) -> list[int]:
+        newest = np.full(_KEPT + 2, -1, np.int64)
+        newest[: len(steps)] = steps[: len(newest)]
+        return [int(step) for step in distributed.gather(newest)[0] if step >= 0]
+
+    def _examine(self, target: Path, entries: dict[str, Any]) -> tuple[str | None, Any]:
+        """What is wrong with a checkpoint, and its note."""
+        if not _note(target).exists():
+            return "it was not finished", None
+        try:
+            note = read_json(_note(target))
+        except InputError as error:
+            return str(error), None
+        if not isinstance(note, dict) or note.get("layout") != _LAYOUT:
+            return "its note is not of this version", None
+        if not target.is_dir() or _sizes(target) != note["bytes"]:
+            return "its files are truncated or missing", None
+        # Behind the identity, which names what differs.
+        if note["identity"] == self._identity and _shapes(entries) != note["shapes"]:
+            return "it was made for another number of devices", None
+        return None, note
+
+    def _read(self, target: Path, entries: dict[str, Any]) -> tuple[Any, str | None]:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, entries)
+        found, reason = None, None
+        try:
+            found = self._orbax.restore(target, args=ocp.args.StandardRestore(abstract))
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = f"it cannot be read ({_first_line(error)})"
+        if distributed.sum_over_processes(np.array(float(reason is not None)))[()]:
+            return None, reason or "another process cannot read it"
+        return found, None
+
+    def _remove(self, target: Path) -> None:
+        # The note goes first: without it the rest does not count as a checkpoint.
+        _note(target).unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            # Tensorstore has its own errors; when a state is written all of them are the disk's.
+            raise InputError(
+                f"{self._directory}: cannot hold checkpoints ({_first_line(error)})"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _note(target: Path) -> Path:
+    return target.with_suffix(".json")
 
 
 def _entries(state: Any) -> dict[str, Any]:
     # Orbax refuses arrays without entries, which fully pruned widths have.
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state)) if np.size(leaf)}
+
+
+def _shapes(entries: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: [str(leaf.dtype), *leaf.shape] for name, leaf in entries.items()}
+
+
+def _sizes(target: Path) -> dict[str, int]:
+    files = (path for path in target.rglob("*") if path.is_file())
+    return {path.relative_to(target).as_posix(): path.stat().st_size for path in files}

@@ -1,21 +1,29 @@
-"""Exact evaluation: every example counts once, whatever the batch size."""
+"""Exact evaluation: every example counts once, whatever the batch size and number of hosts."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
+from tapvit_jax import distributed
+from tapvit_jax.data.base import ImageSource, check_indices
+from tapvit_jax.data.pipeline import batches as read_batches
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
+from tapvit_jax.sharding import replicate, shard_rows
 
 Forward = Callable[[Any, Params, Float[Array, "b s s ch"]], Float[Array, "b c"]]
 """Logits from (config, params, images)."""
+
+KEYS = ("image", "label", "mask")
+"""What a network sees of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +40,27 @@ class Metrics:
     loss: float
     count: int
 
+    @classmethod
+    def of_sums(cls, sums: Float[np.ndarray, "4"]) -> "Metrics":
+        """Metrics from sums as `batch_sums` makes them.
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_sums(forward: Forward, config: Any, params: Params, batch: Mapping) -> Float[Array, "4"]:
+        Raises:
+          InputError: no examples, or a label that the network does not have.
+        """
+        correct, loss, count, foreign = map(float, sums)
+        if count == 0:
+            raise InputError("evaluation needs at least one example")
+        if foreign:
+            raise InputError(
+                f"{round(foreign)} of {round(count)} labels are beyond the network's classes"
+            )
+        return cls(top1=correct / count, loss=loss / count, count=round(count))
+
+
+def batch_sums(
+    forward: Forward, config: Any, params: Params, batch: Mapping[str, Array]
+) -> Float[Array, "4"]:
+    """Sums over a batch: correct, cross-entropy, examples, labels that the network lacks."""
     logits = forward(config, params, batch["image"]).astype(jnp.float32)
     labels, mask = batch["label"], batch["mask"]
     log_p = jax.nn.log_softmax(logits)
@@ -44,33 +70,79 @@ def _batch_sums(forward: Forward, config: Any, params: Params, batch: Mapping) -
     return jnp.stack([(values * mask).sum() for values in (correct, loss, jnp.ones(()), foreign)])
 
 
+_batch_sums = jax.jit(batch_sums, static_argnums=(0, 1))
+
+
 def evaluate(
     config: Any,
     params: Params,
     batches: Iterable[Mapping[str, np.ndarray]],
     forward: Forward = backbone.apply,
+    *,
+    mesh: Mesh | None = None,
+    shared: bool = False,
 ) -> Metrics:
     """Top-1 and cross-entropy over batches with keys "image", "label" and "mask".
 
     Sums stay on the device until the end.
 
+    Args:
+      config: the network's config.
+      params: its parameters.
+      batches: the examples; padding has mask 0.
+      forward: logits from (config, params, images).
+      mesh: devices of this process over which the rows of a batch are spread; None is one device.
+      shared: `batches` are this process's share of the examples; sums are added over all processes.
+
     Raises:
       InputError: no examples, or an example without a label or with one that the network does not
-        have.
+        have; on every process where the examples are shared out.
     """
-    total = None
+    if mesh is not None:
+        params = replicate(params, mesh)
+    total, unlabelled = None, False
     for batch in batches:
         labels = np.asarray(batch["label"])
-        if (labels[np.asarray(batch["mask"]) > 0] < 0).any():
-            raise InputError("evaluation needs labels, found images without one")
-        batch = {name: batch[name] for name in ("image", "label", "mask")}
+        unlabelled = bool((labels[np.asarray(batch["mask"]) > 0] < 0).any())
+        if unlabelled:
+            break
+        batch = {name: batch[name] for name in KEYS}
+        if mesh is not None:
+            batch = {name: shard_rows(array, mesh)[0] for name, array in batch.items()}
         found = _batch_sums(forward, config, params, batch)
         total = found if total is None else total + found
-    correct, loss, count, foreign = (0.0,) * 4 if total is None else map(float, total)
-    if count == 0:
-        raise InputError("evaluation needs at least one example")
-    if foreign:
-        raise InputError(
-            f"{round(foreign)} of {round(count)} labels are beyond the network's classes"
-        )
-    return Metrics(top1=correct / count, loss=loss / count, count=round(count))
+    sums = np.append(np.zeros(4) if total is None else np.asarray(total, np.float64), unlabelled)
+    if shared:
+        sums = distributed.sum_over_processes(sums)
+    if sums[-1]:
+        raise InputError("evaluation needs labels, found images without one")
+    return Metrics.of_sums(sums[:-1])
+
+
+def evaluate_indices(
+    config: Any,
+    params: Params,
+    source: ImageSource,
+    indices: Int[np.ndarray, "n"],
+    preprocess: Preprocess,
+    batch_size: int,
+    forward: Forward = backbone.apply,
+    *,
+    mesh: Mesh | None = None,
+    workers: int = 0,
+) -> Metrics:
+    """Top-1 and cross-entropy over images of a source, on any number of hosts.
+
+    Every process reads and evaluates its own share of the images, `batch_size` at a time, and all
+    of them return the same.
+
+    Raises:
+      InputError: as `evaluate`, or an image cannot be read.
+    """
+    indices = check_indices(indices, source)
+    own = distributed.share(len(indices))
+    found = read_batches(
+        source, indices[own.start : own.stop], preprocess, batch_size, workers=workers
+    )
+    shared = distributed.process_count() > 1
+    return evaluate(config, params, found, forward, mesh=mesh, shared=shared)

@@ -1,0 +1,255 @@
+"""One step of training: the recipe, the schedule, augmentation, the loss and the update."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, UInt32
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.models import backbone
+from tapvit_jax.models.params import Params
+from tapvit_jax.structs import check_choices
+from tapvit_jax.train.evaluate import Forward
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+      epochs: passes over the training set; 0 trains nothing.
+      images_per_epoch: length of a pass; None is the whole set. A shorter one takes other random
+        images every time, so that sets of different sizes get the same number of steps.
+      learning_rate: peak of the schedule.
+      schedule: constant, or cosine to zero.
+      warmup_epochs: linear warm-up before the schedule.
+      weight_decay: decoupled, on kernels only.
+      distill: weight of the teacher's soft labels against the true ones; 1 needs no labels.
+      temperature: of the soft labels.
+      shift: random translation of the training images by up to so many pixels.
+      flip: random horizontal mirroring of the training images.
+      clip_norm: largest norm of the gradient.
+      patience: epochs without a better one after which training stops; None never stops early.
+      checkpoint_epochs: a checkpoint is kept every so many epochs.
+      checkpoint_steps: and every so many steps, within epochs; None keeps none there.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    images_per_epoch: int | None = None
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    distill: float = 0.0
+    temperature: float = 2.0
+    shift: int = 0
+    flip: bool = False
+    clip_norm: float = 1.0
+    patience: int | None = None
+    checkpoint_epochs: int = 5
+    checkpoint_steps: int | None = None
+
+    def __post_init__(self):
+        check_choices(self)
+        images, patience, every = self.images_per_epoch, self.patience, self.checkpoint_steps
+        for field, fine, expected in (
+            ("epochs", self.epochs >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("images_per_epoch", images is None or images >= 1, "1 or more, or None"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "more than 0"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
+            ("distill", 0 <= self.distill <= 1, "0 to 1"),
+            ("temperature", 0 < self.temperature < math.inf, "more than 0"),
+            ("shift", self.shift >= 0, "0 or more"),
+            ("clip_norm", self.clip_norm > 0, "more than 0"),
+            ("patience", patience is None or patience >= 1, "1 or more, or None"),
+            ("checkpoint_epochs", self.checkpoint_epochs >= 1, "1 or more"),
+            ("checkpoint_steps", every is None or every >= 1, "1 or more, or None"),
+        ):
+            if not fine:
+                raise InputError(f"{field} is {getattr(self, field)!r}, expected {expected}")
+
+    @classmethod
+    def as_published(cls) -> "TrainConfig":
+        """Adam, 1e-5 constant, 50 epochs, batch 64, cross-entropy (TAP-ViTs, 2601.02437)."""
+        return cls(epochs=50, batch_size=64, learning_rate=1e-5, schedule="constant")
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Batches of an epoch over a training set of so many images."""
+        return max(1, math.ceil(self.images_in_epoch(images) / self.batch_size))
+
+    def images_in_epoch(self, images: int) -> int:
+        """How many images of a training set an epoch takes."""
+        return min(self.images_per_epoch or images, images)
+
+    def schedule_steps(self, images: int) -> tuple[float, float]:
+        """Total and warm-up steps for a training set of so many images."""
+        steps = self.steps_per_epoch(images)
+        return float(steps * self.epochs), float(round(steps * self.warmup_epochs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Teacher:
+    """A fixed network whose soft labels the student learns."""
+
+    config: Any
+    params: Params
+    forward: Forward = backbone.apply
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is fixed when a step is compiled.
+
+    Attributes:
+      forward: the student's logits from (config, params, images).
+      teacher: the teacher's forward and config, if there is one.
+    """
+
+    forward: Forward
+    config: Any
+    options: TrainConfig
+    teacher: tuple[Forward, Any] | None = None
+
+    @classmethod
+    def of(
+        cls, forward: Forward, config: Any, options: TrainConfig, teacher: Teacher | None
+    ) -> "Recipe":
+        """A recipe from a teacher with its parameters."""
+        return cls(forward, config, options, teacher and (teacher.forward, teacher.config))
+
+
+def optimizer(options: TrainConfig) -> optax.GradientTransformation:
+    """Clipping, Adam and decay of kernels; the learning rate is applied by `update`."""
+
+    def kernels(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(options.weight_decay, mask=kernels),
+    )
+
+
+def learning_rate(
+    options: TrainConfig, step: Array, schedule: Float[Array, "2"]
+) -> Float[Array, ""]:
+    """Learning rate at a step; `schedule` holds the total and the warm-up steps.
+
+    The lengths are traced, so that runs of different lengths share one compiled step.
+    """
+    total, warmup = schedule
+    step = step.astype(jnp.float32)
+    rate = jnp.asarray(options.learning_rate, jnp.float32)
+    if options.schedule == "cosine":
+        progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
+        rate = rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return rate * jnp.clip((step + 1.0) / jnp.maximum(warmup, 1.0), 0.0, 1.0)
+
+
+def augment(
+    options: TrainConfig, images: Float[Array, "b s s ch"], key: Array
+) -> Float[Array, "b s s ch"]:
+    """Random translation (edges repeated) and mirroring, each image on its own."""
+    flip_key, shift_key = jax.random.split(key)
+    b, height, width, _ = images.shape
+    if options.flip:
+        flip = jax.random.bernoulli(flip_key, shape=(b, 1, 1, 1))
+        images = jnp.where(flip, images[:, :, ::-1], images)
+    if options.shift:
+        pad = options.shift
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
+        offsets = jax.random.randint(shift_key, (b, 2), 0, 2 * pad + 1)
+
+        def crop(image: Array, offset: Array) -> Array:
+            return jax.lax.dynamic_slice(
+                image, (offset[0], offset[1], 0), (height, width, image.shape[-1])
+            )
+
+        images = jax.vmap(crop)(padded, offsets)
+    return images
+
+
+def initial_rest(options: TrainConfig, params: Params, steps: int) -> dict[str, Any]:
+    """What a run carries from step to step beside its parameters.
+
+    Keys: moments (the optimizer's), step (taken so far), losses (of the epoch's steps so far).
+    """
+    return {
+        "moments": optimizer(options).init(params),
+        "step": jnp.zeros((), jnp.int32),
+        "losses": jnp.zeros(steps, jnp.float32),
+    }
+
+
+def update(
+    recipe: Recipe,
+    params: Params,
+    rest: dict[str, Any],
+    batch: Mapping[str, Array],
+    masks: Params | None,
+    teacher_params: Params | None,
+    schedule: Float[Array, "2"],
+    key: UInt32[Array, "2"],
+    epoch: Int[Array, ""],
+    i: Int[Array, ""],
+) -> tuple[Params, dict[str, Any]]:
+    """One optimizer step: the only one there is, for one run and under vmap for many.
+
+    Args:
+      recipe: what is fixed when this is compiled.
+      params: the student's parameters.
+      rest: see `initial_rest`.
+      batch: "image", "label" and "mask" (0 for padding).
+      masks: parameter masks; masked entries stay zero.
+      teacher_params: for distillation.
+      schedule: total and warm-up steps.
+      key: data of the run's random key.
+      epoch: from 1.
+      i: step within the epoch, from 0.
+
+    Returns:
+      parameters and rest after the step.
+    """
+    options = recipe.options
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), epoch), i)
+    images = augment(options, batch["image"], key)
+    weight = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1.0)
+    soft = None
+    if options.distill > 0:
+        forward, config = recipe.teacher
+        logits = forward(config, teacher_params, images)
+        soft = jax.nn.softmax(logits.astype(jnp.float32) / options.temperature)
+
+    def loss_fn(params: Params) -> Array:
+        if masks is not None:
+            # The mask inside the loss zeroes the gradients of pruned entries, so that neither they
+            # nor their moments ever leave zero.
+            params = jax.tree.map(lambda p, m: p * m, params, masks)
+        logits = recipe.forward(recipe.config, params, images).astype(jnp.float32)
+        loss = jnp.zeros(logits.shape[0])
+        if options.distill < 1:
+            hard = jax.nn.one_hot(batch["label"], logits.shape[-1])
+            hard = optax.smooth_labels(hard, options.label_smoothing)
+            loss += (1.0 - options.distill) * optax.softmax_cross_entropy(logits, hard)
+        if soft is not None:
+            soft_loss = optax.softmax_cross_entropy(logits / options.temperature, soft)
+            loss += options.distill * options.temperature**2 * soft_loss
+        return (loss * weight).sum()
+
+    loss, gradients = jax.value_and_grad(loss_fn)(params)
+    updates, moments = optimizer(options).update(gradients, rest["moments"], params)
+    rate = learning_rate(options, rest["step"], schedule)
+    params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+    losses = rest["losses"].at[i].set(loss)
+    return params, {"moments": moments, "step": rest["step"] + 1, "losses": losses}
