@@ -27,8 +27,8 @@ from tapvit_jax.models.presets import create
 
 _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes to compare.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Images in a batch.")
-_IMAGES = flags.DEFINE_integer("images", 1024, "Images to decode in a run.")
-_STEPS = flags.DEFINE_integer("steps", 24, "Training steps in a run.")
+_IMAGES = flags.DEFINE_integer("images", 512, "Images to decode in a run.")
+_STEPS = flags.DEFINE_integer("steps", 12, "Training steps in a run.")
 _SIZE = flags.DEFINE_integer("train_size", 64, "Side of the images trained on.")
 
 _FILES, _REPEATS = 128, 2
@@ -52,7 +52,7 @@ def _order(source: ImageSource, count: int) -> np.ndarray:
 
 
 def decoding(title: str, source: ImageSource) -> None:
-    """Images in a second from the first batch on, and how long the first one takes."""
+    """Images in a second between the first batch and the last, and when the first one comes."""
     preprocess = Preprocess(224, mean=_MEAN, std=_STD, crop_pct=0.9)
     order = _order(source, _IMAGES.value)
     rates: dict[int, list[float]] = {int(w): [] for w in _WORKERS.value}
@@ -63,8 +63,11 @@ def decoding(title: str, source: ImageSource) -> None:
             found = batches(source, order, preprocess, _BATCH.value, workers=workers)
             next(found)
             first = time.perf_counter()
-            count = sum(len(batch["image"]) for batch in found)
-            rates[workers].append(count / (time.perf_counter() - first))
+            count = 0
+            for batch in found:
+                count += len(batch["image"])
+                last = time.perf_counter()
+            rates[workers].append(count / (last - first))
             delays[workers].append(first - start)
     base = max(next(iter(rates.values())))
     print(f"decoding at 224, {title}, batch {_BATCH.value}")
@@ -98,14 +101,13 @@ def training(title: str, source: ImageSource) -> None:
         nonlocal params, moments
         waited = 0.0
         begin = time.perf_counter()
-        while True:
+        for _ in range(_STEPS.value):
             start = time.perf_counter()
-            batch = next(found, None)
+            batch = next(found)
             waited += time.perf_counter() - start
-            if batch is None:
-                return waited, time.perf_counter() - begin
             params, moments, value = step(params, moments, batch["image"], batch["label"])
             jax.block_until_ready(value)
+        return waited, time.perf_counter() - begin
 
     order = _order(source, _BATCH.value * (_STEPS.value + 1))
     print(f"training DeiT-T at {size}, {title}, batch {_BATCH.value}, {jax.default_backend()}")
@@ -117,6 +119,7 @@ def training(title: str, source: ImageSource) -> None:
             batch = next(found)
             jax.block_until_ready(step(params, moments, batch["image"], batch["label"]))
             waited, whole = run(found)
+            found.close()
             shares.append(waited / whole)
             rates.append(_BATCH.value * _STEPS.value / whole)
         print(

@@ -1,5 +1,6 @@
 """Reading images in several processes, with grain."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -85,6 +86,8 @@ def load_in_workers(
             yield found
     finally:
         images.close()
+        # grain's threads leave cycles that hold the last images in shared memory.
+        gc.collect()
 
 
 def _start_worker(index: int, count: int) -> None:
