@@ -3,6 +3,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tapvit_jax.data.pipeline import batches, load_all
 from tapvit_jax.data.sources import DigitsSource, MemorySource, Preprocess, find_corrupt
@@ -65,6 +67,42 @@ def test_drop():
     assert all(b["mask"].all() for b in found)
 
 
+@given(
+    count=st.integers(0, 23),
+    width=st.integers(1, 5),
+    parts=st.integers(1, 4),
+    start=st.integers(0, 4),
+    remainder=st.sampled_from(["pad", "short", "drop"]),
+    prefetch=st.integers(0, 2),
+)
+@settings(max_examples=60)
+def test_parts_are_the_whole_and_a_late_start_is_its_end(
+    count, width, parts, start, remainder, prefetch
+):
+    source, order = memory(), np.random.default_rng(count).permutation(23)[:count]
+    options = {"batch_size": width * parts, "remainder": remainder, "prefetch": prefetch}
+    whole = list(batches(source, order, PRE, **options))
+    split = [
+        list(batches(source, order, PRE, part=(i, parts), start=start, **options))
+        for i in range(parts)
+    ]
+    # As many batches everywhere, and those that were left out are the first ones.
+    assert {len(found) for found in split} == {max(0, len(whole) - start)}
+    if remainder != "short":
+        assert {len(batch["image"]) for found in split for batch in found} <= {width}
+    for together, *pieces in zip(whole[start:], *split, strict=True):
+        for key, value in together.items():
+            np.testing.assert_array_equal(np.concatenate([piece[key] for piece in pieces]), value)
+    if remainder != "drop" or count % (width * parts) == 0:
+        real = np.concatenate([np.empty(0), *(b["index"][b["mask"] == 1] for b in whole)])
+        np.testing.assert_array_equal(real, order)
+
+
+def test_batches_before_the_start_are_not_read():
+    found = batches(failing(), range(23), PRE, 4, start=3)
+    assert [batch["index"][0] for batch in found] == [12, 16, 20]
+
+
 def test_no_images_make_no_batches():
     assert list(batches(memory(), [], PRE, 8)) == []
 
@@ -81,6 +119,11 @@ def test_unlabelled_images_keep_their_label():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"prefetch": -1}, "prefetch is -1"),
         ({"remainder": "keep"}, "remainder is 'keep'"),
+        ({"workers": -1}, "workers is -1"),
+        ({"start": -1}, "start is -1, expected 0 or more"),
+        ({"part": (2, 2)}, "part is 2 of 2, expected 0 to 1"),
+        ({"part": (-1, 2)}, "part is -1 of 2"),
+        ({"part": (0, 3)}, "batch_size is 4, expected a multiple of the 3 parts"),
         ({"indices": [23]}, "indices 23 to 23, expected 0 to 22"),
         ({"indices": [0, -1]}, "indices -1 to 0"),
         ({"indices": [0.5]}, "expected a list of whole numbers"),

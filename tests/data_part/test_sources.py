@@ -1,6 +1,9 @@
+import collections
 import dataclasses
+import errno
 import io
 import json
+import os
 import pickle
 import warnings
 
@@ -10,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tapvit_jax import structs
-from tapvit_jax.data import preprocess, sources
+from tapvit_jax.data import folders, preprocess, sources
 from tapvit_jax.data import tfds as tfds_module
 from tapvit_jax.data.sources import (
     DigitsSource,
@@ -22,6 +25,7 @@ from tapvit_jax.data.sources import (
     open_source,
 )
 from tapvit_jax.errors import InputError
+from tapvit_jax.files import content_hash
 
 GREY = Preprocess(8, channels=1, mean=(0.0,), std=(1.0,))
 RGB = Preprocess(6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -517,6 +521,73 @@ def test_tiny_imagenet_refuses(tmp_path, file, text, message):
     (tiny(tmp_path) / file).write_bytes(b"\xff\xff" if text is None else text.encode())
     with pytest.raises(InputError, match=message):
         TinyImageNetSource(tmp_path)
+
+
+# Many files
+
+
+def test_folders_are_listed_once_and_files_looked_at_once(tmp_path, monkeypatch):
+    """No call to the file system for a file while scanning, and one for its size."""
+    for i in range(2500):
+        folder = tmp_path / ("train" if i % 5 else "val") / f"n{i % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.JPEG").touch()
+    (tmp_path / "train" / "n0" / "link.JPEG").symlink_to(tmp_path / "val" / "n0" / "0.JPEG")
+    asked = collections.Counter()
+    scandir, find = os.scandir, os.stat
+
+    def listing(path):
+        asked["scandir"] += 1
+        return scandir(path)
+
+    def looking(path, *args, **kwargs):
+        asked[str(path).rpartition(".")[2]] += 1
+        return find(path, *args, **kwargs)
+
+    monkeypatch.setattr(folders.os, "scandir", listing)
+    monkeypatch.setattr(folders.os, "stat", looking)
+    source = FolderSource(tmp_path)
+    assert len(source) == 2501
+    assert asked["scandir"] <= 3 + 2 * 7 and asked["JPEG"] == 0
+    before = source.fingerprint()
+    assert asked["JPEG"] == 2501
+    written = pickle.dumps(source)
+    assert len(written) < 100 * len(source)
+    assert names_below(pickle.loads(written)) == names_below(source)
+    # The order is that of paths, part by part, whatever the file system's.
+    assert names_below(source) == sorted(names_below(source), key=lambda name: name.split("/"))
+    (tmp_path / "val" / "n0" / "0.JPEG").write_bytes(b"x")
+    assert source.fingerprint() != before
+
+
+def test_fingerprint_is_the_hash_of_all_rows(classes):
+    source = FolderSource(classes)
+    rows = [
+        [path.relative_to(classes).as_posix(), path.stat().st_size, int(label)]
+        for path, label in zip(source.paths, source.labels, strict=True)
+    ]
+    expected = content_hash({"files": rows, "classes": list(source.class_names)})
+    assert source.fingerprint() == expected
+
+
+def test_names_that_are_no_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    save(tmp_path / "ant" / name, 10)
+    source = FolderSource(tmp_path)
+    assert source.paths[-1] == tmp_path / "ant" / name
+    assert source.load([0], RGB).shape == (1, 6, 6, 3)
+    assert len(source.fingerprint()) == 64
+
+
+def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
+    save(tmp_path / "ant" / "1.png", 10)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(folders.os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"ant: cannot be read \(Permission denied\)"):
+        FolderSource(tmp_path)
 
 
 # TensorFlow Datasets
