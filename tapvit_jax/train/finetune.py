@@ -176,18 +176,23 @@ def all_devices(mesh: Mesh | None) -> list[jax.Device]:
     return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
+def even_devices(devices: list[jax.Device], most: int) -> list[jax.Device]:
+    """As many devices of every process: at most `most`, and no more than each of them has."""
+    own: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        own.setdefault(device.process_index, []).append(device)
+    each = min(most, *map(len, own.values()))
+    return [device for found in own.values() for device in found[:each]]
+
+
 def _devices(mesh: Mesh | None, batch_size: int) -> list[jax.Device] | None:
     processes = distributed.process_count()
     if mesh is None and processes == 1:
         return None
     devices = all_devices(mesh)
     if mesh is None:
-        each = math.gcd(batch_size // processes, len(devices) // processes)
-        devices = [
-            device
-            for process in range(processes)
-            for device in [d for d in devices if d.process_index == process][:each]
-        ]
+        each = len(even_devices(devices, len(devices))) // processes
+        devices = even_devices(devices, math.gcd(batch_size // processes, each))
     if batch_size % len(devices):
         raise InputError(
             f"batch_size is {batch_size}, expected a multiple of the {len(devices)} devices"

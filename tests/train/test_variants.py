@@ -1,0 +1,343 @@
+"""Many runs in one program end as each of them would have ended alone."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.data.sources import MemorySource
+from tapvit_jax.errors import InputError
+from tapvit_jax.models import backbone
+from tapvit_jax.models.layers import BlockConfig
+from tapvit_jax.models.params import flatten
+from tapvit_jax.models.vit import vit_config
+from tapvit_jax.prune.mask import Plan, param_masks, unit_masks
+from tapvit_jax.prune.units import unit_table
+from tapvit_jax.sharding import data_mesh
+from tapvit_jax.train import variants as module
+from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
+from tapvit_jax.train.variants import Variant, regroup, train_variants
+from tests.conftest import realistic
+
+CLASSES = 3
+PREPROCESS = Preprocess(8, (0.0,) * 3, (1.0,) * 3)
+CONFIG = dataclasses.replace(
+    vit_config(image_size=8, patch_size=4, num_classes=CLASSES, depth=1, num_heads=2, embed_dim=8),
+    blocks=(BlockConfig(2, 4, 4, 8),),
+)
+OPTIONS = TrainConfig(
+    epochs=4,
+    batch_size=4,
+    learning_rate=3e-3,
+    warmup_epochs=0.5,
+    weight_decay=0.1,
+    distill=0.5,
+    shift=1,
+    flip=True,
+    patience=2,
+    checkpoint_epochs=2,
+)
+
+
+def make_source(count=60):
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((count, 8, 8, 3)).astype(np.float32)
+    return MemorySource(images, rng.integers(0, CLASSES, count), ["a", "b", "c"])
+
+
+def make_params(seed):
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), backbone.param_shapes(CONFIG))
+    return realistic(ones, seed)
+
+
+def make_masks(seed):
+    rng = np.random.default_rng(seed)
+    keep = {
+        group.key: rng.random(group.shape) < 0.6
+        for group in unit_table(CONFIG)
+        if group.kind in ("mlp", "qk")
+    }
+    return param_masks(CONFIG, unit_masks(Plan(CONFIG, keep)))
+
+
+def make_variants():
+    """Four runs of 2, 4, 3 and 1 steps an epoch; one has no mask."""
+    rng = np.random.default_rng(1)
+    return [
+        Variant(
+            params=make_params(v % 2),
+            train=rng.permutation(40)[:size],
+            validation=40 + rng.permutation(20)[: 5 + v],
+            masks=None if v == 2 else make_masks(v),
+            seed=10 + v,
+        )
+        for v, size in enumerate((8, 14, 11, 3))
+    ]
+
+
+TEACHER = Teacher(CONFIG, make_params(5))
+
+
+def alone(variant, options=OPTIONS, **arguments):
+    data = TrainData(make_source(), PREPROCESS, variant.train, variant.validation)
+    return train(
+        CONFIG,
+        variant.params,
+        data,
+        options,
+        seed=variant.seed,
+        masks=variant.masks,
+        teacher=TEACHER,
+        **arguments,
+    )
+
+
+def together(variants, options=OPTIONS, **arguments):
+    arguments = {
+        "mesh": None if jax.process_count() > 1 else data_mesh(jax.devices()[:2])
+    } | arguments
+    return train_variants(
+        CONFIG, variants, make_source(), PREPROCESS, options, teacher=TEACHER, **arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def sequential():
+    return [alone(variant) for variant in make_variants()]
+
+
+def assert_close(found, expected):
+    assert found.best_epoch == expected.best_epoch
+    assert len(found.record) == len(expected.record)
+    for one, other in zip(found.record, expected.record, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    tree = flatten(expected.params)
+    for path, leaf in flatten(found.params).items():
+        # The softmax does not see the keys' biases: their gradients are rounding, nothing else.
+        if path[-2:] != ("k", "bias"):
+            np.testing.assert_allclose(leaf, tree[path], atol=1e-4, err_msg="/".join(path))
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_variants_end_as_sequential_runs(sequential, devices):
+    # Four variants do not fill three devices, and are fewer than eight.
+    seen = []
+    found = together(
+        make_variants(),
+        mesh=data_mesh(jax.devices()[:devices]),
+        on_epoch=lambda v, epoch, _: seen.append((v, epoch)),
+    )
+    for one, other in zip(found, sequential, strict=True):
+        assert_close(one, other)
+    lengths = [len(result.record) for result in sequential]
+    assert len(set(lengths)) > 1, "some runs should stop early"
+    assert {result.best_epoch for result in sequential} != {0}
+    assert sorted(seen) == [(v, e) for v, n in enumerate(lengths) for e in range(1, n)]
+
+
+def test_masked_entries_stay_zero():
+    variants = make_variants()
+    for variant, result in zip(variants, together(variants), strict=True):
+        if variant.masks is not None:
+            masks = flatten(variant.masks)
+            for path, leaf in flatten(result.params).items():
+                pruned = np.broadcast_to(np.asarray(masks[path]) == 0, leaf.shape)
+                assert not leaf[pruned].any(), path
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_interrupted_variants_end_as_if_nothing_had_happened(tmp_path, monkeypatch, steps):
+    options = dataclasses.replace(OPTIONS, checkpoint_steps=steps)
+    expected = together(make_variants(), options)
+    taken, step = [], module._ManyRuns.step
+
+    def counted(self, state, batch, epoch, i, alive):
+        taken.append((epoch, i))
+        if len(taken) == 11:
+            raise StopError
+        return step(self, state, batch, epoch, i, alive)
+
+    monkeypatch.setattr(module._ManyRuns, "step", counted)
+    with pytest.raises(StopError):
+        together(make_variants(), options, checkpoints=tmp_path / "run")
+    stopped = len(taken)
+    found = together(make_variants(), options, checkpoints=tmp_path / "run")
+    # Four steps an epoch: 9 is within the third one.
+    assert taken[stopped] == ((3, 1) if steps else (3, 0))
+    for one, other in zip(found, expected, strict=True):
+        assert one.record == other.record
+        for path, leaf in flatten(other.params).items():
+            np.testing.assert_array_equal(flatten(one.params)[path], leaf)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_with_another_variant_is_refused(tmp_path):
+    def stop(v, epoch, metrics):
+        if epoch == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        together(make_variants(), checkpoints=tmp_path / "run", on_epoch=stop)
+    other = make_variants()
+    other[1] = dataclasses.replace(other[1], seed=99)
+    with pytest.raises(InputError, match=r"differ: variants.1.seed \(11 there, 99 here\)"):
+        together(other, checkpoints=tmp_path / "run")
+
+
+def test_a_finished_variant_reads_no_more_images(monkeypatch):
+    read, load = [], MemorySource.load
+
+    def spy(self, indices, preprocess):
+        read.append(np.asarray(indices))
+        return load(self, indices, preprocess)
+
+    monkeypatch.setattr(MemorySource, "load", spy)
+    results = together(make_variants())
+    lengths = [len(result.record) for result in results]
+    expected = sum(
+        len(v.train) * (n - 1) + len(v.validation) * n
+        for v, n in zip(make_variants(), lengths, strict=True)
+    )
+    assert sum(map(len, read)) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": np.zeros(0, int)}, "variant 1: training needs at least one image"),
+        ({"validation": np.zeros(0, int)}, "variant 1: evaluation needs at least one example"),
+        ({"train": np.array([60])}, "expected 0 to 59"),
+        ({"params": {"other": np.zeros(3)}}, "variant 1: has parameters of other shapes"),
+    ],
+)
+def test_bad_variants_are_refused(change, message):
+    variants = make_variants()
+    variants[1] = dataclasses.replace(variants[1], **change)
+    with pytest.raises(InputError, match=message):
+        together(variants)
+
+
+def test_missing_labels_are_refused():
+    source = make_source()
+    unlabelled = source.with_labels(np.where(np.arange(60) >= 40, -1, source.labels))
+    with pytest.raises(InputError, match="variant 0: evaluation needs labels"):
+        train_variants(CONFIG, make_variants(), unlabelled, PREPROCESS, OPTIONS, teacher=TEACHER)
+
+
+def test_a_diverging_variant_is_named():
+    options = dataclasses.replace(OPTIONS, learning_rate=1e38, warmup_epochs=0.0)
+    with pytest.raises(InputError, match="variant 0: the training loss became"):
+        together(make_variants(), options)
+
+
+def test_no_variants_and_no_epochs():
+    assert together([]) == []
+    found = together(make_variants(), dataclasses.replace(OPTIONS, epochs=0))
+    assert [result.best_epoch for result in found] == [0] * 4
+
+
+def test_regroup():
+    rows = np.arange(12).reshape(12, 1)
+    stream = [rows[:5], rows[5:7], rows[7:]]
+    found = list(regroup(stream, [2, 0, 4, 6]))
+    assert found[1] is None
+    np.testing.assert_array_equal(np.concatenate([found[0], *found[2:]]), rows)
+    assert [len(found[i]) for i in (0, 2, 3)] == [2, 4, 6]
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from tapvit_jax import distributed
+distributed.initialize()
+from tapvit_jax.models.params import flatten
+from tests.train import test_variants as tests
+out = Path(sys.argv[1])
+
+class Stop(Exception):
+    pass
+
+def stop(*_):
+    raise Stop
+
+options = tests.dataclasses.replace(tests.OPTIONS, checkpoint_epochs=1, checkpoint_steps=3)
+variants = tests.make_variants()[:3]
+try:
+    tests.together(variants, options, checkpoints=out / "variants", on_epoch=stop)
+except Stop:
+    pass
+many = tests.together(variants, options, checkpoints=out / "variants")
+try:
+    tests.alone(variants[1], options, checkpoints=out / "one", on_epoch=stop)
+except Stop:
+    pass
+one = tests.alone(variants[1], options, checkpoints=out / "one")
+arrays = {}
+for v, result in enumerate([*many, one]):
+    for path, leaf in flatten(result.params).items():
+        arrays[f"{v}/" + "/".join(path)] = np.asarray(leaf)
+np.savez(out / f"process{distributed.process_index()}.npz", **arrays)
+print([r.best_epoch for r in many] + [one.best_epoch])
+"""
+
+
+def run_two_processes(directory, port):
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(rank),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(directory)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [output for output, _ in outputs]
+
+
+def test_two_processes_end_as_one(tmp_path, sequential, free_port):
+    # Interrupted after the first epoch and resumed, three variants on four devices; then one run
+    # with its batches spread over all devices.
+    printed = run_two_processes(tmp_path, free_port)
+    expected = [*sequential[:3], sequential[1]]
+    best = str([result.best_epoch for result in expected])
+    assert [output.splitlines()[-1] for output in printed] == [best, best]
+    arrays = [dict(np.load(tmp_path / f"process{rank}.npz")) for rank in range(2)]
+    for name, array in arrays[0].items():
+        np.testing.assert_array_equal(arrays[1][name], array)
+        v, *path = name.split("/")
+        if path[-2:] != ["k", "bias"]:
+            leaf = flatten(expected[int(v)].params)[tuple(path)]
+            np.testing.assert_allclose(array, leaf, atol=1e-4, err_msg=name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["process0.npz", "process1.npz"]
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
