@@ -14,8 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.neurons import Scores, unpack_batch
 from tapvit_jax.models.backbone import (
@@ -26,11 +28,12 @@ from tapvit_jax.models.backbone import (
     classify,
     embed,
 )
-from tapvit_jax.models.layers import BlockConfig, BlockSpec
+from tapvit_jax.models.layers import BlockConfig, BlockSpec, Gates
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.units import unit_key
+from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 from tapvit_jax.structs import check_choices
 
 Branch = Literal["mlp", "attn"]
@@ -104,6 +107,7 @@ def layer_importance(
     sparsity: Sequence[float] | float | None = None,
     *,
     config: LayerConfig | None = None,
+    mesh: Mesh | None = None,
 ) -> LayerScores:
     """Score every branch of every block by what pruning it alone does to the output.
 
@@ -118,6 +122,7 @@ def layer_importance(
       units: neuron scores, which say what a probe removes.
       sparsity: one or several probe sparsities; overrides the config's.
       config: direction and quirks.
+      mesh: devices of this process that share every batch's images; by default all.
 
     Raises:
       InputError: a sparsity outside (0, 1), no batches, or scores that are NaN.
@@ -130,21 +135,34 @@ def layer_importance(
         values = (sparsity,) if isinstance(sparsity, int | float) else tuple(sparsity)
         config = dataclasses.replace(config, sparsity=values)
     gates = _probe_gates(model.config, config, units)
+    devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
+    index, processes = distributed.process_index(), distributed.process_count()
     total: list[Array] | None = None
     weight = 0.0
-    for batch in itertools.islice(batches, config.max_batches):
+    placed: tuple[int, Params, list[dict[Branch, Gates]]] | None = None
+    for batch in itertools.islice(batches, len(range(index, config.max_batches, processes))):
         images, _ = unpack_batch(batch)
         if len(images) == 0:
             continue
-        found = _probe_batch(model.config, config, model.params, images, gates)
-        scale = 1.0 / len(images) ** 2 if config.batch_quirk else 1.0
+        if placed is None:
+            used = data_mesh(devices[: len(images)])
+            placed = (used.size, replicate(model.params, used), replicate(gates, used))
+            mesh = used
+        rows, count = shard_rows(images, mesh)
+        real, _ = shard_rows(np.ones(count, np.float32), mesh)
+        found = _probe_batch(model.config, config, *placed, rows, real)
+        scale = 1.0 / count**2 if config.batch_quirk else 1.0
         found = [values * scale for values in found]
         total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-        weight += 1.0 if config.batch_quirk else len(images)
+        weight += 1.0 if config.batch_quirk else count
     if total is None:
+        total = [np.zeros((1, len(_variants(config, block)))) for block in model.config.blocks]
+    own = [np.asarray(values, np.float64).sum(axis=0) for values in jax.device_get(total)]
+    found, weight = distributed.sum_over_processes((own, weight))
+    if weight == 0:
         raise InputError("layer importance needs at least one batch")
     divisor = 1.0 if config.batch_quirk else weight
-    return _unpack(model.config, config, [np.asarray(v) / divisor for v in jax.device_get(total)])
+    return _unpack(model.config, config, [values / divisor for values in found])
 
 
 def _variants(config: LayerConfig, block: BlockConfig) -> list[tuple[Branch, float]]:
@@ -165,27 +183,28 @@ def _unpack(
 
 def _probe_gates(
     model_config: TransformerConfig, config: LayerConfig, units: Mapping[str, Any]
-) -> list[dict[str, Float[Array, "v ..."]]]:
-    """Gates of zeros and ones for every probe of every block.
+) -> list[dict[Branch, Gates]]:
+    """Gates of zeros and ones for every probe of every branch of every block.
 
     A gate of zero on an MLP unit after GELU, on a value dim or on a query dim computes what zeroed
-    parameters compute, and lets the probes of a block share all that comes before the gate.
+    parameters compute, and lets the probes of a branch share all that comes before the gate.
     """
-    gates = []
+    kinds = {"mlp": ("mlp",), "attn": ("qk", "vo")}
+    gates: list[dict[Branch, Gates]] = []
     for i, block in enumerate(model_config.blocks):
-        kinds = {"mlp": ("mlp",) if block.mlp else (), "attn": ("qk", "vo") if block.attn else ()}
-        rows = []
-        for branch, s in _variants(config, block):
-            row = {}
-            for kind in itertools.chain(*kinds.values()):
-                scores = np.asarray(units[unit_key(i, kind)])
-                row[kind] = np.ones(scores.shape, np.float32)
-                if kind in kinds[branch]:
-                    row[kind] = probe_mask(scores, s, config.ragged).astype(np.float32)
-            rows.append(row)
-        gates.append(
-            {kind: jnp.stack([row[kind] for row in rows]) for kind in rows[0]} if rows else {}
-        )
+        rows: dict[Branch, Gates] = {}
+        for branch in ("mlp", "attn"):
+            if getattr(block, branch):
+                rows[branch] = {
+                    kind: np.stack(
+                        [
+                            probe_mask(np.asarray(units[unit_key(i, kind)]), s, config.ragged)
+                            for s in config.sparsity
+                        ]
+                    ).astype(np.float32)
+                    for kind in kinds[branch]
+                }
+        gates.append(rows)
     return gates
 
 
@@ -200,11 +219,13 @@ def probe_mask(scores: Float[np.ndarray, "..."], sparsity: float, ragged: bool) 
 def _probe_batch(
     model_config: TransformerConfig,
     config: LayerConfig,
+    devices: int,
     params: Params,
+    gates: list[dict[Branch, Gates]],
     images: Float[Array, "b s s ch"],
-    gates: list[dict[str, Array]],
-) -> list[Float[Array, "v"]]:
-    """Sum over the batch's images of every probe's divergence, for every block."""
+    real: Float[Array, "b"],
+) -> list[Float[Array, "devices v"]]:
+    """Sum over the real images on each device of every probe's divergence, for every block."""
     specs = [model_config.block_spec(i) for i in range(len(model_config.blocks))]
     inputs = [_embed(model_config, params, images)]
     for i, spec in enumerate(specs):
@@ -213,13 +234,13 @@ def _probe_batch(
     sums = []
     for i, spec in enumerate(specs):
         if not gates[i]:
-            sums.append(jnp.zeros((0,)))
+            sums.append(jnp.zeros((devices, 0)))
             continue
         x = _gated_block(spec, block_params(params, i), inputs[i], gates[i])
         for j in range(i + 1, len(specs)):
             x = _run_block(specs[j], block_params(params, j), x)
         pruned = _log_probabilities(model_config, params, x)
-        sums.append(_divergence(config.direction, original, pruned))
+        sums.append(_divergence(config.direction, devices, original, pruned, real))
     return sums
 
 
@@ -238,14 +259,21 @@ def _gated_block(
     spec: BlockSpec,
     params: Params,
     x: Float[Array, "b n d"],
-    gates: dict[str, Float[Array, "v ..."]],
-) -> Float[Array, "vb n d"]:
-    def probe(gate: dict[str, Array]) -> Array:
+    gates: dict[Branch, Gates],
+) -> Float[Array, "bv n d"]:
+    """One block under every probe of each of its branches; an image's probes lie together.
+
+    Only one branch is gated at a time, so that `vmap` runs the other one, and all that comes before
+    the gates, once.
+    """
+
+    def probe(gate: Gates) -> Array:
         # The gates' image axis has size one and broadcasts: every image gets the same probe.
         gate = {kind: value[None] for kind, value in gate.items()}
         return apply_block(spec, params, x, gate)
 
-    out = jax.vmap(probe)(gates)
+    found = [jax.vmap(probe, out_axes=1)(branch) for _, branch in sorted(gates.items())[::-1]]
+    out = jnp.concatenate(found, axis=1)
     return out.reshape(-1, *out.shape[2:])
 
 
@@ -254,13 +282,20 @@ def _log_probabilities(config: TransformerConfig, params: Params, x: Array) -> A
     return jax.nn.log_softmax(classify(config, params, x), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _divergence(
-    direction: str, original: Float[Array, "b c"], pruned: Float[Array, "vb c"]
-) -> Float[Array, "v"]:
-    pruned = pruned.reshape(-1, *original.shape)
+    direction: str,
+    devices: int,
+    original: Float[Array, "b c"],
+    pruned: Float[Array, "bv c"],
+    real: Float[Array, "b"],
+) -> Float[Array, "devices v"]:
+    b, c = original.shape
+    pruned, original = pruned.reshape(b, -1, c), original[:, None]
     if direction == "forward":
         kl = jnp.exp(original) * (original - pruned)
     else:
         kl = jnp.exp(pruned) * (pruned - original)
-    return kl.sum(axis=(1, 2))
+    per_image = kl.sum(axis=2) * real[:, None]
+    # Devices are added up at the end: nothing travels between them before.
+    return per_image.reshape(devices, b // devices, -1).sum(axis=1)
