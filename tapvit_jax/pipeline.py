@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tapvit_jax import distributed
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.errors import InputError
@@ -23,7 +24,8 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape
-from tapvit_jax.train.evaluate import Metrics, evaluate
+from tapvit_jax.sharding import data_mesh
+from tapvit_jax.train.evaluate import Metrics, evaluate_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ def score(
     config: PruneConfig,
     *,
     seed: int = 0,
+    workers: int = 0,
     on_share: Callable[[float], None] = lambda share: None,
 ) -> tuple[Scores, LayerScores]:
     """Neuron and layer scores of a model on a metric dataset.
@@ -72,6 +75,7 @@ def score(
       metric: indices of the metric dataset.
       config: how units and layers are scored.
       seed: for the classes that the Fisher loss samples.
+      workers: processes that decode images; see `data.pipeline.batches`.
       on_share: called with every share of the work that is done.
 
     Raises:
@@ -81,16 +85,18 @@ def score(
         raise InputError(f"{model.name}: does not say how its images are prepared")
 
     size = even_batch_size(len(metric), config.batch_size)
-    count = max(1, len(metric) // size)
+    count = len(metric) // size
     # Layer probes run the network many times over, neuron scores a few times.
-    probes = min(count, config.layers.max_batches)
-    effort = {"neurons": 4 * min(count, config.neurons.max_batches), "layers": 20 * probes}
+    effort = {"neurons": 4, "layers": 20}
+    whole = sum(effort[k] * min(count, getattr(config, k).max_batches) for k in effort)
+    # Kernels compare the images of one batch, so that processes share out whole batches.
+    processes, index = distributed.process_count(), distributed.process_index()
+    own = np.reshape(metric[: count * size], (count, size))[index::processes].ravel()
 
     def metric_batches(kind: str) -> Iterator[dict[str, np.ndarray]]:
-        share = effort[kind] / sum(effort.values()) / min(count, getattr(config, kind).max_batches)
-        for batch in batches(source, metric, model.preprocess, size, remainder="drop"):
+        for batch in batches(source, own, model.preprocess, size, workers=workers):
             yield batch
-            on_share(share)
+            on_share(effort[kind] * processes / whole)
 
     units = neuron_importance(model, metric_batches("neurons"), config=config.neurons, seed=seed)
     return units, layer_importance(model, metric_batches("layers"), units, config=config.layers)
@@ -211,17 +217,32 @@ def reshape_checked(
 
 
 def evaluate_model(
-    model: Model, source: ImageSource, indices: Int[np.ndarray, "n"], batch_size: int = 256
+    model: Model,
+    source: ImageSource,
+    indices: Int[np.ndarray, "n"],
+    batch_size: int = 256,
+    *,
+    workers: int = 0,
 ) -> Metrics:
-    """Top-1 of a model on some images of a source.
+    """Top-1 of a model on some images of a source, every one counted once on any number of hosts.
 
     Raises:
       InputError: no images, images without labels, or a model without preprocessing.
     """
     if model.preprocess is None:
         raise InputError(f"{model.name}: does not say how its images are prepared")
-    found = batches(source, indices, model.preprocess, batch_size)
-    return evaluate(model.config, model.params, found)
+    # The fake devices that a CPU can be split into share its cores: nothing is gained there.
+    several = jax.local_device_count() > 1 and jax.default_backend() != "cpu"
+    return evaluate_indices(
+        model.config,
+        model.params,
+        source,
+        indices,
+        model.preprocess,
+        batch_size,
+        mesh=data_mesh() if several else None,
+        workers=workers,
+    )
 
 
 def summary(model: Model) -> dict[str, Any]:
