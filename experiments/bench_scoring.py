@@ -1,123 +1,123 @@
-"""How long scoring takes beside what it could be compared with; prints ratios.
+"""How long scoring takes beside the forward pass, and layer probes beside masking one at a time.
 
     python -m experiments.bench_scoring
 
 Every pair is timed in turns in one process, so that a machine that slows down slows both.
 """
 
+import multiprocessing
+import resource
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
-from sklearn.mixture import GaussianMixture
 
-from tapvit_jax.importance.layers import LayerConfig, layer_importance
+from experiments.bench import alternate, note, report
+from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance, probe_mask
 from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
 from tapvit_jax.models import backbone
 from tapvit_jax.models.presets import create
 from tapvit_jax.models.registry import Model
-from tapvit_jax.proxy.density import log_likelihood
-from tapvit_jax.proxy.gmm import Gmm
-from tapvit_jax.prune.mask import Plan, apply_masks, top_k_mask
+from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.units import unit_key
+from tapvit_jax.runtime import set_up_jax
 
-BATCH, REPEATS, DEPTH = 16, 3, 4
-
-
-def alternate(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of every run, after one warm-up each."""
-    for run in runs.values():
-        jax.block_until_ready(run())
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(REPEATS):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in times.items()}
+NEURONS = (("deit_tiny", 16, 5), ("deit_tiny", 64, 3), ("deit_small", 64, 2))
+LAYERS = ("deit_tiny", 8)
+MEMORY = ("deit_base", 64)
+SPARSITY = 0.5
 
 
-def report(title: str, times: dict[str, float]) -> None:
-    """Print all times as multiples of the first."""
-    base = next(iter(times.values()))
-    print(title)
-    for name, seconds in times.items():
-        print(f"  {name:46} {1e3 * seconds:9.1f} ms   x {seconds / base:.2f}")
+def dense(name: str) -> Model:
+    """A DeiT with fresh parameters: how long it takes does not depend on them."""
+    config, _ = create(f"{name}_patch16_224")
+    return Model(config, backbone.init(config, jax.random.key(0)), name=name)
 
 
-def neurons() -> None:
+def random_images(model: Model, count: int) -> np.ndarray:
+    """Noise in the shape of images."""
+    side = model.config.image_size
+    return np.random.default_rng(0).standard_normal((count, side, side, 3)).astype(np.float32)
+
+
+def neurons(name: str, batch: int, repeats: int) -> None:
     """Composite scores of one batch against the plain forward pass."""
-    config, _ = create("deit_tiny_patch16_224")
-    model = Model(config, backbone.init(config, jax.random.key(0)))
-    images = np.random.default_rng(0).standard_normal((BATCH, 224, 224, 3)).astype(np.float32)
+    model = dense(name)
+    images = jax.device_put(random_images(model, batch))
     runs = {"forward pass": lambda: model.apply(images)}
-    for name in ("tap_published", "tap", "taylor"):
-        scoring = NeuronConfig.of_method(name)
-        runs[name] = lambda scoring=scoring: neuron_importance(model, [images], config=scoring)
-    report(f"neuron scores, DeiT-T, batch {BATCH}", alternate(runs))
+    methods = {
+        "relevance, redundancy, activation (tap_published)": "tap_published",
+        "the same, mended, and Taylor (tap)": "tap",
+        "Taylor alone (taylor)": "taylor",
+    }
+    for title, method in methods.items():
+        scoring = NeuronConfig.of_method(method)
+        runs[title] = lambda scoring=scoring: neuron_importance(model, [images], config=scoring)
+    report(f"neuron scores, {name}, batch {batch}", alternate(runs, repeats))
 
 
-def layers() -> None:
+def one_at_a_time(model: Model, images: jax.Array, units: dict) -> LayerScores:
+    """Layer scores the plain way: mask one branch, run both models from the start."""
+    blocks = model.config.blocks
+    found = {"mlp": np.zeros((1, len(blocks))), "attn": np.zeros((1, len(blocks)))}
+    for i in range(len(blocks)):
+        for branch, kinds in (("mlp", ("mlp",)), ("attn", ("qk", "vo"))):
+            keys = [unit_key(i, kind) for kind in kinds]
+            masks = {key: probe_mask(units[key], SPARSITY, ragged=False) for key in keys}
+            masked = apply_masks(model, Plan(model.config, masks))
+            original = jax.nn.log_softmax(model.apply(images))
+            pruned = jax.nn.log_softmax(masked.apply(images))
+            kl = (np.exp(original) * (original - pruned)).sum(axis=1)
+            found[branch][0, i] = kl.mean()
+    return LayerScores((SPARSITY,), **found)
+
+
+def layers(name: str, batch: int) -> None:
     """Layer scores with shared prefixes against one whole forward pass for every probe."""
-    config, _ = create("deit_tiny_patch16_224", img_size=112, depth=DEPTH)
-    model = Model(config, backbone.init(config, jax.random.key(0)))
-    images = np.random.default_rng(0).standard_normal((BATCH, 112, 112, 3)).astype(np.float32)
-    units = neuron_importance(model, [images])
-    probes = LayerConfig(sparsity=(0.5,))
-    masked = []
-    for i, block in enumerate(config.blocks):
-        for kind in ("mlp", "vo"):
-            key = unit_key(i, kind)
-            size = block.mlp_dim if kind == "mlp" else block.num_heads * block.v_dim
-            mask = top_k_mask(units[key], size // 2)
-            masked.append(apply_masks(model, Plan(config, {key: mask})))
-
-    def one_by_one():
-        return [(model.apply(images), variant.apply(images)) for variant in masked]
-
-    report(
-        f"layer scores, {DEPTH} blocks, one sparsity",
-        alternate(
-            {
-                "one masked layer at a time, original rerun": one_by_one,
-                "shared prefixes": lambda: layer_importance(model, [images], units, config=probes),
-            }
-        ),
-    )
+    model = dense(name)
+    images = jax.device_put(random_images(model, batch))
+    units = neuron_importance(model, [images], "tap_published")
+    probes = LayerConfig(sparsity=(SPARSITY,))
+    runs = {
+        "shared prefixes": lambda: layer_importance(model, [images], units, config=probes),
+        "one masked branch at a time, original rerun": lambda: one_at_a_time(model, images, units),
+    }
+    depth = len(model.config.blocks)
+    report(f"layer scores, {name}, {depth} blocks, batch {batch}", alternate(runs, 2))
+    quick, plain = (run() for run in runs.values())
+    difference = max(np.abs(getattr(quick, b) - getattr(plain, b)).max() for b in ("mlp", "attn"))
+    note(f"largest difference of the two: {difference:.1e}")
 
 
-def density() -> None:
-    """Log-likelihood of a pool against scikit-learn's score_samples, float32."""
-    rng = np.random.default_rng(0)
-    for devices, kind, g, d, rows in ((1, "full", 10, 128, 20_000), (20, "diag", 10, 64, 20_000)):
-        features = rng.standard_normal((rows, d)).astype(np.float32)
-        fitted = [
-            GaussianMixture(g, covariance_type=kind, max_iter=2, random_state=i, tol=1.0).fit(
-                features[:4000]
-            )
-            for i in range(devices)
-        ]
-        gmms = [Gmm(m.weights_, m.means_, m.covariances_, kind) for m in fitted]
-        report(
-            f"pool scoring, {devices} {kind} mixtures, K = {g}, d = {d}, {rows:,} rows",
-            alternate(
-                {
-                    "scikit-learn, one mixture after the other": lambda fitted=fitted, x=features: [
-                        m.score_samples(x) for m in fitted
-                    ],
-                    "log_likelihood, all at once": lambda g=gmms, x=features: log_likelihood(g, x),
-                }
-            ),
-        )
+def _score_once(name: str, batch: int, method: str, queue) -> None:
+    set_up_jax()
+    model = dense(name)
+    images = random_images(model, batch)
+    start = time.perf_counter()
+    neuron_importance(model, [images], method)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    queue.put((time.perf_counter() - start, peak))
+
+
+def memory(name: str, batch: int) -> None:
+    """Peak memory of a process that scores one batch, and its time with compilation."""
+    context = multiprocessing.get_context("spawn")
+    for method in ("tap_published", "tap"):
+        queue = context.SimpleQueue()
+        process = context.Process(target=_score_once, args=(name, batch, method, queue))
+        process.start()
+        seconds, peak = queue.get()
+        process.join()
+        note(f"{name}, batch {batch}, {method}: peak {peak:.2f} GiB, {seconds:.0f} s in all")
 
 
 def main() -> None:
     """Run all comparisons."""
-    print(f"{jax.default_backend()}, {jax.local_device_count()} device(s)")
-    neurons()
-    layers()
-    density()
+    set_up_jax()
+    for name, batch, repeats in NEURONS:
+        neurons(name, batch, repeats)
+    layers(*LAYERS)
+    memory(*MEMORY)
 
 
 if __name__ == "__main__":
