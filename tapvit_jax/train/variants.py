@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from tapvit_jax import distributed
 from tapvit_jax.data.base import ImageSource, check_indices
@@ -72,7 +72,7 @@ def train_variants(
     checkpoints: Path | None = None,
     on_epoch: Callable[[int, int, Metrics], None] | None = None,
 ) -> list[TrainResult]:
-    """Train many variants at once; each ends as `train` alone would have ended it, but for rounding.
+    """Train many variants at once; each ends as `train` alone would end it, but for rounding.
 
     Every variant has its own order of images, number of steps, schedule, best epoch and early
     stopping. One that has finished stays as it is while the others go on. Every device holds its
