@@ -5,11 +5,13 @@ For component k with covariance Sigma_k = L_k L_k^T,
     log pi_k + log N(x | mu_k, Sigma_k)
         = log pi_k - d/2 log 2 pi - sum_i log (L_k)_ii - 1/2 || L_k^-1 (x - mu_k) ||^2
 
-The constants and the inverse factors are computed on the host in float64. On the devices the mean
-is subtracted before anything is squared: the expanded quadratic would cancel in float32 for
-features far from the origin. Pool rows are spread over the mesh axis "data"; each device walks over
-its rows in chunks and over the mixtures one by one, so that memory stays bounded by one chunk times
-the components of one mixture.
+The constants and the inverse factors are computed on the host in float64. Where the spread of the
+pool allows it, all distances come from matrix products: L_k^-1 (x - c) - L_k^-1 (mu_k - c) for full
+and tied covariances, [y^2, y] [1 / s^2, -2 m / s^2] with y = x - c, m = mu - c for diagonal ones, c
+being a common centre. These lose digits to cancellation as (|x - c| + |mu - c|) / sigma grows; from
+a bound of that on, a mixture is evaluated from the differences x - mu_k themselves. Pool rows are
+spread over the mesh axis "data"; each device walks over its rows in chunks, so that memory stays
+bounded.
 """
 
 import functools
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.proxy.gmm import Gmm
@@ -33,8 +35,15 @@ _FURTHEST = 1e19
 # Differences are kept where both they and their reciprocals are normal float32 numbers: compilers
 # turn divisions into products with the reciprocal, and flush subnormal numbers to zero.
 _LARGEST, _SMALLEST = 1e37, 1e-30
-# Floats of one chunk's largest intermediate array, (rows, components, dimensions): 32 MiB.
-_CHUNK_FLOATS = 2**23
+# Floats of one chunk's largest intermediate array: 4 MiB stay in a core's cache.
+_CHUNK_FLOATS = 2**20
+# Largest sum_j (|x_j - c_j| + |mu_j - c_j|)^2 (Sigma^-1)_jj for which products are exact enough:
+# the expanded square errs by about 2^-24 of it (1e-3), the whitened difference z by 2^-24 of its
+# root, hence its square by 1e-4 |z|.
+_SPREAD = {"diag": 2.0**14, "tied": 2.0**20, "full": 2.0**20}
+# Rows of a triangular factor that are multiplied at a time: what lies right of them is zero.
+_BLOCK = 16
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 Parameters = dict[str, Float[Array, "..."]]
 
@@ -111,6 +120,29 @@ def check_features(features: Any, dim: int | None = None) -> Float[np.ndarray, "
 def _evaluate(
     gmms: Sequence[Gmm], features: Any, mesh: Mesh | None, chunk: int | None, joint: bool
 ) -> Float[np.ndarray, "..."]:
+    check_gmms(gmms)
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk is {chunk}, expected 1 or more")
+    data = check_features(features, gmms[0].dim)
+    mesh = data_mesh() if mesh is None else mesh
+    groups, order = group(gmms, data.min(axis=0), data.max(axis=0))
+    if chunk is None:
+        chunk = chunk_rows(gmms)
+    sharded, rows = shard_rows(data, mesh)
+    chunk = min(chunk, sharded.shape[0] // mesh.shape[AXIS])
+    placed, places = replicate((groups, order), mesh)
+    values = _pool_pass(placed, places, sharded, mesh=mesh, chunk=chunk, joint=joint)
+    return np.asarray(values)[..., :rows]
+
+
+def check_gmms(gmms: Sequence[Gmm]) -> None:
+    """Refuse anything but one or more proper mixtures over the same dimensions.
+
+    Raises:
+      InputError: no mixture, an improper one, or different dimensions.
+
+    Source: ours.
+    """
     if len(gmms) == 0:
         raise InputError("gmms: an empty list, expected at least one mixture")
     for index, gmm in enumerate(gmms):
@@ -119,23 +151,28 @@ def _evaluate(
             raise InputError(
                 f"gmms[{index}]: {gmm.dim} dimensions, expected the {gmms[0].dim} of gmms[0]"
             )
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk is {chunk}, expected 1 or more")
-    data = check_features(features, gmms[0].dim)
-    mesh = data_mesh() if mesh is None else mesh
-    groups, order = _group(gmms)
+
+
+def chunk_rows(gmms: Sequence[Gmm]) -> int:
+    """Rows that a device should handle at a time: decided by the mixtures alone."""
     components = max(gmm.components for gmm in gmms)
-    if chunk is None:
-        chunk = max(1, _CHUNK_FLOATS // (components * gmms[0].dim))
-    sharded, rows = shard_rows(data, mesh)
-    chunk = min(chunk, sharded.shape[0] // mesh.shape[AXIS])
-    placed, places = replicate((groups, order), mesh)
-    values = _pool_pass(placed, places, sharded, mesh=mesh, chunk=chunk, joint=joint)
-    return np.asarray(values)[..., :rows]
+    diagonal = sum(_kind(gmm) == "diag" for gmm in gmms)
+    widest = components * max(gmms[0].dim, diagonal)
+    return min(max(_CHUNK_FLOATS // widest, 64), 8192)
 
 
-def _group(gmms: Sequence[Gmm]) -> tuple[dict[str, Parameters], np.ndarray]:
-    """Stack the mixtures by kind of factor; `order[i]` is where mixture i ends up."""
+def group(
+    gmms: Sequence[Gmm], low: Float[np.ndarray, "d"], high: Float[np.ndarray, "d"]
+) -> tuple[dict[str, Parameters], Int[np.ndarray, "v"]]:
+    """Stack the mixtures by kernel for a pool within [low, high].
+
+    Mixture i ends up at `order[i]`, the second result.
+
+    Source: ours.
+    """
+    centre = np.mean([gmm.means.mean(axis=0, dtype=np.float64) for gmm in gmms], axis=0)
+    centre = centre.astype(np.float32).astype(np.float64)
+    reach = np.maximum(np.float64(high) - centre, centre - np.float64(low))
     kinds = [_kind(gmm) for gmm in gmms]
     groups = {}
     order = np.zeros(len(gmms), np.int32)
@@ -145,7 +182,7 @@ def _group(gmms: Sequence[Gmm]) -> tuple[dict[str, Parameters], np.ndarray]:
         if not members:
             continue
         components = max(gmms[i].components for i in members)
-        parts = [_factors(gmms[i], components) for i in members]
+        parts = [_factors(gmms[i], components, centre, reach) for i in members]
         groups[kind] = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         order[members] = np.arange(position, position + len(members))
         position += len(members)
@@ -156,37 +193,66 @@ def _kind(gmm: Gmm) -> str:
     return "diag" if gmm.covariance_type == "spherical" else gmm.covariance_type
 
 
-def _factors(gmm: Gmm, components: int) -> dict[str, np.ndarray]:
-    """Turn one mixture into what the kernels need, padded to `components` of weight zero."""
-    found, dim = gmm.means.shape
-    extra = components - found
+def _is_spread(
+    gmm: Gmm, precisions: np.ndarray, centre: Float[np.ndarray, "d"], reach: Float[np.ndarray, "d"]
+) -> bool:
+    spread = ((reach + np.abs(gmm.means - centre)) ** 2 * precisions).sum(axis=-1).max()
+    return not spread <= _SPREAD[_kind(gmm)]
+
+
+def _inverse_factor(gmm: Gmm) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """L^-1 and log det Sigma, for full and tied covariances."""
     covariances = gmm.covariances.astype(np.float64)
-    result = {}
-    if gmm.covariance_type in ("diag", "spherical"):
+    symmetric = (covariances + np.swapaxes(covariances, -1, -2)) / 2
+    lower = np.linalg.cholesky(symmetric)
+    inverse = np.linalg.solve(lower, np.broadcast_to(np.eye(gmm.dim), lower.shape))
+    diagonal = np.diagonal(lower, axis1=-2, axis2=-1)
+    return inverse, 2 * np.log(diagonal).sum(axis=-1)
+
+
+def _factors(
+    gmm: Gmm, components: int, centre: Float[np.ndarray, "d"], reach: Float[np.ndarray, "d"]
+) -> dict[str, np.ndarray]:
+    """Turn one mixture into what both of its kernels need, padded to `components` of weight zero.
+
+    `direct` says which of the two is to be used: a value and not another program, so that other
+    mixtures and pools do not compile anew.
+    """
+    found, dim = gmm.means.shape
+    offsets = gmm.means - centre
+    shared, own = {"centre": centre}, {"means": gmm.means}
+    if _kind(gmm) == "diag":
+        covariances = gmm.covariances.astype(np.float64)
         if gmm.covariance_type == "spherical":
             covariances = np.repeat(covariances[:, None], dim, axis=1)
         log_det = np.log(covariances).sum(axis=1)
-        result["precision"] = np.pad(1 / np.sqrt(covariances), [(0, extra), (0, 0)])
+        own["precision"] = 1 / np.sqrt(covariances)
+        # -1/2 of the square, expanded; its constant part apart.
+        own["expanded"] = np.concatenate([-0.5 / covariances, offsets / covariances], axis=1)
+        own["added"] = -0.5 * (offsets**2 / covariances).sum(axis=1)
+        shared["direct"] = _is_spread(gmm, 1 / covariances, centre, reach)
     else:
-        symmetric = (covariances + np.swapaxes(covariances, -1, -2)) / 2
-        lower = np.linalg.cholesky(symmetric)
-        inverse = np.linalg.solve(lower, np.broadcast_to(np.eye(dim), lower.shape))
-        diagonal = np.diagonal(lower, axis1=-2, axis2=-1)
-        log_det = np.broadcast_to(2 * np.log(diagonal).sum(axis=-1), (found,))
+        inverse, log_det = _inverse_factor(gmm)
+        log_det = np.broadcast_to(log_det, (found,))
+        parts = shared if gmm.covariance_type == "tied" else own
         # Entries of at most one, and the scale apart, so that products cannot overflow.
-        scale = np.abs(inverse).max(axis=(-2, -1))
-        factor = np.swapaxes(inverse / scale[..., None, None], -1, -2)
-        if gmm.covariance_type == "full":
-            factor = np.pad(factor, [(0, extra), (0, 0), (0, 0)])
-            scale = np.pad(scale, (0, extra))
-        result.update(factor=factor, scale=np.asarray(scale))
+        parts["scale"] = np.abs(inverse).max(axis=(-2, -1))
+        parts["factor"] = np.swapaxes(inverse / parts["scale"][..., None, None], -1, -2)
+        own["offset"] = (inverse @ offsets[..., None])[..., 0]
+        step = dim if parts is shared else _BLOCK
+        for start in range(0, dim, step):
+            stop = min(start + step, dim)
+            parts[f"rows_{start:06}"] = inverse[..., start:stop, :stop]
+        shared["direct"] = _is_spread(gmm, (inverse**2).sum(axis=-2), centre, reach)
     weights = gmm.weights.astype(np.float64)
     with np.errstate(divide="ignore"):
         log_weights = np.log(weights / weights.sum())
     constant = log_weights - 0.5 * (dim * math.log(2 * math.pi) + log_det)
-    result["constant"] = np.pad(constant, (0, extra), constant_values=-np.inf)
-    result["means"] = np.pad(gmm.means, [(0, extra), (0, 0)])
-    return {key: value.astype(np.float32) for key, value in result.items()}
+    extra = components - found
+    padded = {k: np.pad(v, [(0, extra)] + [(0, 0)] * (v.ndim - 1)) for k, v in own.items()}
+    padded["constant"] = np.pad(constant, (0, extra), constant_values=-np.inf)
+    with np.errstate(over="ignore"):  # only where the differences are used
+        return {key: np.asarray(value, np.float32) for key, value in (shared | padded).items()}
 
 
 def _diagonal_kernel(parameters: Parameters, rows: Float[Array, "c d"]) -> Float[Array, "g c"]:
@@ -208,11 +274,40 @@ def _matrix_kernel(
     # overflow with both signs and leave NaN.
     size = jnp.maximum(jnp.max(jnp.abs(differences), axis=-1), _SMALLEST)
     unit = differences / size[..., None]
-    whitened = jnp.einsum(equation, unit, parameters["factor"], precision=jax.lax.Precision.HIGHEST)
+    whitened = jnp.einsum(equation, unit, parameters["factor"], precision=_HIGHEST)
     length = jnp.sqrt(jnp.sum(whitened**2, axis=-1))
     scale = jnp.reshape(parameters["scale"], (-1, 1))
     distance = jnp.minimum(size * (scale * length), _FURTHEST)
     return parameters["constant"][:, None] - 0.5 * distance**2
+
+
+def _diagonal_products(parameters: Parameters, rows: Float[Array, "c d"]) -> Float[Array, "n g c"]:
+    centred = rows - parameters["centre"][0]
+    squares = jnp.concatenate([centred**2, centred], axis=1)
+    factor = parameters["expanded"]
+    products = _product(factor.reshape(-1, factor.shape[-1]), squares)
+    constant = parameters["constant"] + parameters["added"]
+    return products.reshape(*factor.shape[:2], -1) + constant[..., None]
+
+
+def _matrix_products(parameters: Parameters, rows: Float[Array, "c d"]) -> Float[Array, "g c"]:
+    centred = rows - parameters["centre"]
+    offset = parameters["offset"]
+    squares = jnp.zeros((offset.shape[0], rows.shape[0]), rows.dtype)
+    start = 0
+    for name in sorted(name for name in parameters if name.startswith("rows_")):
+        factor = parameters[name]
+        size, stop = factor.shape[-2:]
+        whitened = _product(factor.reshape(-1, stop), centred[:, :stop])
+        whitened = whitened.reshape(-1, size, rows.shape[0])
+        differences = whitened - offset[:, start:stop, None]
+        squares += jnp.sum(differences**2, axis=1)
+        start = stop
+    return parameters["constant"][:, None] - 0.5 * squares
+
+
+def _product(factor: Float[Array, "n d"], rows: Float[Array, "c d"]) -> Float[Array, "n c"]:
+    return jnp.einsum("nd,cd->nc", factor, rows, precision=_HIGHEST)
 
 
 _KERNELS = {
@@ -254,17 +349,33 @@ def _chunk_values(
     groups: dict[str, Parameters], order: Array, joint: bool, rows: Float[Array, "c d"]
 ) -> Float[Array, "..."]:
     most = max(parameters["constant"].shape[1] for parameters in groups.values())
+
     parts = []
     for kind, kernel in _KERNELS.items():
         if kind not in groups:
             continue
+        stacked = groups[kind]
+        # The diagonal mixtures have one product in common.
+        products = _diagonal_products(stacked, rows) if kind == "diag" else None
 
-        def one(parameters: Parameters, kernel: Any = kernel) -> Float[Array, "..."]:
-            values = kernel(parameters, rows)
+        def one(item: tuple[Parameters, Array | None], kernel: Any = kernel) -> Float[Array, "..."]:
+            parameters, product = item
+            values = jax.lax.cond(
+                parameters["direct"] > 0,
+                lambda: kernel(parameters, rows),
+                lambda: _matrix_products(parameters, rows) if product is None else product,
+            )
             if not joint:
-                return jax.nn.logsumexp(values, axis=0)
+                return _log_sum_exp(values)
             missing = most - values.shape[0]
             return jnp.pad(values, [(0, missing), (0, 0)], constant_values=-jnp.inf)
 
-        parts.append(jax.lax.map(one, groups[kind]))
+        parts.append(jax.lax.map(one, (stacked, products)))
     return jnp.concatenate(parts)[order]
+
+
+def _log_sum_exp(values: Float[Array, "g c"]) -> Float[Array, "c"]:
+    # A mixture has a component of positive weight, whose value is finite: so is the highest.
+    highest = jnp.max(values, axis=0)
+    total = jnp.sum(jnp.exp(values - highest), axis=0)
+    return highest + jnp.log(total)

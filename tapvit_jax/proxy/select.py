@@ -6,6 +6,7 @@ and the fine-tuning set is all of it, so the former always lies inside the latte
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -15,12 +16,10 @@ from jaxtyping import Array, Float, Int
 from sklearn.metrics.pairwise import euclidean_distances
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.proxy.density import (
-    check_features,
-    component_log_likelihood,
-    log_likelihood,
-)
+from tapvit_jax.proxy.density import check_features, check_gmms, component_log_likelihood
 from tapvit_jax.proxy.gmm import Gmm, GmmConfig
+from tapvit_jax.proxy.pool import Best, Range, open_pool, pick_rows, pool_range, scores, skip_noise
+from tapvit_jax.sharding import data_mesh
 
 Method = Literal["top", "quota", "importance"]
 
@@ -62,7 +61,7 @@ class SelectConfig:
 
 def select(
     gmms: Sequence[Gmm],
-    features: Float[Array, "p d"] | Float[np.ndarray, "p d"],
+    features: Float[Array, "p d"] | Float[np.ndarray, "p d"] | str | os.PathLike,
     count: int,
     *,
     method: Method = "top",
@@ -74,7 +73,10 @@ def select(
 ) -> Int[np.ndarray, "v m"]:
     """Choose for each of v devices an ordered list of m distinct images of the pool.
 
-    m is `finetune_count`, or `count` without it; the first `count` are the metric dataset.
+    `features` may also be a memory-mapped array or the path of a `.npy` file: the pool is read in
+    pieces, by each process its share, and the lists are the same for any number of devices and
+    processes. m is `finetune_count`, or `count` without it; the first `count` are the metric
+    dataset.
 
     - `top`: the highest log p_v(x), ties by the lower index (as published).
     - `quota`: component k gets a share of the places proportional to pi_vk (largest remainder), and
@@ -97,25 +99,39 @@ def select(
     Hesterberg 1995 (weights bounded by a defensive mixture); `quota` is ours.
     """
     _check_options(method, seed, task_share)
-    data = check_features(features)
-    total = count if finetune_count is None else finetune_count
-    _check_counts(count, total, data.shape[0])
-    if method == "quota":
-        values = component_log_likelihood(gmms, data, mesh=mesh)
-        return np.stack(
-            [
-                _quota(gmm.weights, value[: gmm.components], count, total)
-                for gmm, value in zip(gmms, values, strict=True)
-            ]
+    check_gmms(gmms)
+    pool = open_pool(features)
+    if pool.shape[1] != gmms[0].dim:
+        raise InputError(
+            f"features: {pool.shape[1]} dimensions, expected the mixtures' {gmms[0].dim}"
         )
-    scores = log_likelihood(gmms, data, mesh=mesh).astype(np.float64)
-    if method == "importance":
-        pool = _pool_log_likelihood(pool_gmm, data, seed, mesh) + math.log1p(-task_share)
-        own = scores + math.log(task_share) if task_share > 0 else -np.inf
-        scores -= np.logaddexp(pool, own)
-        for position, row in enumerate(scores):
-            row += np.random.default_rng((seed, position)).gumbel(size=row.shape)
-    return np.argsort(-scores, axis=1, kind="stable")[:, :total]
+    total = count if finetune_count is None else finetune_count
+    _check_counts(count, total, pool.shape[0])
+    bounds = pool_range(pool)
+    mesh = data_mesh() if mesh is None else mesh
+    if method == "quota":
+        return _quotas(gmms, pool, bounds, count, total, mesh)
+    best = Best(len(gmms), total)
+    if method == "top":
+        for start, values in scores(gmms, pool, bounds, mesh):
+            for position, keys in enumerate(values):
+                best.add(position, keys, start)
+        return np.stack(best.finish())
+    density = [_pool_density(pool_gmm, pool, bounds, seed)]
+    # None where all images are the same (one image, say): they are all equally likely.
+    against = density if density[0] is not None else []
+    noise = [np.random.default_rng((seed, position)) for position in range(len(gmms))]
+    drawn = 0
+    for start, values in scores([*gmms, *against], pool, bounds, mesh):
+        values = values.astype(np.float64)
+        common = (values[-1] if against else 0.0) + math.log1p(-task_share)
+        for position, (keys, generator) in enumerate(zip(values, noise, strict=False)):
+            skip_noise(generator, start - drawn)
+            own = keys + math.log(task_share) if task_share > 0 else -np.inf
+            ratio = keys - np.logaddexp(common, own)
+            best.add(position, ratio + generator.gumbel(size=keys.size), start)
+        drawn = start + values.shape[1]
+    return np.stack(best.finish())
 
 
 def selection_report(
@@ -159,36 +175,60 @@ def selection_report(
     return report
 
 
-def _pool_log_likelihood(
-    pool_gmm: Gmm | None, data: Float[np.ndarray, "p d"], seed: int, mesh: Mesh | None
-) -> Float[np.ndarray, "p"]:
-    if pool_gmm is None:
-        if not np.ptp(data, axis=0).any():
-            # Images that are all the same (one image, say) are all equally likely.
-            return np.zeros(data.shape[0])
-        rows = data
-        if data.shape[0] > _POOL_FIT_ROWS:
-            generator = np.random.default_rng(seed)
-            rows = data[generator.choice(data.shape[0], _POOL_FIT_ROWS, replace=False)]
-        config = GmmConfig(components=(1, 2, 4, 8, 16, 32), min_members=1, restarts=1, seed=seed)
-        pool_gmm = Gmm.fit(rows, config)
-    return log_likelihood([pool_gmm], data, mesh=mesh)[0].astype(np.float64)
+def _pool_density(
+    pool_gmm: Gmm | None, pool: Float[np.ndarray, "p d"], bounds: Range, seed: int
+) -> Gmm | None:
+    if pool_gmm is not None:
+        return pool_gmm
+    if not (bounds[0] < bounds[1]).any():
+        return None
+    rows = np.arange(pool.shape[0])
+    if rows.size > _POOL_FIT_ROWS:
+        rows = np.random.default_rng(seed).choice(rows.size, _POOL_FIT_ROWS, replace=False)
+    config = GmmConfig(components=(1, 2, 4, 8, 16, 32), min_members=1, restarts=1, seed=seed)
+    return Gmm.fit(pick_rows(pool, rows), config)
+
+
+def _quotas(
+    gmms: Sequence[Gmm],
+    pool: Float[np.ndarray, "p d"],
+    bounds: Range,
+    count: int,
+    total: int,
+    mesh: Mesh,
+) -> Int[np.ndarray, "v m"]:
+    # No place is ever filled from beyond the best `total` rows of a component, all or its own.
+    places = [(v, k) for v, gmm in enumerate(gmms) for k in range(gmm.components)]
+    every, owned = Best(len(places), total), Best(len(places), total)
+    for start, values in scores(gmms, pool, bounds, mesh, joint=True):
+        owners = values.argmax(axis=1)
+        for position, (v, k) in enumerate(places):
+            every.add(position, values[v, k], start)
+            owned.add(position, np.where(owners[v] == k, values[v, k], -np.inf), start)
+    every_rows, owned_rows = every.finish(), owned.finish()
+    chosen, position = [], 0
+    for gmm in gmms:
+        part = slice(position, position + gmm.components)
+        chosen.append(_quota(gmm.weights, owned_rows[part], every_rows[part], count, total))
+        position = part.stop
+    return np.stack(chosen)
 
 
 def _quota(
-    weights: Float[np.ndarray, "g"], values: Float[np.ndarray, "g p"], count: int, total: int
+    weights: Float[np.ndarray, "g"],
+    owned: list[Int[np.ndarray, "..."]],
+    every: list[Int[np.ndarray, "..."]],
+    count: int,
+    total: int,
 ) -> Int[np.ndarray, "m"]:
-    owners = np.argmax(values, axis=0)
-    unused = np.ones(values.shape[1], dtype=bool)
+    """Fill both quotas from every component's own and all rows, each the best first."""
     small = _shares(weights, count, np.zeros(len(weights), np.int64))
     large = _shares(weights, total, small)
-    return np.concatenate(
-        [
-            _fill(quotas, values, owners, unused)
-            for quotas in (small, large - small)
-            if quotas.sum() > 0
-        ]
-    )
+    used = np.zeros(0, np.int64)
+    for quotas in (small, large - small):
+        if quotas.sum() > 0:
+            used = np.concatenate([used, _fill(quotas, owned, every, used)])
+    return used
 
 
 def _shares(
@@ -212,32 +252,27 @@ def _shares(
 
 def _fill(
     quotas: Int[np.ndarray, "g"],
-    values: Float[np.ndarray, "g p"],
-    owners: Int[np.ndarray, "p"],
-    unused: np.ndarray,
+    owned: list[Int[np.ndarray, "..."]],
+    every: list[Int[np.ndarray, "..."]],
+    used: Int[np.ndarray, "u"],
 ) -> Int[np.ndarray, "m"]:
-    """Fill the quotas, crossing what is taken off `unused`, and interleave the components."""
-    taken: list[np.ndarray] = []
+    """Fill the quotas with rows that are not in `used`, and interleave the components."""
     # All take their own images first, so that nobody's spill takes what another still needs.
-    for component, quota in enumerate(quotas):
-        own = np.flatnonzero(unused & (owners == component))
-        taken.append(_best(own, values[component], quota))
-        unused[taken[-1]] = False
+    taken = [_unused(rows, used)[:quota] for rows, quota in zip(owned, quotas, strict=True)]
+    used = np.concatenate([used, *taken])
     for component, quota in enumerate(quotas):
         missing = quota - taken[component].size
         if missing > 0:
-            more = _best(np.flatnonzero(unused), values[component], missing)
-            unused[more] = False
+            more = _unused(every[component], used)[:missing]
+            used = np.concatenate([used, more])
             taken[component] = np.concatenate([taken[component], more])
     # Any beginning of the list then holds the components in about the right proportions.
     places = np.concatenate([(np.arange(t.size) + 0.5) / max(t.size, 1) for t in taken])
     return np.concatenate(taken)[np.argsort(places, kind="stable")]
 
 
-def _best(
-    candidates: Int[np.ndarray, "c"], values: Float[np.ndarray, "p"], count: int
-) -> Int[np.ndarray, "m"]:
-    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
+def _unused(rows: Int[np.ndarray, "n"], used: Int[np.ndarray, "u"]) -> Int[np.ndarray, "m"]:
+    return rows[~np.isin(rows, used)]
 
 
 def _effective_components(gmm: Gmm, chosen: Float[np.ndarray, "n d"]) -> float:

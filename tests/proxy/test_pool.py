@@ -1,0 +1,103 @@
+"""Pools on disk give the same lists as pools in memory, however they are walked."""
+
+import jax
+import numpy as np
+import pytest
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.proxy import pool as pool_module
+from tapvit_jax.proxy.density import component_log_likelihood, log_likelihood
+from tapvit_jax.proxy.gmm import Gmm
+from tapvit_jax.proxy.pool import Best, open_pool, pool_range, scores, skip_noise
+from tapvit_jax.proxy.select import select
+from tapvit_jax.sharding import data_mesh
+
+ROWS, DIM = 5000, 6
+
+
+@pytest.fixture(scope="module")
+def features():
+    rng = np.random.default_rng(0)
+    # Rounded and repeated: many exact ties.
+    return np.tile(rng.normal(size=(ROWS // 2, DIM)).round(1).astype(np.float32), (2, 1))
+
+
+@pytest.fixture(scope="module")
+def gmms():
+    rng = np.random.default_rng(1)
+    return [
+        Gmm(rng.dirichlet(np.ones(g)), rng.normal(size=(g, DIM)), np.ones((g, DIM)), "diag")
+        for g in (2, 4)
+    ]
+
+
+@pytest.mark.parametrize("method", ["top", "quota", "importance"])
+def test_the_same_lists_from_memory_disk_and_any_devices(
+    method, features, gmms, tmp_path, monkeypatch
+):
+    expected = select(gmms, features, 100, method=method, finetune_count=700)
+    np.save(tmp_path / "pool.npy", features)
+    monkeypatch.setattr(pool_module, "_PIECE_FLOATS", 2**10)
+    monkeypatch.setattr(pool_module, "chunk_rows", lambda gmms: 64)
+    one = data_mesh(jax.devices()[:1])
+    for pool in (tmp_path / "pool.npy", np.load(tmp_path / "pool.npy", mmap_mode="r")):
+        for mesh in (one, data_mesh()):
+            found = select(gmms, pool, 100, method=method, finetune_count=700, mesh=mesh)
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_scores_are_the_same_bits_on_any_devices(features, gmms, monkeypatch):
+    monkeypatch.setattr(pool_module, "chunk_rows", lambda gmms: 64)
+    bounds = pool_range(features)
+    found = [
+        np.concatenate([v for _, v in scores(gmms, features, bounds, mesh)], axis=1)
+        for mesh in (data_mesh(jax.devices()[:1]), data_mesh())
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], log_likelihood(gmms, features), rtol=1e-5)
+
+
+def test_quota_takes_the_best_of_each_component(features, gmms):
+    chosen = select(gmms, features, 50, method="quota")
+    values = component_log_likelihood(gmms, features)
+    for row, value in zip(chosen, values, strict=True):
+        owners = value.argmax(axis=0)
+        for k in np.unique(owners[row]):
+            mine = np.flatnonzero(owners == k)
+            best = mine[np.argsort(-value[k, mine], kind="stable")]
+            taken = row[owners[row] == k]
+            assert value[k, taken].min() >= value[k, best[taken.size - 1]] - 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_running_best_is_the_stable_sort(count):
+    keys = np.random.default_rng(count).integers(0, 9, 200).astype(float)
+    keys[::5] = -np.inf
+    best = Best(1, count)
+    for start in range(0, 200, 13):
+        best.add(0, keys[start : start + 13], start)
+    np.testing.assert_array_equal(best.finish()[0], np.argsort(-keys, kind="stable")[:count])
+
+
+def test_skipping_noise_is_drawing_it():
+    one, other = (np.random.default_rng(3) for _ in range(2))
+    skip_noise(one, 2**20 + 5)
+    assert one.gumbel() == other.gumbel(size=2**20 + 6)[-1]
+
+
+def test_bad_pools(features, gmms, tmp_path):
+    path = tmp_path / "pool.npy"
+    holed = features.copy()
+    holed[[7, 9], 2] = np.nan
+    np.save(path, holed)
+    with pytest.raises(InputError, match=r"2 samples hold NaN or infinity .the first is sample 7"):
+        select(gmms, path, 5)
+    np.save(path, features[:, :3])
+    with pytest.raises(InputError, match="3 dimensions, expected the mixtures' 6"):
+        select(gmms, path, 5)
+    with pytest.raises(InputError, match="count is 5001, expected from 1 to 5000"):
+        select(gmms, features, 5001)
+    path.write_bytes(path.read_bytes()[:-4])
+    for bad in (path, tmp_path / "none.npy"):
+        with pytest.raises(InputError, match=r"is not a whole \.npy file"):
+            open_pool(bad)
