@@ -1,12 +1,17 @@
 """Reading images in several processes, with grain."""
 
+import contextlib
+import functools
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,27 +20,33 @@ from jaxtyping import Float, Int
 
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
+from tapvit_jax.files import atomic_file
 
 if TYPE_CHECKING:
     from tapvit_jax.data.base import ImageSource
 
 
 class _Reader:
-    """Random access to whole batches of images: the form in which grain takes data."""
+    """Random access to whole batches of images: the form in which grain takes data.
 
-    def __init__(
-        self, source: "ImageSource", chunks: Sequence[Int[np.ndarray, "b"]], preprocess: Preprocess
-    ):
-        self._source, self._preprocess = source, preprocess
-        # One array pickles faster than many.
-        self._indices = np.concatenate(chunks)
-        self._ends = np.cumsum([0, *map(len, chunks)])
+    What to read lies in a file of the parent's. A process that is started with more than a pipe
+    holds, and dies before it takes it, would leave its parent waiting for ever.
+    """
+
+    def __init__(self, path: Path, count: int):
+        self._path, self._count = path, count
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return self._count
+
+    @functools.cached_property
+    def _task(self) -> tuple["ImageSource", Sequence[Int[np.ndarray, "b"]], Preprocess]:
+        with self._path.open("rb") as file:
+            return pickle.load(file)
 
     def __getitem__(self, i: int) -> Float[np.ndarray, "b s s c"]:
-        return self._source.load(self._indices[self._ends[i] : self._ends[i + 1]], self._preprocess)
+        source, chunks, preprocess = self._task
+        return source.load(chunks[i], preprocess)
 
 
 def load_in_workers(
@@ -62,12 +73,18 @@ def load_in_workers(
     workers = min(workers, len(chunks))
     reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    images = iter(
-        grain.MapDataset.source(_Reader(source, chunks, preprocess))
-        .to_iter_dataset(reading)
-        .mp_prefetch(options, worker_init_fn=_start_worker)
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "task.pickle"
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            pickle.dump((source, chunks, preprocess), file, protocol=pickle.HIGHEST_PROTOCOL)
+        images = iter(
+            grain.MapDataset.source(_Reader(path, len(chunks)))
+            .to_iter_dataset(reading)
+            .mp_prefetch(options, worker_init_fn=_start_worker)
+        )
+        # grain's threads leave cycles that hold the last images in shared memory.
+        stack.callback(gc.collect)
+        stack.callback(images.close)
         while True:
             try:
                 # A copy in memory of this process: what is shared is scarce and freed at once.
@@ -84,10 +101,6 @@ def load_in_workers(
                     "that it printed); use fewer workers or 0"
                 ) from error
             yield found
-    finally:
-        images.close()
-        # grain's threads leave cycles that hold the last images in shared memory.
-        gc.collect()
 
 
 def _start_worker(index: int, count: int) -> None:

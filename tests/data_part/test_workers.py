@@ -176,3 +176,35 @@ def test_the_end_of_the_program_ends_the_workers(tmp_path, end):
     while alive(readers(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(readers(tmp_path)) == 2 and not alive(readers(tmp_path))
+
+
+UNGUARDED = """
+import sys
+if __name__ != "__main__":
+    raise SystemExit(3)
+import numpy as np
+from test_workers import PRE, Watching
+from tapvit_jax.data.pipeline import batches
+
+# More than a pipe holds.
+order = np.resize(np.arange(11), 100_000)
+try:
+    next(batches(Watching(sys.argv[1]), order, PRE, 10, workers=2))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_worker_that_cannot_start_is_one_clear_message(tmp_path):
+    write(tmp_path)
+    (tmp_path / "program.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, "program.py", str(tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "one of 2 worker processes died (exit code 3; " in done.stdout
