@@ -1,0 +1,180 @@
+"""Runs that are killed, checkpoints that are damaged, and disks that are full."""
+
+import dataclasses
+import json
+import logging
+import resource
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tapvit_jax.errors import InputError
+from tapvit_jax.sharding import data_mesh
+from tapvit_jax.train import finetune
+from tapvit_jax.train.checkpoint import Checkpoints
+from tapvit_jax.train.loop import finished
+from tests.train.test_finetune import LONG, StopError, assert_trees_equal, long_run, make_data
+
+# Twelve images in batches of four: three steps an epoch, a checkpoint after every second step.
+STEPS = dataclasses.replace(LONG, checkpoint_epochs=6, checkpoint_steps=2)
+
+
+def kill_before(monkeypatch, directory, step):
+    taken, original = [], finetune._step
+
+    def killed(*arguments):
+        if len(taken) == step:
+            raise StopError
+        taken.append(step)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(finetune, "_step", killed)
+        long_run(directory, options=STEPS)
+
+
+def count_steps(monkeypatch, directory):
+    taken, original = [], finetune._step
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_step", lambda *a: taken.append(1) or original(*a))
+        result = long_run(directory, options=STEPS)
+    return len(taken), result
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return long_run(options=STEPS)
+
+
+def assert_same(found, expected):
+    assert found.record == expected.record
+    assert found.best_epoch == expected.best_epoch
+    assert_trees_equal(found.params, expected.params)
+
+
+@pytest.mark.parametrize(("killed", "resumed"), [(1, 0), (5, 4), (7, 6), (17, 16)])
+def test_a_run_goes_on_within_an_epoch(tmp_path, monkeypatch, undisturbed, killed, resumed):
+    kill_before(monkeypatch, tmp_path / "run", killed)
+    taken, found = count_steps(monkeypatch, tmp_path / "run")
+    assert taken == 18 - resumed
+    assert_same(found, undisturbed)
+    assert not (tmp_path / "run").exists()
+
+
+def truncate_files(step):
+    for path in step.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:5])
+
+
+def garble_files(step):
+    for path in step.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\0" * path.stat().st_size)
+
+
+def damage_note(step):
+    step.with_suffix(".json").write_text('{"layout": 1, "ident')
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate_files, "truncated or missing"),
+        (garble_files, "cannot be read"),
+        (shutil.rmtree, "truncated or missing"),
+        (damage_note, "not valid JSON"),
+        (lambda step: step.with_suffix(".json").unlink(), "was not finished"),
+        (lambda step: step.with_suffix(".json").write_text("[]"), "not of this version"),
+    ],
+    ids=["truncated", "garbled", "gone", "note", "no_note", "version"],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path, monkeypatch, undisturbed, caplog, damage, reason
+):
+    kill_before(monkeypatch, tmp_path / "run", 9)
+    damage(tmp_path / "run" / "step_000000008")
+    with caplog.at_level(logging.WARNING, "tapvit_jax"):
+        taken, found = count_steps(monkeypatch, tmp_path / "run")
+    assert taken == 18 - 6
+    assert_same(found, undisturbed)
+    assert "step_000000008: left aside" in caplog.text
+    assert reason in caplog.text
+
+
+def test_without_a_whole_checkpoint_the_run_starts_over(tmp_path, monkeypatch, undisturbed, caplog):
+    kill_before(monkeypatch, tmp_path / "run", 9)
+    for step in (6, 8):
+        truncate_files(tmp_path / "run" / f"step_{step:09}")
+    taken, found = count_steps(monkeypatch, tmp_path / "run")
+    assert taken == 18
+    assert_same(found, undisturbed)
+
+
+def test_a_state_of_other_shapes_is_left_aside(tmp_path, caplog):
+    with Checkpoints(tmp_path / "run", {}) as keeper:
+        keeper.save(1, {"a": np.zeros(3)}, {})
+        assert keeper.restore({"a": np.zeros(4)}) is None
+        assert "another number of devices" in caplog.text
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+    with Checkpoints(tmp_path / "run", {}) as keeper:
+        for step in range(1, 5):
+            keeper.save(step, {"a": np.full(3, step)}, {"step": step})
+        names = sorted(path.name for path in (tmp_path / "run").iterdir())
+        assert names == [f"step_{n:09}{e}" for n in (3, 4) for e in ("", ".json")]
+        assert json.loads((tmp_path / "run" / names[1]).read_text())["record"] == {"step": 3}
+
+
+def test_a_full_disk_ends_with_one_line(tmp_path):
+    keeper = Checkpoints(tmp_path / "run", {})
+    keeper.save(1, {"a": np.zeros(3)}, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"run: cannot hold checkpoints \(.*\)") as caught:
+            noise = np.random.default_rng(0).standard_normal(100_000)
+            keeper.save(2, {"a": noise}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        keeper.close()
+    assert "\n" not in str(caught.value)
+    with Checkpoints(tmp_path / "run", {}) as keeper:
+        assert keeper.restore({"a": np.ones(3)})[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("place", ["/proc/nothing/run", "file/run"])
+def test_an_unwritable_directory_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot hold checkpoints"):
+        long_run(tmp_path / place)
+
+
+def test_patience():
+    options = dataclasses.replace(LONG, epochs=9, patience=2)
+    record = [{"epoch": e, "top1": t, "loss": 1.0} for e, t in enumerate((0.1, 0.3, 0.2, 0.3))]
+    assert [finished(record[: n + 1], options) for n in range(4)] == [False, False, False, True]
+    assert not finished(record, LONG)
+    unhurried = long_run(options=dataclasses.replace(LONG, learning_rate=1.0))
+    hurried = long_run(options=dataclasses.replace(LONG, learning_rate=1.0, patience=2))
+    assert hurried.record == unhurried.record[: hurried.best_epoch + 3]
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_batch_spread_over_devices(devices):
+    # Eleven images: the last batch holds one image of padding.
+    data = make_data(seed=7, count=11)
+    alone = long_run(data=data)
+    spread = long_run(data=data, mesh=data_mesh(jax.devices()[:devices]))
+    for one, other in zip(spread.record, alone.record, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    for one, other in zip(*map(jax.tree.leaves, (spread.params, alone.params)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_batch_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(InputError, match="batch_size is 4, expected a multiple of the 3 devices"):
+        long_run(mesh=data_mesh(jax.devices()[:3]))
