@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,24 @@ import safetensors.numpy
 
 from tapvit_jax.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # What a full or failing disk says, whoever happens to write at that moment.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+# What file systems without locks say.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+_POLL_SECONDS, _SILENT_SECONDS = 0.1, 3.0
 
 
-def _cannot_write(path: Path, reason: object) -> InputError:
-    return InputError(f"{path}: cannot be written: {reason}")
+class WriteError(InputError):
+    """A file cannot be written: the disk is full, broken or closed to the user."""
+
+
+def _cannot_write(path: Path, reason: object) -> WriteError:
+    return WriteError(f"{path}: cannot be written: {reason}")
 
 
 def _partial_name(path: Path, target: Path, directory: bool) -> Path:
@@ -32,7 +46,7 @@ def _partial_name(path: Path, target: Path, directory: bool) -> Path:
         make = tempfile.mkdtemp if directory else _temporary_file
         return Path(make(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{path}: lies below a file, expected a folder there") from error
+        raise WriteError(f"{path}: lies below a file, expected a folder there") from error
     except OSError as error:
         raise _cannot_write(path, error.strerror) from error
 
@@ -49,7 +63,7 @@ def _disk_errors_name(path: Path, partial: Path) -> Iterator[None]:
         yield
     except InputError as error:
         # From a file within a folder: say its name as it would have been.
-        raise InputError(str(error).replace(str(partial), str(path))) from error
+        raise type(error)(str(error).replace(str(partial), str(path))) from error
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -169,6 +183,88 @@ def _replace_directory(path: Path, target: Path, partial: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Delete what writers of `path` that were killed left beside it.
+
+    Only for who holds the lock of `path`: a writer that is alive would lose its work.
+    """
+    target = Path(os.path.realpath(path))
+    for suffix in ("partial", "old"):
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.{suffix}"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def file_lock(
+    path: str | os.PathLike, *, wait: bool = True, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[bool | None]:
+    """Hold a lock that vanishes with its process, however that ends.
+
+    Yields True, False where another process holds it and `wait` is false, or None where the file
+    system has no locks: then nobody is kept out.
+
+    Args:
+      path: the lock's file; it is gone again when nobody holds the lock.
+      wait: for a process that holds it.
+      on_wait: called once when waiting takes more than a few seconds.
+
+    Raises:
+      WriteError: the file cannot be made.
+
+    Source: ours.
+    """
+    path = Path(path)
+    locked, handle = _acquire(path, wait, on_wait)
+    try:
+        yield locked
+    finally:
+        if handle is not None:
+            # Before it is released: who waited for this file sees that it is no longer the lock.
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _acquire(path: Path, wait: bool, on_wait: Callable[[], None]) -> tuple[bool | None, int | None]:
+    start, said = time.monotonic(), False
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise WriteError(f"{path}: lies below a file, expected a folder there") from error
+        except OSError as error:
+            raise _cannot_write(path, error.strerror) from error
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, path):
+                return None if fcntl is None else True, handle
+            os.close(handle)
+            continue
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return None, handle
+            os.close(handle)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise _cannot_write(path, error.strerror) from error
+        if not wait:
+            return False, None
+        if not said and time.monotonic() - start > _SILENT_SECONDS:
+            on_wait()
+            said = True
+        time.sleep(_POLL_SECONDS)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

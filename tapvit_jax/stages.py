@@ -2,25 +2,31 @@
 
 A stage's artefact is a directory named after the stage and a hash of everything it depends on. It
 appears by a rename when it is whole, so that a run killed at any moment continues where it was.
+Any number of programs may work in one directory: who needs what another one is computing waits.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
 
+from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import (
     atomic_directory,
     content_hash,
     file_hash,
+    file_lock,
     read_json,
     read_safetensors,
+    remove_leftovers,
     write_json,
 )
 from tapvit_jax.versions import library_versions
@@ -28,6 +34,8 @@ from tapvit_jax.versions import library_versions
 _LAYOUT = 2
 _META = "stage.json"
 _ARRAYS = "arrays.safetensors"
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -53,38 +61,98 @@ Compute = Callable[[], tuple[Mapping[str, np.ndarray], Mapping[str, Any]]]
 
 
 class Stages:
-    """All artefacts under one directory."""
+    """All artefacts under one directory, which all processes of a job see.
+
+    Attributes:
+      computed: names of the stages that were computed here rather than found, in order.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
+        self.computed: list[str] = []
+
+    def key(self, name: str, inputs: Mapping[str, Any]) -> str:
+        """Hash of everything that a stage depends on."""
+        return content_hash({"layout": _LAYOUT, "stage": name, "inputs": inputs})
 
     def run(self, name: str, inputs: Mapping[str, Any], compute: Compute) -> Artefact:
         """Return the stage's artefact, computing it only if it is not there.
 
-        A damaged artefact is computed again, and that is said.
+        A damaged artefact is computed again, and that is said. Where a job has several processes
+        the first of them decides and writes, all compute together, and all read the same.
+
+        Raises:
+          InputError: on every process, what `compute` raises on any of them, or an artefact that
+            cannot be written or is not seen by all processes.
         """
-        key = content_hash({"layout": _LAYOUT, "stage": name, "inputs": inputs})
+        key = self.key(name, inputs)
         directory = self._directory / f"{name}-{key[:16]}"
-        if directory.exists():
-            try:
-                return self._read(directory, key)
-            except InputError as error:
+        main = distributed.is_main()
+        found = all_succeed(lambda: self._find(directory, key, say=False) if main else None)
+        if distributed.process_count() == 1 and found is not None:
+            return found
+        with contextlib.ExitStack() as stack:
+            if found is None:
+                found = all_succeed(lambda: self._claim(directory, key, stack) if main else None)
+            if from_main(found is not None):
+                return all_succeed(lambda: found or self._read(directory, key))
+            arrays, meta = all_succeed(compute)
+            self.computed.append(name)
+            made = all_succeed(
+                lambda: self._write(directory, key, inputs, arrays, meta) if main else None
+            )
+            return all_succeed(lambda: made or self._read(directory, key))
+
+    def scratch(self, name: str) -> Path:
+        """A directory for a stage's own unfinished work, such as checkpoints."""
+        return self._directory / "unfinished" / name
+
+    def _claim(self, directory: Path, key: str, stack: contextlib.ExitStack) -> Artefact | None:
+        """Take the stage's lock; whoever held it before may have computed the stage."""
+        lock = file_lock(
+            directory.with_name(f".{directory.name}.lock"),
+            on_wait=lambda: log.warning("%s: another process computes it; waiting", directory),
+        )
+        locked = stack.enter_context(lock)
+        found = self._find(directory, key, say=True)
+        if found is None and locked:
+            remove_leftovers(directory)
+        return found
+
+    def _find(self, directory: Path, key: str, say: bool) -> Artefact | None:
+        if not directory.exists():
+            return None
+        try:
+            return self._read(directory, key)
+        except InputError as error:
+            if say:
                 log.warning("%s; computing it again", error)
-        arrays, meta = compute()
+            return None
+
+    def _write(
+        self,
+        directory: Path,
+        key: str,
+        inputs: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        meta: Mapping[str, Any],
+    ) -> Artefact:
         # Not ascontiguousarray, which makes a vector of a scalar.
         arrays = {n: np.asarray(array, order="C") for n, array in arrays.items()}
         spec = {"key": key, "inputs": inputs, "meta": meta, "libraries": library_versions()}
         # As it will be read: a first run and a second one get the same.
         spec = json.loads(json.dumps(spec, allow_nan=False))
-        with atomic_directory(directory) as partial:
-            safetensors.numpy.save_file(arrays, partial / _ARRAYS)
-            spec["sha256"] = file_hash(partial / _ARRAYS)
-            write_json(partial / _META, spec | {"spec_sha256": content_hash(spec)})
+        try:
+            with atomic_directory(directory) as partial:
+                safetensors.numpy.save_file(arrays, partial / _ARRAYS)
+                spec["sha256"] = file_hash(partial / _ARRAYS)
+                write_json(partial / _META, spec | {"spec_sha256": content_hash(spec)})
+        except OSError as error:
+            # Without locks two may compute the same; who is whole first wins.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return self._read(directory, key)
         return Artefact(key, arrays, spec["meta"], cached=False)
-
-    def scratch(self, name: str) -> Path:
-        """A directory for a stage's own unfinished work, such as checkpoints."""
-        return self._directory / "unfinished" / name
 
     def _read(self, directory: Path, key: str) -> Artefact:
         spec = read_json(directory / _META)
@@ -96,6 +164,34 @@ class Stages:
         if spec.get("sha256") != file_hash(path):
             raise InputError(f"{path}: truncated or altered")
         return Artefact(key, read_safetensors(path), spec["meta"], cached=True)
+
+
+def all_succeed(action: Callable[[], T]) -> T:
+    """Do something on every process; where it fails on one it fails on all.
+
+    Raises:
+      InputError: it failed on another process; what it raises here goes through as it is.
+    """
+    if distributed.process_count() == 1:
+        return action()
+    result = failure = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    reason = "" if failure is None else str(failure) or type(failure).__name__
+    reasons = distributed.gather_bytes(reason.encode())
+    if failure is not None:
+        raise failure
+    for process, text in enumerate(reasons):
+        if text:
+            raise InputError(f"process {process}: {text.decode()}")
+    return result
+
+
+def from_main(value: T) -> T:
+    """What the first process holds, a JSON value, on every process."""
+    return json.loads(distributed.gather_bytes(json.dumps(value).encode())[0])
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
