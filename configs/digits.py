@@ -3,7 +3,7 @@
 python -m experiments.run --config=configs/digits.py --workdir=runs/digits
 """
 
-from experiments.config import complete
+from experiments.config import complete, grid
 
 
 def get_config():
@@ -66,5 +66,18 @@ def get_config():
             },
             "recover_on": "masked",
             "latency_batch": 64,
+        }
+    )
+
+
+def sweep():
+    """Four devices at four budgets, three criteria, with and without fine-tuning."""
+    return grid(
+        {
+            "seed": (0,),
+            "device": range(4),
+            "criterion": ("tap", "tap_published", "taylor"),
+            "budget": ("macs=0.7", "macs=0.5", "macs=0.35", "macs=0.25"),
+            "recovery": ("none", "finetune"),
         }
     )

@@ -6,7 +6,7 @@ DATA is a folder in Tiny-ImageNet's own layout, WEIGHTS a .safetensors file. The
 trained on the train split, so that private images come from the val split alone.
 """
 
-from experiments.config import complete
+from experiments.config import complete, grid
 
 
 def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
@@ -50,5 +50,16 @@ def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
                 "shift": 4,
                 "flip": True,
             },
+        }
+    )
+
+
+def sweep():
+    """Four devices at five budgets, as published and with the mended criterion."""
+    return grid(
+        {
+            "device": range(4),
+            "criterion": ("tap", "tap_published"),
+            "budget": tuple(f"macs={share}" for share in (0.8, 0.65, 0.5, 0.35, 0.25)),
         }
     )

@@ -1,7 +1,8 @@
 """What an experiment's config file may say; anything else is refused by name."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
@@ -30,11 +31,17 @@ class DataConfig:
       source: "digits", "tfds:NAME", or a path to image folders or Tiny-ImageNet.
       preprocess: how an image becomes an input.
       partition: devices, public pool and public-validation.
+      workers: processes that decode images; 0 decodes on threads. Results do not depend on it.
     """
 
     source: str
     preprocess: Preprocess
     partition: PartitionConfig
+    workers: int = 0
+
+    def __post_init__(self):
+        if self.workers < 0:
+            raise InputError(f"workers is {self.workers}, expected 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,8 @@ class ExperimentConfig:
       recover: fine-tuning after pruning.
       recover_on: fine-tune the "masked" model (one compiled program for all devices) or the
         "reshaped" one (fewer operations, but every device compiles its own).
+      recover_together: in a sweep, so many units that share the dense model and the recipe are
+        fine-tuned in one program; what is fine-tuned together follows from the grid alone.
       validation_share: share of public-validation, the most likely under the device's GMM, that
         chooses the device's epoch.
       comparisons: metric sets to stand beside the selected one: the whole pool, or a random public
@@ -104,6 +113,7 @@ class ExperimentConfig:
     prune: PruneConfig = PruneConfig()
     recover: TrainConfig = TrainConfig()
     recover_on: Literal["masked", "reshaped"] = "masked"
+    recover_together: int = 1
     validation_share: float = 0.5
     comparisons: tuple[Comparison, ...] = ("pool", "random")
     latency_batch: int = 1
@@ -111,6 +121,10 @@ class ExperimentConfig:
     def __post_init__(self):
         if not self.budgets:
             raise InputError("budgets is empty, expected at least one")
+        if self.recover_together < 1:
+            raise InputError(f"recover_together is {self.recover_together}, expected 1 or more")
+        if self.recover_together > 1 and self.recover_on != "masked":
+            raise InputError("recover_together needs recover_on 'masked': one shape for all")
         if not 0 < self.validation_share <= 1:
             raise InputError(f"validation_share is {self.validation_share}, expected (0, 1]")
         for text in self.budgets:
@@ -119,6 +133,13 @@ class ExperimentConfig:
     def budget(self, device: int) -> Budget:
         """The budget of one device."""
         return Budget.parse(self.budgets[device % len(self.budgets)])
+
+
+def identity(config: ExperimentConfig) -> dict[str, Any]:
+    """A config as JSON values, without what changes no result."""
+    plain = to_plain(config)
+    del plain["data"]["workers"]
+    return plain
 
 
 def complete(values: Mapping[str, Any]) -> ConfigDict:
@@ -145,3 +166,13 @@ def read(config: Any) -> ExperimentConfig:
       InputError: unknown or missing fields, or values of another type; all in one message.
     """
     return from_plain(ExperimentConfig, config.to_dict())
+
+
+def grid(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """All combinations of the values of several fields, the first field changing slowest.
+
+    What a config file's `sweep()` returns: a list of overrides, one mapping of names to values for
+    every unit. Names are "device", "budget", "criterion", "recovery", or dotted fields of the
+    config such as "seed" and "prune.neurons.loss".
+    """
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

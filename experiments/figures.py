@@ -176,6 +176,88 @@ def classes(results: dict[str, Any]) -> str:
     return _svg(figure, f"Classes in the metric datasets of {len(rows)} devices")
 
 
+_COSTS = {"macs": "MACs", "params": "parameters", "ms": "latency"}
+# Told apart with any colour vision; the shapes differ as well. Further series repeat both.
+_SERIES = [
+    *[("#2563eb", "o"), ("#d97706", "^"), ("#059669", "D"), ("#db2777", "s")],
+    *[("#7c3aed", "v"), ("#0891b2", "P"), ("#65a30d", "X"), ("#b91c1c", "<")],
+]
+_MOST_DEVICES = 24
+
+
+def averaged(rows: list[dict[str, Any]], fronts: dict[str, list[int]], relative: bool) -> str:
+    """Mean accuracy against three costs, a line for each series, the Pareto fronts marked."""
+    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    y = np.array([row["recovered_top1"] for row in rows])
+    errors = np.array([row["recovered_top1_interval"] or 0.0 for row in rows])
+    for axes, (cost, title) in zip(figure.subplots(1, 3, sharey=True), _COSTS.items(), strict=True):
+        x = np.array([_cost(row, cost, relative) for row in rows])
+        _front(axes, x[fronts[cost]], y[fronts[cost]])
+        for i, name in enumerate(series):
+            at = [k for k, row in enumerate(rows) if row["series"] == name]
+            at.sort(key=lambda k, x=x: x[k])
+            color, marker = _SERIES[i % len(_SERIES)]
+            style = {"color": color, "marker": marker, "markersize": 5, "lw": 1, "capsize": 2}
+            style["label"] = _shorten(one_line(name), 40)
+            axes.errorbar(x[at], y[at], errors[at], elinewidth=0.8, **style)
+        axes.axhline(np.mean([row["dense_top1"] for row in rows]), color=_DENSE, ls="--", lw=1)
+        axes.set_xlabel(_cost_label(title, cost, relative))
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("mean top-1 on the devices' test images, %")
+    _percent_scale(axes, "y", [*(y - errors), *(y + errors), *(row["dense_top1"] for row in rows)])
+    _legend(figure)
+    return _svg(figure, f"Mean accuracy against cost of {len(rows)} points")
+
+
+def every_device(
+    found: list[dict[str, Any]], labels: list[str], pareto: Any, relative: bool
+) -> str:
+    """Accuracy against three costs, a row of panels for each device."""
+    owners = list(dict.fromkeys(record["device"] for record in found))
+    shown = owners[:_MOST_DEVICES]
+    figure = Figure(figsize=(_WIDTH, 0.6 + 2.2 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 3, sharex="col", squeeze=False)
+    names = list(dict.fromkeys(labels))
+    for row, device in zip(grid, shown, strict=True):
+        own = [k for k, record in enumerate(found) if record["device"] == device]
+        y = np.array([found[k]["recovered_top1"] for k in own])
+        dense = np.mean([found[k]["dense_top1"] for k in own])
+        for axes, (cost, title) in zip(row, _COSTS.items(), strict=True):
+            x = np.array([_cost(found[k], cost, relative) for k in own])
+            front = pareto(x, y)
+            _front(axes, x[front], y[front])
+            for i, name in enumerate(names):
+                at = [j for j, k in enumerate(own) if labels[k] == name]
+                color, marker = _SERIES[i % len(_SERIES)]
+                label = _shorten(one_line(name), 40)
+                axes.scatter(x[at], y[at], s=16, color=color, marker=marker, label=label, zorder=3)
+            axes.axhline(dense, color=_DENSE, ls="--", lw=1)
+            _percent_scale(axes, "y", [*y, dense])
+            axes.grid(alpha=0.25)
+            axes.tick_params(labelsize=8)
+            if row is grid[-1]:
+                axes.set_xlabel(_cost_label(title, cost, relative), size=9)
+        row[0].set_ylabel(f"device {device}\ntop-1, %", size=9)
+    _legend(figure)
+    return _svg(figure, f"Accuracy against cost of {len(shown)} of {len(owners)} devices")
+
+
+def _cost(row: dict[str, Any], cost: str, relative: bool) -> float:
+    return row[f"{cost}_percent"] if relative else row[cost]
+
+
+def _cost_label(title: str, cost: str, relative: bool) -> str:
+    if relative:
+        return f"{title}, % of the dense model's"
+    return f"{title}, ms" if cost == "ms" else title
+
+
+def _front(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    axes.step(x, y, where="post", color=_DENSE, lw=2.5, alpha=0.35, zorder=1)
+    axes.scatter(x, y, s=90, facecolors="none", edgecolors=_INK, linewidths=0.8, zorder=2)
+
+
 def _shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 

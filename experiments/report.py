@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ _LONGEST_LIST = 24
 _NONE = "–"  # noqa: RUF001
 
 _TEXT = ' class="text"'
-_TEXT_HEADS = ("classes", "budget")
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#111827;max-width:1180px;margin:2em auto;
@@ -72,7 +72,8 @@ def _class_names(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
     return [one_line(results["class_names"][c]) for c in row["classes"]]
 
 
-def _amount(number: int) -> str:
+def amount(number: int) -> str:
+    """A count in three digits."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             if number >= 999.5 * size:
@@ -95,7 +96,7 @@ def table(results: dict[str, Any]) -> str:
         cells += [classes if len(classes) <= _LONGEST_LIST else f"{len(names)} classes"]
         cells += [f"{row['payload_bytes']:,} B", row["budget"]]
         for unit in ("params", "macs"):
-            cells.append(f"{_amount(found[unit])} ({found[f'{unit}_percent']:.1f} %)")
+            cells.append(f"{amount(found[unit])} ({found[f'{unit}_percent']:.1f} %)")
         stages = ["dense", "pruned", "recovered", *(f"recovered_{c}" for c in comparisons)]
         cells += [f"{found[f'{stage}_top1']:.1f}" for stage in stages]
         cells += [f"{found[name]:.2f}" for name in ("dense_ms", "pruned_ms")]
@@ -147,10 +148,15 @@ def page(results: dict[str, Any]) -> str:
         "<h2>How this was run</h2>",
         _settings(results),
     ]
+    return document(name, "".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """A page that needs nothing but itself; both arguments are HTML."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+        f"<style>{_STYLE}</style></head><body><main>{body}</main></body></html>\n"
     )
 
 
@@ -191,7 +197,12 @@ def _summary(results: dict[str, Any]) -> str:
     )
 
 
-def _to_table(caption: str, groups: list[tuple[str, list[str]]], rows: list[list[str]]) -> str:
+def to_table(
+    caption: str,
+    groups: list[tuple[str, list[str]]],
+    rows: list[list[str]],
+    text_heads: Sequence[str] = ("classes", "budget", "series"),
+) -> str:
     """A table with two rows of headings; cells that start with "<td" bring their own tag."""
     first = second = ""
     for title, heads in groups:
@@ -200,7 +211,7 @@ def _to_table(caption: str, groups: list[tuple[str, list[str]]], rows: list[list
             second += "".join(f'<th scope="col">{head}</th>' for head in heads)
         else:
             first += "".join(
-                f'<th scope="col" rowspan="2"{_TEXT * (head in _TEXT_HEADS)}>{head}</th>'
+                f'<th scope="col" rowspan="2"{_TEXT * (head in text_heads)}>{head}</th>'
                 for head in heads
             )
     body = "".join(
@@ -214,7 +225,8 @@ def _to_table(caption: str, groups: list[tuple[str, list[str]]], rows: list[list
     )
 
 
-def _text_cell(text: str) -> str:
+def text_cell(text: str) -> str:
+    """A cell of words rather than numbers; `text` is HTML."""
     return f"<td{_TEXT}>{text}</td>"
 
 
@@ -222,8 +234,8 @@ def _classes_cell(row: dict[str, Any], results: dict[str, Any]) -> str:
     names = _class_names(row, results)
     listed = html.escape(", ".join(names))
     if len(", ".join(names)) <= _LONGEST_LIST:
-        return _text_cell(listed)
-    return _text_cell(
+        return text_cell(listed)
+    return text_cell(
         f"<details><summary>{len(names)} classes</summary><small style='white-space:normal'>"
         f"{listed}</small></details>"
     )
@@ -242,10 +254,10 @@ def _result_table(results: dict[str, Any]) -> str:
         found = record(row, results)
         cells = [str(row["device"]), _classes_cell(row, results)]
         cells += [f"{row['private_test']:,}", f"{row['payload_bytes']:,}"]
-        cells.append(_text_cell("<br>".join(map(_escape, row["budget"].split(", ")))))
+        cells.append(text_cell("<br>".join(map(_escape, row["budget"].split(", ")))))
         for unit in ("params", "macs"):
             share = f"{found[f'{unit}_percent']:.1f} %"
-            cells.append(f"{_amount(found[unit])}<br><small>{share}</small>")
+            cells.append(f"{amount(found[unit])}<br><small>{share}</small>")
         cells += [f"{found['dense_top1']:.1f}", f"{found['pruned_top1']:.1f}"]
         cells.append(f"<strong>{found['recovered_top1']:.1f}</strong>")
         cells += [f"{found[f'recovered_{c}_top1']:.1f}" for c in comparisons]
@@ -265,7 +277,7 @@ def _result_table(results: dict[str, Any]) -> str:
         f"({_escape(results['backend'])}).</p>"
     )
     groups = [(title, heads) for title, heads in groups if heads]
-    return _to_table("Results, on every device's own test images", groups, rows) + note
+    return to_table("Results, on every device's own test images", groups, rows) + note
 
 
 def _selection_table(results: dict[str, Any]) -> str:
@@ -286,7 +298,7 @@ def _selection_table(results: dict[str, Any]) -> str:
         "<p>Distance: energy distance between features; the smaller, the more alike. Components "
         "in use: how many the chosen images spread over (exponential of the entropy).</p>"
     )
-    return _to_table("Metric datasets", groups, rows) + note
+    return to_table("Metric datasets", groups, rows) + note
 
 
 def _number(value: float | None) -> str:

@@ -25,7 +25,7 @@ except ImportError:  # Windows
     fcntl = None
 
 # What a full or failing disk says, whoever happens to write at that moment.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 # What file systems without locks say.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _POLL_SECONDS, _SILENT_SECONDS = 0.1, 3.0
@@ -65,7 +65,7 @@ def _disk_errors_name(path: Path, partial: Path) -> Iterator[None]:
         # From a file within a folder: say its name as it would have been.
         raise type(error)(str(error).replace(str(partial), str(path))) from error
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in DISK_ERRORS:
             raise
         raise _cannot_write(path, error.strerror) from error
     except safetensors.SafetensorError as error:
@@ -227,6 +227,14 @@ def file_lock(
             # Before it is released: who waited for this file sees that it is no longer the lock.
             path.unlink(missing_ok=True)
             os.close(handle)
+
+
+def is_locked(path: str | os.PathLike) -> bool:
+    """Whether a process holds the lock of this path."""
+    if not Path(path).exists():
+        return False
+    with file_lock(path, wait=False) as locked:
+        return locked is False
 
 
 def _acquire(path: Path, wait: bool, on_wait: Callable[[], None]) -> tuple[bool | None, int | None]:

@@ -15,19 +15,34 @@ class Progress:
 
     The ETA comes from the units done so far, so that only the estimates' ratios matter. On a
     terminal a bar moves; a log gets a line now and then.
+
+    Args:
+      total: units of the whole job.
+      quiet: say nothing.
+      lines: a line for every finished step, for jobs that print no table of their own.
     """
 
-    def __init__(self, total: float, quiet: bool = False):
+    def __init__(self, total: float, quiet: bool = False, lines: bool = True):
         # Never quite nothing: shares of it are printed.
         self._total, self._done, self._quiet = max(total, 1e-9), 0.0, quiet
+        self._lines = lines
         self._start = self._logged = time.monotonic()
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            disable=quiet or not self._terminal,
+        self._bar = self._new_bar()
+
+    def _new_bar(self) -> tqdm:
+        return tqdm(
+            total=self._total,
+            initial=self._done,
+            disable=self._quiet or not self._terminal,
             leave=False,
             bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} elapsed, {remaining} left  {desc}",
         )
+
+    def resume(self) -> None:
+        """Go on after a step that failed."""
+        self._bar.close()
+        self._bar = self._new_bar()
 
     @contextlib.contextmanager
     def step(self, name: str, units: float) -> Iterator["Step"]:
@@ -42,7 +57,8 @@ class Progress:
             self._bar.close()
             raise
         self._count(step.take(1.0))
-        self._line(f"{name} ({time.monotonic() - start:.1f} s)")
+        if self._lines:
+            self._line(f"{name} ({time.monotonic() - start:.1f} s)")
 
     def close(self) -> None:
         """Remove the bar."""

@@ -20,6 +20,8 @@ import safetensors.numpy
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import (
+    DISK_ERRORS,
+    WriteError,
     atomic_directory,
     content_hash,
     file_hash,
@@ -170,22 +172,30 @@ def all_succeed(action: Callable[[], T]) -> T:
     """Do something on every process; where it fails on one it fails on all.
 
     Raises:
-      InputError: it failed on another process; what it raises here goes through as it is.
+      InputError: it failed on another process; what it raises here goes through as it is, but for
+        a disk that is full or broken, which is a `WriteError`.
     """
-    if distributed.process_count() == 1:
-        return action()
     result = failure = None
     try:
         result = action()
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            failure = error
+        else:
+            where = "" if error.filename is None else f"{error.filename}: "
+            failure = WriteError(f"{where}cannot be written: {error.strerror}")
+            failure.__cause__ = error
     except Exception as error:
         failure = error
     reason = "" if failure is None else str(failure) or type(failure).__name__
-    reasons = distributed.gather_bytes(reason.encode())
+    kind = b"w" if isinstance(failure, WriteError) else b"i"
+    reasons = distributed.gather_bytes(kind + reason.encode() if failure is not None else b"")
     if failure is not None:
         raise failure
     for process, text in enumerate(reasons):
         if text:
-            raise InputError(f"process {process}: {text.decode()}")
+            error = WriteError if text[:1] == b"w" else InputError
+            raise error(f"process {process}: {text[1:].decode()}")
     return result
 
 

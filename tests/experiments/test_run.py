@@ -12,11 +12,13 @@ import pytest
 
 import tapvit_jax as tap
 from configs import digits, tiny_imagenet_40
-from experiments import run
+from experiments import job
 from experiments.config import read
 from experiments.run import Experiment
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
+from tapvit_jax.progress import Progress
+from tapvit_jax.stages import Stages
 from tapvit_jax.structs import to_plain
 
 ROOT = Path(__file__).parents[2]
@@ -67,13 +69,13 @@ def test_budgets_are_kept_and_costs_are_those_of_the_saved_model(finished):
 
 def test_accuracies_are_those_of_the_saved_models(finished):
     results, workdir = finished
-    experiment = Experiment(read(tiny()), workdir, quiet=True)
-    experiment._read_data()
+    config = read(tiny())
+    made = job.Job(config, Stages(workdir / "stages"), workdir, Progress(1, quiet=True))
     for row in results["devices"]:
-        test = experiment.parts.devices[row["device"]].private_test
-        images = experiment.source.load(test, experiment.config.data.preprocess)
+        test = made.parts.devices[row["device"]].private_test
+        images = made.source.load(test, config.data.preprocess)
         answers = np.asarray(tap.load(workdir / row["model"]).apply(images)).argmax(axis=1)
-        accuracy = (answers == experiment.files.labels[test]).mean()
+        accuracy = (answers == made.files.labels[test]).mean()
         assert accuracy == pytest.approx(row["variants"]["selected"]["recovered"])
 
 
@@ -89,7 +91,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("training again")
 
-    monkeypatch.setattr(run, "train", refuse)
+    monkeypatch.setattr(job, "train", refuse)
     again = Experiment(read(tiny()), workdir, quiet=True).run()
     for row, other in zip(results["devices"], again["devices"], strict=True):
         assert row["variants"] == other["variants"]
@@ -97,7 +99,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
 
 def test_a_killed_run_continues_to_the_same_result(finished, tmp_path, monkeypatch):
     results, _ = finished
-    real, calls = run.train, []
+    real, calls = job.train, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -105,7 +107,7 @@ def test_a_killed_run_continues_to_the_same_result(finished, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(run, "train", interrupted)
+    monkeypatch.setattr(job, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Experiment(read(tiny()), tmp_path / "run", quiet=True).run()
     again = Experiment(read(tiny()), tmp_path / "run", quiet=True).run()

@@ -1,0 +1,251 @@
+"""Units of sweeps and runs in one table, one JSON file and one self-contained HTML page."""
+
+import csv
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments import figures, report
+from tapvit_jax.files import write_json, write_text
+from tapvit_jax.runtime import one_line
+
+Record = dict[str, Any]
+"""One unit: its place, its overrides, its costs, and its accuracies in percent."""
+
+# Averaged over, or the horizontal axis: these never tell two series apart.
+_NOT_SERIES = ("unit", "device", "seed", "budget")
+_CONFIDENCE = 0.95
+_COSTS = ("macs", "params", "ms")
+
+
+def records(results: Mapping[str, Any], source: str) -> list[Record]:
+    """The units of a sweep's results, or the devices of a run's, as flat records."""
+    if "units" in results:
+        return [_record(row, {"source": source, "unit": row["unit"]}) for row in results["units"]]
+    found = []
+    for row in results["devices"]:
+        for images, variant in row["variants"].items():
+            whole = {**row, **variant, "seed": results["seed"], "dense_cost": results["dense"]}
+            place = {"source": source, "unit": row["device"], "images": images}
+            # Every variant has its own widths; only those of the selected one were stored.
+            if images == "selected":
+                found.append(_record(whole, place))
+    return found
+
+
+def _record(row: Mapping[str, Any], place: Mapping[str, Any]) -> Record:
+    found = dict(place)
+    found["device"], found["seed"] = row["device"], row["seed"]
+    found["budget"] = row["budget"]
+    for name, value in row.get("overrides", {}).items():
+        if name not in found:
+            found[name] = value if isinstance(value, str | int | float) else str(value)
+    for name in ("macs", "params"):
+        found[name] = row["cost"][name]
+        found[f"dense_{name}"] = row["dense_cost"][name]
+    for name in ("dense", "pruned"):
+        key = "ms" if name == "pruned" else "dense_ms"
+        found[key] = round(row["latency_ms"][name]["median"], 4)
+    for name in _COSTS:
+        found[f"{name}_percent"] = round(100 * found[name] / found[f"dense_{name}"], 3)
+    for name in ("dense", "pruned", "recovered"):
+        found[f"{name}_top1"] = round(100 * row[name], 3)
+    return found
+
+
+def series_fields(found: Sequence[Record]) -> list[str]:
+    """Fields in which records differ and which are neither averaged over nor measured."""
+    measured = {"dense_macs", "dense_params", "macs", "params", "ms"}
+    names = dict.fromkeys(name for record in found for name in record)
+    return [
+        name
+        for name in names
+        if name not in _NOT_SERIES
+        and name not in measured
+        and not name.endswith(("_percent", "_top1", "_ms"))
+        and len({record.get(name) for record in found}) > 1
+    ]
+
+
+def series_of(record: Record, fields: Sequence[str]) -> str:
+    """What tells a record's series from the others, in words."""
+    return ", ".join(str(record[name]) for name in fields if name in record) or "pruned"
+
+
+def averages(found: Sequence[Record]) -> list[Record]:
+    """Means over devices and seeds for every series and budget, with 95 % intervals.
+
+    The interval is Student's for the mean of the units; one unit alone has none.
+    """
+    fields = series_fields(found)
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in found:
+        groups.setdefault((series_of(record, fields), record["budget"]), []).append(record)
+    rows = []
+    for (series, budget), members in groups.items():
+        row: Record = {"series": series, "budget": budget, "units": len(members)}
+        for name in ("dense_top1", "pruned_top1", "recovered_top1"):
+            row[name], row[f"{name}_interval"] = _mean([member[name] for member in members])
+        for name in _COSTS:
+            for column in (name, f"{name}_percent"):
+                row[column] = round(float(np.mean([member[column] for member in members])), 4)
+        rows.append(row)
+    return rows
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    mean = round(float(np.mean(values)), 3)
+    if len(values) < 2:
+        return mean, None
+    error = float(np.std(values, ddof=1)) / np.sqrt(len(values))
+    factor = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, len(values) - 1))
+    return mean, round(factor * error, 3)
+
+
+def pareto(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
+    """Positions of the points that no other equals or beats in both, the cheapest first."""
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i])):
+        if not front or gains[i] > gains[front[-1]]:
+            front.append(i)
+    return front
+
+
+def write(found: Sequence[Record], directory: Path, title: str) -> None:
+    """Write units.csv, units.json and units.html.
+
+    Raises:
+      InputError: the directory cannot be written.
+    """
+    names = list(dict.fromkeys(name for record in found for name in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    write_text(directory / "units.csv", text.getvalue())
+    write_json(directory / "units.json", {"units": list(found), "averages": averages(found)})
+    write_text(directory / "units.html", page(found, title))
+
+
+def page(found: Sequence[Record], title: str) -> str:
+    """The whole report as one HTML page without any outside reference."""
+    fields = series_fields(found)
+    mean_rows = averages(found)
+    devices = len({(record["source"], record["device"]) for record in found})
+    seeds = len({record["seed"] for record in found})
+    name = html.escape(one_line(title))
+    labels = [series_of(record, fields) for record in found]
+    parts = [
+        f"<h1>{name}: {len(found)} units</h1>",
+        f"<p>{devices} device{'s' * (devices > 1)}, {seeds} seed{'s' * (seeds > 1)}. All "
+        "accuracies are top-1 on the devices' own test images, after recovery unless said "
+        "otherwise. Latency is that of JAX on the machine that computed the unit.</p>",
+        "<h2>Averaged over devices and seeds</h2>",
+        f"<p>Bars: {100 * _CONFIDENCE:.0f} % intervals of the mean. Rings and the grey steps: the "
+        "Pareto front, which nothing both cheaper and at least as accurate beats. Dashed: the "
+        "dense model.</p>",
+        f"<figure>{figures.averaged(mean_rows, _fronts(mean_rows), _is_relative(found))}</figure>",
+        _averages_table(mean_rows),
+        "<h2>Every device</h2>",
+        f"<figure>{figures.every_device(found, labels, pareto, _is_relative(found))}</figure>",
+        "<h2>All units</h2>",
+        _units_table(found, fields),
+    ]
+    return report.document(name, "".join(parts))
+
+
+def _is_relative(found: Iterable[Record]) -> bool:
+    """Whether all records have one dense model, so that shares of its cost compare."""
+    return len({(record["dense_macs"], record["dense_params"]) for record in found}) == 1
+
+
+def _fronts(rows: Sequence[Record]) -> dict[str, list[int]]:
+    gains = [row["recovered_top1"] for row in rows]
+    return {name: pareto([row[name] for row in rows], gains) for name in _COSTS}
+
+
+def _averages_table(rows: Sequence[Record]) -> str:
+    fronts = _fronts(rows)
+    groups = [
+        ("", ["series", "budget", "units"]),
+        ("% of the dense model's", ["MACs", "params", "latency"]),
+        ("top-1, %", ["dense", "pruned", "recovered"]),
+        ("on the Pareto front of", ["MACs", "params", "latency"]),
+    ]
+    body = []
+    for i, row in enumerate(rows):
+        cells = [report.text_cell(html.escape(one_line(row[n]))) for n in ("series", "budget")]
+        cells.append(str(row["units"]))
+        cells += [f"{row[f'{name}_percent']:.1f}" for name in _COSTS]
+        for name in ("dense_top1", "pruned_top1", "recovered_top1"):
+            interval = row[f"{name}_interval"]
+            spread = "" if interval is None else f"<br><small>± {interval:.1f}</small>"
+            cells.append(f"{row[name]:.1f}{spread}")
+        cells += ["●" if i in fronts[name] else "" for name in _COSTS]
+        body.append(cells)
+    return report.to_table("Means over devices and seeds", groups, body)
+
+
+def _units_table(found: Sequence[Record], fields: Sequence[str]) -> str:
+    groups = [
+        ("", ["unit", *fields, "device", "seed", "budget"]),
+        ("pruned model", ["MACs", "params", "ms"]),
+        ("% of the dense model's", ["MACs", "params", "latency"]),
+        ("top-1, %", ["dense", "pruned", "recovered"]),
+    ]
+    body = []
+    for record in found:
+        cells = [str(record["unit"])]
+        cells += [report.text_cell(html.escape(one_line(str(record.get(n, ""))))) for n in fields]
+        cells += [str(record["device"]), str(record["seed"])]
+        cells.append(report.text_cell(html.escape(record["budget"])))
+        cells += [report.amount(record["macs"]), report.amount(record["params"])]
+        cells += [f"{record['ms']:.2f}", *(f"{record[f'{n}_percent']:.1f}" for n in _COSTS)]
+        cells += [f"{record[f'{n}_top1']:.1f}" for n in ("dense", "pruned")]
+        cells.append(f"<strong>{record['recovered_top1']:.1f}</strong>")
+        body.append(cells)
+    return report.to_table("All units", groups, body, text_heads=(*fields, "budget"))
+
+
+class LiveTable:
+    """Lines of a table of which not all rows are known yet.
+
+    Args:
+      fields: the overrides to show.
+      widths: widest value of each.
+    """
+
+    _MEASURED = ("MACs %", "params %", "dense %", "pruned %", "recovered %")
+
+    def __init__(self, fields: Sequence[str], widths: Sequence[int]):
+        self._fields = fields
+        self._widths = [min(max(len(f), w), 24) for f, w in zip(fields, widths, strict=True)]
+
+    def head(self) -> str:
+        """The heading."""
+        names = [n[:w].ljust(w) for n, w in zip(self._fields, self._widths, strict=True)]
+        return "  ".join(["unit", *names, *self._MEASURED])
+
+    def line(
+        self,
+        number: int,
+        overrides: Mapping[str, Any],
+        row: Mapping[str, Any] | None,
+        reason: str = "",
+    ) -> str:
+        """A unit's line: what it came to, or why it failed."""
+        cells = [f"{number:4}"]
+        for name, width in zip(self._fields, self._widths, strict=True):
+            cells.append(one_line(str(overrides.get(name, "")))[:width].ljust(width))
+        if row is None:
+            return "  ".join([*cells, f"failed: {one_line(reason)}" if reason else "elsewhere"])
+        shares = [100 * row["cost"][n] / row["dense_cost"][n] for n in ("macs", "params")]
+        values = [*shares, *(100 * row[n] for n in ("dense", "pruned", "recovered"))]
+        for title, value in zip(self._MEASURED, values, strict=True):
+            cells.append(f"{value:.1f}".rjust(len(title)))
+        return "  ".join(cells)
