@@ -42,7 +42,7 @@ _CHUNK_FLOATS = 2**20
 # root, hence its square by 1e-4 |z|.
 _SPREAD = {"diag": 2.0**14, "tied": 2.0**20, "full": 2.0**20}
 # Rows of a triangular factor that are multiplied at a time: what lies right of them is zero.
-_BLOCK = 16
+_BLOCK = 32
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 Parameters = dict[str, Float[Array, "..."]]
@@ -131,7 +131,9 @@ def _evaluate(
     sharded, rows = shard_rows(data, mesh)
     chunk = min(chunk, sharded.shape[0] // mesh.shape[AXIS])
     placed, places = replicate((groups, order), mesh)
-    values = _pool_pass(placed, places, sharded, mesh=mesh, chunk=chunk, joint=joint)
+    values = pool_pass(
+        placed, places, sharded, mesh=mesh, chunk=chunk, joint=joint, mixed=any_direct(groups)
+    )
     return np.asarray(values)[..., :rows]
 
 
@@ -293,17 +295,18 @@ def _diagonal_products(parameters: Parameters, rows: Float[Array, "c d"]) -> Flo
 def _matrix_products(parameters: Parameters, rows: Float[Array, "c d"]) -> Float[Array, "g c"]:
     centred = rows - parameters["centre"]
     offset = parameters["offset"]
-    squares = jnp.zeros((offset.shape[0], rows.shape[0]), rows.dtype)
+    components = offset.shape[0]
+    squares = jnp.zeros((rows.shape[0], components), rows.dtype)
     start = 0
     for name in sorted(name for name in parameters if name.startswith("rows_")):
         factor = parameters[name]
         size, stop = factor.shape[-2:]
-        whitened = _product(factor.reshape(-1, stop), centred[:, :stop])
-        whitened = whitened.reshape(-1, size, rows.shape[0])
-        differences = whitened - offset[:, start:stop, None]
-        squares += jnp.sum(differences**2, axis=1)
+        # Samples first: the sum over a block then runs along memory.
+        whitened = _product(centred[:, :stop], factor.reshape(-1, stop))
+        whitened = whitened.reshape(rows.shape[0], -1, size)
+        squares += jnp.square(whitened - offset[:, start:stop]).sum(axis=-1)
         start = stop
-    return parameters["constant"][:, None] - 0.5 * squares
+    return parameters["constant"][:, None] - 0.5 * squares.T
 
 
 def _product(factor: Float[Array, "n d"], rows: Float[Array, "c d"]) -> Float[Array, "n c"]:
@@ -317,8 +320,13 @@ _KERNELS = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "chunk", "joint"))
-def _pool_pass(
+def any_direct(groups: dict[str, Parameters]) -> bool:
+    """Whether some mixture of `group` is to be evaluated from differences."""
+    return any(np.any(parameters["direct"]) for parameters in groups.values())
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "chunk", "joint", "mixed"))
+def pool_pass(
     groups: dict[str, Parameters],
     order: Array,
     features: Float[Array, "p d"],
@@ -326,14 +334,21 @@ def _pool_pass(
     mesh: Mesh,
     chunk: int,
     joint: bool,
+    mixed: bool,
 ) -> Float[Array, "..."]:
+    """Values of all mixtures for all rows, `chunk` at a time on every device of the mesh.
+
+    `mixed` says that some mixture may need differences (`any_direct`): the choice at run time costs
+    more than the products themselves, so that the usual case goes without.
+    """
+
     def on_device(
         groups: dict[str, Parameters], order: Array, rows: Float[Array, "r d"]
     ) -> Float[Array, "..."]:
         count, dim = rows.shape
         chunks = jnp.pad(rows, [(0, -count % chunk), (0, 0)]).reshape(-1, chunk, dim)
-        values = jax.lax.map(functools.partial(_chunk_values, groups, order, joint), chunks)
-        values = jnp.moveaxis(values, 0, -2)
+        one = functools.partial(_chunk_values, groups, order, joint, mixed)
+        values = jnp.moveaxis(jax.lax.map(one, chunks), 0, -2)
         return values.reshape(*values.shape[:-2], -1)[..., :count]
 
     leading = (None, None) if joint else (None,)
@@ -346,7 +361,11 @@ def _pool_pass(
 
 
 def _chunk_values(
-    groups: dict[str, Parameters], order: Array, joint: bool, rows: Float[Array, "c d"]
+    groups: dict[str, Parameters],
+    order: Array,
+    joint: bool,
+    mixed: bool,
+    rows: Float[Array, "c d"],
 ) -> Float[Array, "..."]:
     most = max(parameters["constant"].shape[1] for parameters in groups.values())
 
@@ -358,24 +377,31 @@ def _chunk_values(
         # The diagonal mixtures have one product in common.
         products = _diagonal_products(stacked, rows) if kind == "diag" else None
 
-        def one(item: tuple[Parameters, Array | None], kernel: Any = kernel) -> Float[Array, "..."]:
+        def one(item: tuple[Parameters, Array | None], kernel: Any = kernel) -> Float[Array, "g c"]:
             parameters, product = item
-            values = jax.lax.cond(
-                parameters["direct"] > 0,
-                lambda: kernel(parameters, rows),
-                lambda: _matrix_products(parameters, rows) if product is None else product,
-            )
-            if not joint:
-                return _log_sum_exp(values)
-            missing = most - values.shape[0]
-            return jnp.pad(values, [(0, missing), (0, 0)], constant_values=-jnp.inf)
+            if product is None:
+                quick = functools.partial(_matrix_products, parameters, rows)
+            else:
+                quick = functools.partial(jnp.asarray, product)
+            if not mixed:
+                return quick()
+            slow = functools.partial(kernel, parameters, rows)
+            return jax.lax.cond(parameters["direct"] > 0, slow, quick)
 
-        parts.append(jax.lax.map(one, (stacked, products)))
+        values = products
+        if mixed or products is None:
+            values = jax.lax.map(one, (stacked, products))
+        if joint:
+            missing = most - values.shape[1]
+            values = jnp.pad(values, [(0, 0), (0, missing), (0, 0)], constant_values=-jnp.inf)
+        else:
+            values = _log_sum_exp(values)
+        parts.append(values)
     return jnp.concatenate(parts)[order]
 
 
-def _log_sum_exp(values: Float[Array, "g c"]) -> Float[Array, "c"]:
+def _log_sum_exp(values: Float[Array, "n g c"]) -> Float[Array, "n c"]:
     # A mixture has a component of positive weight, whose value is finite: so is the highest.
-    highest = jnp.max(values, axis=0)
-    total = jnp.sum(jnp.exp(values - highest), axis=0)
+    highest = jnp.max(values, axis=1)
+    total = jnp.sum(jnp.exp(values - highest[:, None]), axis=1)
     return highest + jnp.log(total)

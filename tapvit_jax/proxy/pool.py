@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.proxy.density import _pool_pass, check_features, chunk_rows, group
+from tapvit_jax.proxy.density import any_direct, check_features, chunk_rows, group, pool_pass
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.sharding import AXIS, replicate, shard_rows
 
@@ -124,13 +124,14 @@ def scores(
     stop = min(share.stop * chunk, rows)
     together = min(together, -(-len(share) // mesh.shape[AXIS]))
     step = chunk * mesh.shape[AXIS] * max(together, 1)
-    placed = replicate(group(gmms, *bounds), mesh)
+    grouped = group(gmms, *bounds)
+    placed, mixed = replicate(grouped, mesh), any_direct(grouped[0])
     waiting: tuple[int, int, jax.Array] | None = None
     for start in range(share.start * chunk, stop, step):
         part = read_rows(pool, start, min(start + step, stop))
         count = len(part)
         sharded, _ = shard_rows(np.pad(part, [(0, step - count), (0, 0)]), mesh)
-        values = _pool_pass(*placed, sharded, mesh=mesh, chunk=chunk, joint=joint)
+        values = pool_pass(*placed, sharded, mesh=mesh, chunk=chunk, joint=joint, mixed=mixed)
         if waiting is not None:
             yield waiting[0], np.asarray(waiting[2])[..., : waiting[1]]
         waiting = start, count, values

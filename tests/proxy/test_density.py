@@ -170,11 +170,11 @@ def test_another_number_of_rows_or_values_does_not_change_a_row():
     features = pool(64, 6)
     whole = log_likelihood(gmms, features)
     np.testing.assert_allclose(log_likelihood(gmms, features[:13]), whole[:, :13], rtol=1e-5)
-    assert density._pool_pass._cache_size() > 0
-    before = density._pool_pass._cache_size()
+    assert density.pool_pass._cache_size() > 0
+    before = density.pool_pass._cache_size()
     changed = [hard_gmm(kind, 3, 6, i + 9) for i, kind in enumerate(KINDS)]
     assert not np.allclose(log_likelihood(changed, features), whole)
-    assert density._pool_pass._cache_size() == before
+    assert density.pool_pass._cache_size() == before
 
 
 def test_features_already_on_a_device_are_taken():
