@@ -13,12 +13,13 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 from sklearn.decomposition import PCA
 
@@ -33,6 +34,7 @@ from tapvit_jax.models.convnet import ConvNetConfig
 from tapvit_jax.models.params import Params, check_params, flatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.store import load_params, read_spec, save_params
+from tapvit_jax.sharding import AXIS, data_mesh, replicate, shard_rows
 from tapvit_jax.structs import from_plain, to_plain
 
 FORMAT = "tapvit-extractor"
@@ -109,20 +111,49 @@ class Extractor:
         batch_size: int = 256,
         on_batch: Callable[[int], None] | None = None,
     ) -> Float[np.ndarray, "n d"]:
-        """Features of many images, in the order of `indices`.
+        """Features of many images, in the order of `indices`, by all local devices.
 
         Raises:
           InputError: an image cannot be read.
         """
         found = []
-        for batch in batches(source, indices, self.preprocess, batch_size):
-            # Kept on the device until the end, so that decoding and computing overlap.
-            found.append(self(batch["image"]))
+        for part in self.stream(source, indices, batch_size):
+            found.append(part)
             if on_batch is not None:
-                on_batch(int(batch["mask"].sum()))
-        if not found:
-            return np.zeros((0, self.dim), np.float32)
-        return np.concatenate(jax.device_get(found))[: len(indices)]
+                on_batch(len(part))
+        return np.concatenate(found) if found else np.zeros((0, self.dim), np.float32)
+
+    def stream(
+        self,
+        source: ImageSource,
+        indices: Int[np.ndarray, "n"],
+        batch_size: int = 256,
+        *,
+        workers: int = 0,
+    ) -> Iterator[Float[np.ndarray, "b d"]]:
+        """Yield features of a few images after the other, in the order of `indices`.
+
+        Every local device takes whole batches, on a grid that starts at the first index, so that a
+        batch's features are the same on any number of devices. `workers` processes decode.
+
+        Raises:
+          InputError: an image cannot be read, or a number is out of range.
+        """
+        # No more devices than batches: a device without images would compute for nothing.
+        useful = max(-(-len(indices) // max(batch_size, 1)), 1)
+        mesh = data_mesh(jax.local_devices()[:useful])
+        step = batch_size * mesh.shape[AXIS]
+        parts = replicate((self.params, self.mean, self.projection), mesh)
+        waiting: tuple[jax.Array, int] | None = None
+        for batch in batches(source, indices, self.preprocess, step, workers=workers):
+            images, _ = shard_rows(batch["image"], mesh)
+            found = _sharded_features(self.kind, self.network, *parts, images, mesh=mesh)
+            # Waited for while the next are computed: never more than two steps on the devices.
+            if waiting is not None:
+                yield np.asarray(waiting[0])[: waiting[1]]
+            waiting = found, int(batch["mask"].sum())
+        if waiting is not None:
+            yield np.asarray(waiting[0])[: waiting[1]]
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the extractor to a directory, all or nothing."""
@@ -228,6 +259,27 @@ def _features(
 ) -> Array:
     raw = _raw(kind, network, params, images).astype(np.float32)
     return jax.numpy.matmul(raw - mean, projection, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "network", "mesh"))
+def _sharded_features(
+    kind: Kind,
+    network: Any,
+    params: Params,
+    mean: Array,
+    projection: Array,
+    images: Array,
+    *,
+    mesh: Mesh,
+) -> Array:
+    everywhere, spread = PartitionSpec(), PartitionSpec(AXIS)
+    return jax.shard_map(
+        functools.partial(_features, kind, network),
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, everywhere, spread),
+        out_specs=spread,
+        check_vma=False,
+    )(params, mean, projection, images)
 
 
 def embedding_network(

@@ -155,8 +155,19 @@ def test_features_stand_in_the_order_of_the_indices(extractors, source, batch_si
     found = extractor.features(source, indices, batch_size, counted.append)
     expected = np.asarray(extractor(source.images))[indices]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    together = batch_size * min(len(jax.devices()), -(-len(indices) // batch_size))
     assert sum(counted) == len(indices)
-    assert len(counted) == -(-len(indices) // batch_size)
+    assert len(counted) == -(-len(indices) // together)
+
+
+@KINDS
+def test_features_are_the_same_bits_on_any_devices(extractors, source, pool, kind, monkeypatch):
+    extractor = extractors[kind]
+    every = extractor.features(source, pool, 2)
+    devices = jax.local_devices()
+    for count in (1, 3):
+        monkeypatch.setattr(jax, "local_devices", lambda count=count: devices[:count])
+        np.testing.assert_array_equal(extractor.features(source, pool, 2), every)
 
 
 def test_no_images_have_no_features(extractors, source):
