@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments import figures, report
+from experiments import figures
+from experiments.tables import amount, document, text_cell, to_table
 from tapvit_jax.files import write_json, write_text
 from tapvit_jax.runtime import one_line
 
@@ -29,12 +30,10 @@ def records(results: Mapping[str, Any], source: str) -> list[Record]:
         return [_record(row, {"source": source, "unit": row["unit"]}) for row in results["units"]]
     found = []
     for row in results["devices"]:
-        for images, variant in row["variants"].items():
-            whole = {**row, **variant, "seed": results["seed"], "dense_cost": results["dense"]}
-            place = {"source": source, "unit": row["device"], "images": images}
-            # Every variant has its own widths; only those of the selected one were stored.
-            if images == "selected":
-                found.append(_record(whole, place))
+        # Only the selected variant has its widths stored.
+        row = {**row, **row["variants"]["selected"]}
+        row |= {"seed": results["seed"], "dense_cost": results["dense"]}
+        found.append(_record(row, {"source": source, "unit": row["device"]}))
     return found
 
 
@@ -156,7 +155,7 @@ def page(found: Sequence[Record], title: str) -> str:
         "<h2>All units</h2>",
         _units_table(found, fields),
     ]
-    return report.document(name, "".join(parts))
+    return document(name, "".join(parts))
 
 
 def _is_relative(found: Iterable[Record]) -> bool:
@@ -179,7 +178,7 @@ def _averages_table(rows: Sequence[Record]) -> str:
     ]
     body = []
     for i, row in enumerate(rows):
-        cells = [report.text_cell(html.escape(one_line(row[n]))) for n in ("series", "budget")]
+        cells = [text_cell(html.escape(one_line(row[n]))) for n in ("series", "budget")]
         cells.append(str(row["units"]))
         cells += [f"{row[f'{name}_percent']:.1f}" for name in _COSTS]
         for name in ("dense_top1", "pruned_top1", "recovered_top1"):
@@ -188,7 +187,7 @@ def _averages_table(rows: Sequence[Record]) -> str:
             cells.append(f"{row[name]:.1f}{spread}")
         cells += ["●" if i in fronts[name] else "" for name in _COSTS]
         body.append(cells)
-    return report.to_table("Means over devices and seeds", groups, body)
+    return to_table("Means over devices and seeds", groups, body)
 
 
 def _units_table(found: Sequence[Record], fields: Sequence[str]) -> str:
@@ -201,15 +200,15 @@ def _units_table(found: Sequence[Record], fields: Sequence[str]) -> str:
     body = []
     for record in found:
         cells = [str(record["unit"])]
-        cells += [report.text_cell(html.escape(one_line(str(record.get(n, ""))))) for n in fields]
+        cells += [text_cell(html.escape(one_line(str(record.get(n, ""))))) for n in fields]
         cells += [str(record["device"]), str(record["seed"])]
-        cells.append(report.text_cell(html.escape(record["budget"])))
-        cells += [report.amount(record["macs"]), report.amount(record["params"])]
+        cells.append(text_cell(html.escape(record["budget"])))
+        cells += [amount(record["macs"]), amount(record["params"])]
         cells += [f"{record['ms']:.2f}", *(f"{record[f'{n}_percent']:.1f}" for n in _COSTS)]
         cells += [f"{record[f'{n}_top1']:.1f}" for n in ("dense", "pruned")]
         cells.append(f"<strong>{record['recovered_top1']:.1f}</strong>")
         body.append(cells)
-    return report.to_table("All units", groups, body, text_heads=(*fields, "budget"))
+    return to_table("All units", groups, body, text_heads=(*fields, "budget"))
 
 
 class LiveTable:

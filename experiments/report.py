@@ -1,40 +1,31 @@
-"""Tables and the self-contained HTML page of one experiment."""
+"""Tables and the self-contained HTML page of one experiment; as a program, of many.
 
+    python -m experiments.report runs/digits runs/sweep --out=runs/joined
+
+joins the results of runs and sweeps into units.csv, units.json and units.html.
+"""
+
+import argparse
 import csv
 import html
 import io
 import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import figures
+from experiments import figures, joined
 from experiments.figures import TITLES
-from tapvit_jax.files import write_text
-from tapvit_jax.runtime import one_line
+from experiments.tables import amount, document, text_cell, to_table
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import read_json, write_text
+from tapvit_jax.runtime import one_line, run_program
 
 # In a table's cell; longer lists of classes are counted instead.
 _LONGEST_LIST = 24
 _NONE = "–"  # noqa: RUF001
-
-_TEXT = ' class="text"'
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#111827;max-width:1180px;margin:2em auto;
-padding:0 1em}
-h1{line-height:1.2}h2{margin-top:2em}p{max-width:54em}
-table{border-collapse:collapse;margin:1em 0;font-size:13px;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-weight:600;padding:.3em 0}
-th,td{padding:.35em .6em;border-bottom:1px solid #e5e7eb;text-align:right;vertical-align:top}
-th{vertical-align:bottom}thead tr:last-child th{border-bottom:2px solid #9ca3af}
-th[colspan]{text-align:center;border-bottom:1px solid #9ca3af}
-th[rowspan]{border-bottom:2px solid #9ca3af}
-.text{text-align:left}td.text{max-width:20em}small{color:#4b5563;white-space:nowrap}
-svg{width:100%;height:auto}figure{margin:1em 0}.wide{overflow-x:auto}
-summary{cursor:pointer}pre{background:#f3f4f6;padding:1em;overflow-x:auto;font-size:12px}
-"""
 
 
 def record(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
@@ -70,16 +61,6 @@ def _percent(share: float) -> float:
 
 def _class_names(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
     return [one_line(results["class_names"][c]) for c in row["classes"]]
-
-
-def amount(number: int) -> str:
-    """A count in three digits."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            if number >= 999.5 * size:
-                break
-            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
-    return f"{number:,}"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -151,15 +132,6 @@ def page(results: dict[str, Any]) -> str:
     return document(name, "".join(parts))
 
 
-def document(title: str, body: str) -> str:
-    """A page that needs nothing but itself; both arguments are HTML."""
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main>{body}</main></body></html>\n"
-    )
-
-
 def _escape(text: str) -> str:
     return html.escape(one_line(text))
 
@@ -195,39 +167,6 @@ def _summary(results: dict[str, Any]) -> str:
         f"public validation: {sizes['public_validation']:,}. Dense model: {cost['params']:,} "
         f"parameters, {cost['macs']:,} MACs."
     )
-
-
-def to_table(
-    caption: str,
-    groups: list[tuple[str, list[str]]],
-    rows: list[list[str]],
-    text_heads: Sequence[str] = ("classes", "budget", "series"),
-) -> str:
-    """A table with two rows of headings; cells that start with "<td" bring their own tag."""
-    first = second = ""
-    for title, heads in groups:
-        if title:
-            first += f'<th scope="colgroup" colspan="{len(heads)}">{title}</th>'
-            second += "".join(f'<th scope="col">{head}</th>' for head in heads)
-        else:
-            first += "".join(
-                f'<th scope="col" rowspan="2"{_TEXT * (head in text_heads)}>{head}</th>'
-                for head in heads
-            )
-    body = "".join(
-        "<tr>" + "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in row) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{caption}"><table>'
-        f"<caption>{caption}</caption>"
-        f"<thead><tr>{first}</tr><tr>{second}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def text_cell(text: str) -> str:
-    """A cell of words rather than numbers; `text` is HTML."""
-    return f"<td{_TEXT}>{text}</td>"
 
 
 def _classes_cell(row: dict[str, Any], results: dict[str, Any]) -> str:
@@ -319,3 +258,41 @@ def _settings(results: dict[str, Any]) -> str:
         f"<details><summary>Numbers and names of the classes</summary><p>{names}</p></details>"
         f"<details><summary>Resolved configuration</summary><pre>{config}</pre></details>"
     )
+
+
+def join(directories: list[Path], out: Path) -> list[joined.Record]:
+    """Write one report of several work directories of runs and sweeps.
+
+    Raises:
+      InputError: a directory without whole results of ours, or an `out` that cannot be written.
+    """
+    records = []
+    for directory in directories:
+        path = directory / "results.json"
+        results = read_json(path)
+        try:
+            records += joined.records(results, directory.name or str(directory))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: holds no results of a run or a sweep") from error
+    if not records:
+        raise InputError(f"{directories[0]}: no unit is finished yet, expected one or more")
+    joined.write(records, out, ", ".join(dict.fromkeys(record["source"] for record in records)))
+    return records
+
+
+def main(argv: list[str]) -> None:
+    """Join the directories that the arguments name.
+
+    Raises:
+      InputError: as `join`.
+    """
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", allow_abbrev=False)
+    parser.add_argument("directories", nargs="+", type=Path, help="work directories with results")
+    parser.add_argument("--out", required=True, type=Path, help="where the report goes")
+    arguments = parser.parse_args(argv)
+    records = join(arguments.directories, arguments.out)
+    print(f"{len(records)} units: {arguments.out / 'units.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(lambda: main(sys.argv[1:])))
