@@ -1,0 +1,411 @@
+"""Grids: what units are and share, what fails, and what workers, kills and full disks change."""
+
+import collections
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import digits, tiny_imagenet_40
+from experiments import joined, report
+from experiments.config import ExperimentConfig, grid, identity, read
+from experiments.sweep import Sweep, default_grid, print_status, resolve
+from tapvit_jax import files
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import WriteError, file_lock
+from tapvit_jax.importance.neurons import NeuronConfig
+from tests.experiments import tiny_sweep
+
+ROOT = Path(__file__).parents[2]
+IMPOSSIBLE = {"device": 1, "budget": "macs=0.0001", "recovery": "none"}
+
+
+def tiny() -> ExperimentConfig:
+    return read(tiny_sweep.get_config())
+
+
+def units(overrides, config=None):
+    return resolve(config or tiny(), overrides)
+
+
+def counts(sweep):
+    return collections.Counter(sweep.stages.computed)
+
+
+def rows(workdir):
+    """Everything but times."""
+    results = json.loads((workdir / "results.json").read_text())
+    for row in results["units"]:
+        del row["latency_ms"]
+    return results
+
+
+# What a grid may say.
+
+
+def test_a_grid_holds_all_combinations_the_first_field_slowest():
+    found = grid({"seed": (0, 1), "device": range(2)})
+    assert [tuple(unit.values()) for unit in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert set(found[0]) == {"seed", "device"}
+
+
+def test_overrides_reach_the_config():
+    overrides = {
+        "device": 1,
+        "budget": "params=0.4",
+        "criterion": "tap_published",
+        "recovery": "none",
+        "seed": 7,
+        "prune.neurons.loss": "entropy",
+        "prune.layers.sparsity": (0.25,),
+        "recover.epochs": 3,
+        "dense.arguments.depth": 5,
+    }
+    (unit,) = units([overrides])
+    config = unit.config
+    assert (unit.device, unit.recovery, str(unit.budget)) == (1, "none", "params=0.4")
+    published = NeuronConfig.as_published()
+    assert config.prune.neurons == dataclasses.replace(
+        published, loss="entropy", max_batches=tiny().prune.neurons.max_batches
+    )
+    assert config.prune.layers.sparsity == (0.25,)
+    assert (config.seed, config.recover.epochs, config.dense.arguments["depth"]) == (7, 3, 5)
+    assert config.data == tiny().data
+
+
+def test_units_that_differ_have_different_keys_and_others_the_same():
+    base = {"device": 0, "budget": "macs=0.5"}
+    differing = [
+        base,
+        base | {"device": 1},
+        base | {"budget": "macs=0.4"},
+        base | {"recovery": "none"},
+        base | {"criterion": "taylor"},
+        base | {"seed": 3},
+        base | {"prune.batch_size": 32},
+    ]
+    keys = [unit.key for unit in units(differing)]
+    assert len(set(keys)) == len(differing)
+    same = units([{"device": 0}, base | {"recovery": "finetune"}, base | {"data.workers": 2}])
+    config = dataclasses.replace(tiny(), budgets=("macs=0.5",))
+    assert {unit.key for unit in same} == {keys[0]} and units([{"device": 0}], config)[0].key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"device": 0, "sede": 1}, "unit 1: unknown field config.sede: did you mean seed?"),
+        ({"device": 0, "prune.neuron.loss": "kl"}, "unit 1: unknown field config.prune.neuron"),
+        ({"device": 0, "seed.x": 1}, "unit 1: unknown field seed.x: seed has no fields"),
+        ({"device": 0, "recover.epochs": "3"}, "unit 1: config.recover.epochs is '3'"),
+        ({"device": 2}, "unit 1: device is 2, expected 0 to 1"),
+        ({"budget": "macs=0.5"}, "unit 1: device is None, expected 0 to 1"),
+        ({"device": 0, "budget": "flops=1"}, "unit 1: .*flops"),
+        ({"device": 0, "criterion": "magic"}, "unit 1: criterion is 'magic', expected one of tap,"),
+        ({"device": 0, "recovery": "pray"}, "unit 1: recovery is 'pray', expected one of none, "),
+        ([0], r"unit 1: is \[0\], expected a mapping"),
+    ],
+)
+def test_impossible_units_are_refused_by_name(overrides, message):
+    with pytest.raises(InputError, match=message) as caught:
+        units([{"device": 0}, overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grid_without_units_is_refused():
+    with pytest.raises(InputError, match="no units"):
+        units([])
+
+
+def test_default_grid_takes_every_device():
+    found = units(default_grid(tiny()))
+    assert {unit.device for unit in found} == {0, 1}
+    assert len({str(unit.budget) for unit in found}) * 2 == len(found) >= 6
+
+
+@pytest.mark.parametrize("module", [digits, tiny_imagenet_40])
+def test_shipped_grids_are_valid(module):
+    found = units(module.sweep(), read(module.get_config()))
+    assert len({unit.key for unit in found}) == len(found) >= 40
+
+
+def test_partners_follow_from_the_grid():
+    config = dataclasses.replace(tiny(), recover_together=3)
+    axes = {"device": (0, 1), "budget": ("macs=0.5", "macs=0.4"), "recovery": ("none", "finetune")}
+    found = units(grid(axes), config)
+    assert [unit.partners for unit in found[1::2]] == [(1, 3, 5), (1, 3, 5), (1, 3, 5), (7,)]
+    assert [unit.partners for unit in found[::2]] == [(0,), (2,), (4,), (6,)]
+    # Another seed means another dense model, which cannot be in one program with it.
+    other = [{"device": 0}, {"device": 0, "seed": 1}, {"device": 1}]
+    assert [unit.partners for unit in units(other, config)] == [(0, 2), (1,), (0, 2)]
+
+
+# What units share.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One unit, then a grid around it."""
+    workdir = tmp_path_factory.mktemp("sweep") / "work"
+    tiny_sweep.compile_once(workdir.parent / "compiled")
+    first = Sweep(tiny(), [{"device": 0, "budget": "macs=0.5", "recovery": "none"}], workdir, True)
+    assert first.run() == {}
+    axes = {
+        "device": (0,),
+        "budget": tuple(f"macs={share}" for share in (0.7, 0.6, 0.5, 0.4, 0.3)),
+        "recovery": ("none",),
+    }
+    more = [*grid(axes), {"device": 0, "budget": "macs=0.5"}, IMPOSSIBLE]
+    second = Sweep(tiny(), more, workdir, quiet=True)
+    return first, second, second.run()
+
+
+def test_more_budgets_compute_no_shared_stage_again(finished):
+    first, second, _ = finished
+    assert counts(first) == {
+        **dict.fromkeys(("dense", "extractor", "select", "score", "plan", "latency"), 1),
+        **dict.fromkeys(("gmm", "features", "evaluate"), 2),
+    }
+    # Four plans and models more, one of them recovered; nothing that comes before a budget.
+    assert counts(second) == {"plan": 4, "latency": 4, "evaluate": 5, "recover": 1}
+
+
+def test_a_failing_unit_stops_no_other_and_says_why(finished, capsys):
+    _, sweep, failed = finished
+    assert list(failed) == [6] and "smallest feasible" in failed[6]
+    assert [sweep.status(unit)[0] for unit in sweep.units] == ["done"] * 6 + ["failed"]
+    print_status(sweep)
+    lines = capsys.readouterr().out.splitlines()
+    assert "failed" in lines[6] and "smallest feasible" in lines[6]
+    assert lines[-1] == "7 units: 6 done, 1 failed, 0 running, 0 missing"
+    results = rows(sweep.workdir)
+    assert [row["unit"] for row in results["units"]] == list(range(6))
+    assert results["failed"] == [{"unit": 6, "reason": failed[6]}]
+
+
+def test_units_keep_their_budgets_and_recovery_is_what_was_asked(finished):
+    results = rows(finished[1].workdir)["units"]
+    for row in results:
+        assert row["cost"]["macs"] <= row["limits"]["macs"]
+    for row in results[:5]:
+        assert row["recovered"] == row["pruned"] and row["best_epoch"] == 0
+    assert results[5]["cost"] == results[2]["cost"] and results[5]["pruned"] == results[2]["pruned"]
+    assert results[5]["recovered"] != results[2]["recovered"]
+
+
+def test_a_finished_sweep_computes_nothing_and_joins_again(finished):
+    _, sweep, failed = finished
+    before = rows(sweep.workdir)
+    (sweep.workdir / "results.json").unlink()
+    again = Sweep(tiny(), [unit.overrides for unit in sweep.units], sweep.workdir, quiet=True)
+    assert again.run() == failed and counts(again) == {}
+    assert rows(sweep.workdir) == before
+    assert not list(sweep.workdir.rglob("*.lock")) and not list(sweep.workdir.rglob("*.partial"))
+
+
+def test_a_damaged_unit_is_computed_again(finished):
+    _, sweep, _ = finished
+    before = rows(sweep.workdir)
+    path = sweep._path(sweep.units[2], ".json")
+    path.write_text(path.read_text()[:40])
+    assert sweep.status(sweep.units[2])[0] == "missing"
+    assert sweep.run([2]) == {}
+    assert rows(sweep.workdir) == before
+
+
+def test_a_sweep_of_another_config_is_refused_by_field(finished):
+    config = dataclasses.replace(tiny(), latency_batch=3)
+    with pytest.raises(InputError, match=r"latency_batch \(64 there, 3 here\)"):
+        Sweep(config, [{"device": 0}], finished[1].workdir, quiet=True).run()
+
+
+def test_units_recovered_in_one_program_are_as_those_recovered_alone(finished, tmp_path):
+    config = dataclasses.replace(tiny(), recover_together=2)
+    overrides = [{"device": 0, "budget": "macs=0.5"}, IMPOSSIBLE | {"recovery": "finetune"}]
+    # The same stages as far as they do not depend on what is recovered together.
+    (tmp_path / "stages").symlink_to(finished[1].workdir / "stages")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"program": "experiments.sweep", **json.loads(json.dumps(identity(config)))})
+    )
+    sweep = Sweep(config, overrides, tmp_path, quiet=True)
+    assert list(sweep.run()) == [1]
+    assert counts(sweep) == {"recover_together": 1, "evaluate": 1}
+    (together,) = rows(tmp_path)["units"]
+    alone = rows(finished[1].workdir)["units"][5]
+    assert together["best_epoch"] == alone["best_epoch"]
+    assert math.isclose(together["recovered"], alone["recovered"], abs_tol=0.02)
+
+
+def test_fewer_pool_images_than_asked_for_are_refused(tmp_path):
+    config = tiny_sweep.get_config()
+    config.select.finetune_count = 10_000
+    sweep = Sweep(read(config), [{"device": 0}], tmp_path / "work", quiet=True)
+    assert "finetune_count is 10000, but the public pool has" in sweep.run()[0]
+
+
+# Workers and disks.
+
+
+def test_a_unit_that_another_worker_holds_is_left_to_it(finished):
+    _, sweep, _ = finished
+    unit = sweep.units[3]
+    with file_lock(sweep._path(unit, ".lock")):
+        # Done is done, whoever holds the lock.
+        assert sweep.status(unit)[0] == "done"
+        path = sweep._path(unit, ".json")
+        kept = path.read_text()
+        path.unlink()
+        assert sweep.status(unit)[0] == "running"
+        assert not sweep._attempt(unit, {}, wait=False)
+        path.write_text(kept)
+    assert sweep._attempt(unit, {}, wait=False)
+
+
+def test_a_full_disk_stops_the_sweep_and_loses_nothing(finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[1].workdir, tmp_path / "work")
+    before = rows(workdir)["units"]
+    more = [unit.overrides for unit in finished[1].units[:6]]
+    more += [
+        {"device": 1, "budget": budget, "recovery": "none"} for budget in ("macs=0.5", "macs=0.6")
+    ]
+    grown = Sweep(tiny(), more, workdir, quiet=True)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(WriteError, match="cannot be written: No space left on device"):
+            grown.run()
+    assert not list(workdir.rglob("*.partial"))
+    assert [grown.status(unit)[0] for unit in grown.units] == ["done"] * 6 + ["missing"] * 2
+    assert grown.run([6]) == {}
+    assert rows(workdir)["units"][:6] == before and len(rows(workdir)["units"]) == 7
+
+
+def run_program(*arguments, module="experiments.sweep"):
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+CONFIG = "--config=tests/experiments/tiny_sweep.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--work_unit=4"], "--work_unit is 4, expected 0 to 3"),
+        (["--config.sede=1"], "sede"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_exit_code_2(tmp_path, arguments, message):
+    found = run_program(CONFIG, f"--workdir={tmp_path / 'w'}", *arguments)
+    assert found.returncode == 2 and message in found.stderr
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_directory_that_cannot_be_written_ends_with_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    found = run_program(CONFIG, f"--workdir={tmp_path / 'file' / 'w'}")
+    assert found.returncode == 2 and found.stderr.count("\n") == 1
+    assert "lies below a file" in found.stderr
+
+
+def test_list_computes_nothing(tmp_path):
+    found = run_program(CONFIG, f"--workdir={tmp_path / 'w'}", "--list")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[3] == "   3  device=1  budget=macs=0.5  recovery=finetune"
+    assert not (tmp_path / "w").exists()
+
+
+def test_killed_at_random_moments_the_results_are_the_same_bits(tmp_path):
+    found = run_program(str(tmp_path / "w"), "20", "0", module="tests.experiments.tiny_sweep")
+    assert found.returncode == 0, found.stderr
+    word, killed, *directories = found.stdout.splitlines()[-1].split()
+    assert (word, killed) == ("killed", "20")
+    expected = rows(tmp_path / "whole")
+    assert len(expected["units"]) == 4 and not expected["failed"]
+    for directory in map(Path, directories):
+        assert rows(directory) == expected
+        # Nothing of the killed ones is left but locks that nobody holds.
+        assert not list(directory.rglob("*.partial")) and not list(directory.rglob("*.old"))
+
+
+# Reports.
+
+
+def record(**values):
+    base = {"source": "a", "unit": 0, "device": 0, "seed": 0, "budget": "macs=0.5"}
+    base |= {"macs": 50, "dense_macs": 100, "params": 5, "dense_params": 10, "ms": 1.0}
+    base |= {"dense_ms": 2.0, "dense_top1": 90.0, "pruned_top1": 50.0, "recovered_top1": 80.0}
+    base |= values
+    shares = {f"{n}_percent": 100 * base[n] / base[f"dense_{n}"] for n in ("macs", "params", "ms")}
+    return base | shares
+
+
+def test_the_pareto_front_is_what_nothing_beats():
+    costs, gains = [3, 1, 2, 2, 4, 1], [0.9, 0.5, 0.7, 0.8, 0.9, 0.4]
+    assert joined.pareto(costs, gains) == [1, 3, 0]
+    assert joined.pareto([], []) == []
+
+
+def test_averages_are_over_devices_and_seeds_with_student_intervals():
+    found = [
+        record(device=d, seed=s, criterion=c, recovered_top1=80.0 + d + 2 * s)
+        for d in (0, 1)
+        for s in (0, 1)
+        for c in ("tap", "taylor")
+    ]
+    found.append(record(criterion="tap", budget="macs=0.3"))
+    rows = joined.averages(found)
+    assert [(row["series"], row["units"]) for row in rows] == [
+        ("tap", 4),
+        ("taylor", 4),
+        ("tap", 1),
+    ]
+    # Of 80, 81, 82, 83: the mean, and 3.182 standard errors.
+    assert rows[0]["recovered_top1"] == 81.5
+    assert math.isclose(rows[0]["recovered_top1_interval"], 2.054, abs_tol=1e-3)
+    assert rows[2]["recovered_top1_interval"] is None
+
+
+def test_runs_and_sweeps_are_joined(finished, tmp_path):
+    workdir = finished[1].workdir
+    found = report.join([workdir], tmp_path / "out")
+    assert len(found) == 6
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "units.csv",
+        "units.html",
+        "units.json",
+    ]
+    assert (tmp_path / "out" / "units.csv").read_text().count("\n") == 7
+    page = (tmp_path / "out" / "units.html").read_text()
+    assert page.count("<svg") == 2 and "Pareto" in page and "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert (workdir / "units.csv").read_text().splitlines()[1].startswith("digits,0,0,0,macs=0.7")
+
+
+def test_directories_without_results_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"results\.json: no such file"):
+        report.join([tmp_path], tmp_path / "out")
+    for text in ("[]", '{"units": [{}]}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(InputError, match="holds no results"):
+            report.join([tmp_path], tmp_path / "out")
+    (tmp_path / "results.json").write_text('{"units": []}')
+    with pytest.raises(InputError, match="no unit is finished"):
+        report.join([tmp_path], tmp_path / "out")
