@@ -31,23 +31,30 @@ def open_pool(features: Any) -> Float[np.ndarray, "p d"]:
     """Return a pool of features to read in pieces: an array, or a path of a `.npy` file, mapped.
 
     Raises:
-      InputError: a missing, truncated or foreign file, or anything but (p, d) real numbers.
+      InputError: a missing, truncated or foreign file, or anything but (p, d) real numbers; names
+        the file.
 
     Source: ours.
     """
     if isinstance(features, str | os.PathLike):
         try:
-            features = np.load(features, mmap_mode="r", allow_pickle=False)
+            # Not np.load, which opens archives and pickles too.
+            features = np.lib.format.open_memmap(features, mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{features}: is not a whole .npy file ({error})") from error
     if isinstance(features, np.memmap):
         if features.ndim != 2 or 0 in features.shape or features.dtype.kind not in "fiu":
             raise InputError(
-                f"features: {features.dtype} of shape {features.shape}, expected real numbers "
-                "(samples, dimensions), at least one of each"
+                f"{pool_name(features)}: {features.dtype} of shape {features.shape}, expected real "
+                "numbers (samples, dimensions), at least one of each"
             )
         return features
     return check_features(features)
+
+
+def pool_name(pool: Float[np.ndarray, "p d"]) -> str:
+    """What to call a pool in a message: its file, where it has one."""
+    return str(getattr(pool, "filename", None) or "features")
 
 
 def read_rows(pool: Float[np.ndarray, "p d"], start: int, stop: int) -> Float[np.ndarray, "n d"]:
@@ -94,8 +101,8 @@ def pool_range(pool: Float[np.ndarray, "p d"]) -> Range:
     counts = distributed.gather(np.array([bad, first]))
     if counts[:, 0].sum():
         raise InputError(
-            f"features: {counts[:, 0].sum()} samples hold NaN or infinity (the first is sample "
-            f"{counts[:, 1].min()}), expected finite float32 numbers"
+            f"{pool_name(pool)}: {counts[:, 0].sum()} samples hold NaN or infinity (the first is "
+            f"sample {counts[:, 1].min()}), expected finite float32 numbers"
         )
     low, high = distributed.gather(np.stack([low, high])).swapaxes(0, 1)
     return low.min(axis=0), high.max(axis=0)

@@ -165,7 +165,7 @@ def _check(directory: Path, record: Mapping[str, Any]) -> None:
 
 def _open(path: Path, record: Mapping[str, Any]) -> Float[np.ndarray, "n d"]:
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: is not a whole .npy file ({error})") from error
     expected = (record["rows"], record["dim"])

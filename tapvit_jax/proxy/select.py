@@ -18,7 +18,16 @@ from sklearn.metrics.pairwise import euclidean_distances
 from tapvit_jax.errors import InputError
 from tapvit_jax.proxy.density import check_features, check_gmms, component_log_likelihood
 from tapvit_jax.proxy.gmm import Gmm, GmmConfig
-from tapvit_jax.proxy.pool import Best, Range, open_pool, pick_rows, pool_range, scores, skip_noise
+from tapvit_jax.proxy.pool import (
+    Best,
+    Range,
+    open_pool,
+    pick_rows,
+    pool_name,
+    pool_range,
+    scores,
+    skip_noise,
+)
 from tapvit_jax.sharding import data_mesh
 
 Method = Literal["top", "quota", "importance"]
@@ -103,10 +112,10 @@ def select(
     pool = open_pool(features)
     if pool.shape[1] != gmms[0].dim:
         raise InputError(
-            f"features: {pool.shape[1]} dimensions, expected the mixtures' {gmms[0].dim}"
+            f"{pool_name(pool)}: {pool.shape[1]} dimensions, expected the mixtures' {gmms[0].dim}"
         )
     total = count if finetune_count is None else finetune_count
-    _check_counts(count, total, pool.shape[0])
+    _check_counts(count, total, pool)
     bounds = pool_range(pool)
     mesh = data_mesh() if mesh is None else mesh
     if method == "quota":
@@ -319,11 +328,12 @@ def _check_options(method: Any, seed: Any, task_share: Any) -> None:
         raise InputError(f"task_share is {task_share}, expected from 0 to below 1")
 
 
-def _check_counts(count: Any, total: Any, pool: int) -> None:
+def _check_counts(count: Any, total: Any, pool: Float[np.ndarray, "p d"]) -> None:
     for name, value in (("count", count), ("finetune_count", total)):
-        if not _is_int(value) or not 1 <= value <= pool:
+        if not _is_int(value) or not 1 <= value <= pool.shape[0]:
             raise InputError(
-                f"{name} is {value}, expected from 1 to {pool}, the number of images in the pool"
+                f"{name} is {value}, expected from 1 to {pool.shape[0]}, the number of images in "
+                f"the pool ({pool_name(pool)})"
             )
     if total < count:
         raise InputError(f"finetune_count is {total}, expected at least the count, {count}")

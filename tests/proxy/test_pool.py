@@ -85,19 +85,55 @@ def test_skipping_noise_is_drawing_it():
     assert one.gumbel() == other.gumbel(size=2**20 + 6)[-1]
 
 
-def test_bad_pools(features, gmms, tmp_path):
+def named(path, message, act):
+    with pytest.raises(InputError, match=message) as caught:
+        act(path)
+    assert str(caught.value).count(str(path)) == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_pools_on_disk_are_named(features, gmms, tmp_path):
     path = tmp_path / "pool.npy"
+
+    def choose(path):
+        return select(gmms, path, 5)
+
     holed = features.copy()
     holed[[7, 9], 2] = np.nan
     np.save(path, holed)
-    with pytest.raises(InputError, match=r"2 samples hold NaN or infinity .the first is sample 7"):
-        select(gmms, path, 5)
+    named(path, r"2 samples hold NaN or infinity .the first is sample 7", choose)
+    np.save(path, np.nan_to_num(holed.astype(float), nan=1e300))
+    named(path, r"2 samples hold NaN or infinity .the first is sample 7", choose)
     np.save(path, features[:, :3])
-    with pytest.raises(InputError, match="3 dimensions, expected the mixtures' 6"):
-        select(gmms, path, 5)
-    with pytest.raises(InputError, match="count is 5001, expected from 1 to 5000"):
-        select(gmms, features, 5001)
+    named(path, "3 dimensions, expected the mixtures' 6", choose)
+    np.save(path, features)
+    named(path, "count is 5001, expected from 1 to 5000", lambda p: select(gmms, p, 5001))
+    np.save(path, features[:4])
+    named(path, "count is 5, expected from 1 to 4", choose)
+    for other in (features[:, 0], features[None], features.astype(complex), features > 0):
+        np.save(path, other)
+        named(path, "expected real numbers", choose)
+
+
+def test_files_that_are_no_pools_are_named(features, tmp_path):
+    path = tmp_path / "pool.npy"
+    np.save(path, features)
     path.write_bytes(path.read_bytes()[:-4])
-    for bad in (path, tmp_path / "none.npy"):
-        with pytest.raises(InputError, match=r"is not a whole \.npy file"):
-            open_pool(bad)
+    named(path, r"is not a whole \.npy file", open_pool)
+    np.save(path, np.array([{}]), allow_pickle=True)
+    named(path, r"is not a whole \.npy file", open_pool)
+    np.savez(tmp_path / "pool.npz", features)
+    named(tmp_path / "pool.npz", r"is not a whole \.npy file", open_pool)
+    with pytest.raises(InputError, match=r"is not a whole \.npy file"):
+        open_pool(tmp_path / "none.npy")
+    for empty in (features[:0], features[:, :0]):
+        np.save(path, empty)
+        with pytest.raises(InputError, match="at least one of each"):
+            open_pool(path)
+
+
+def test_bad_pools_in_memory(features, gmms):
+    with pytest.raises(InputError, match=r"count is 5001, .* in the pool \(features\)"):
+        select(gmms, features, 5001)
+    with pytest.raises(InputError, match=r"^features: 3 dimensions"):
+        select(gmms, features[:, :3], 5)
