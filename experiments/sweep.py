@@ -447,11 +447,6 @@ def _describe(unit: Unit) -> str:
     return one_line("  ".join(f"{name}={value}" for name, value in unit.overrides.items()))
 
 
-_WORK_UNIT = flags.DEFINE_integer("work_unit", None, "Do only this unit of the grid.")
-_LIST = flags.DEFINE_bool("list", False, "Say what the units are; compute nothing.")
-_STATUS = flags.DEFINE_bool("status", False, "Say how far the units are; compute nothing.")
-
-
 def main(argv: list[str]) -> dict[int, str]:
     """Run the sweep that the arguments name; return why units failed.
 
@@ -460,16 +455,20 @@ def main(argv: list[str]) -> dict[int, str]:
         directory that cannot be used.
     """
     set_up_jax()
+    # Not on import: a config file may well import this module, as the second of its name.
+    work_unit = flags.DEFINE_integer("work_unit", None, "Do only this unit of the grid.")
+    only_list = flags.DEFINE_bool("list", False, "Say what the units are; compute nothing.")
+    only_status = flags.DEFINE_bool("status", False, "Say how far the units are.")
     config, workdir = arguments.parse(argv)
     overrides = arguments.sweep_of_config_file()
     sweep = Sweep(config, default_grid(config) if overrides is None else overrides(), workdir)
-    if _LIST.value:
+    if only_list.value:
         print_list(sweep)
         return {}
-    if _STATUS.value:
+    if only_status.value:
         print_status(sweep)
         return {}
-    number = _WORK_UNIT.value
+    number = work_unit.value
     if number is not None and not 0 <= number < len(sweep.units):
         raise InputError(f"--work_unit is {number}, expected 0 to {len(sweep.units) - 1}")
     failed = sweep.run(None if number is None else [number])

@@ -91,19 +91,16 @@ class Stages:
         directory = self._directory / f"{name}-{key[:16]}"
         main = distributed.is_main()
         found = all_succeed(lambda: self._find(directory, key, say=False) if main else None)
-        if distributed.process_count() == 1 and found is not None:
-            return found
         with contextlib.ExitStack() as stack:
-            if found is None:
+            if not from_main(found is not None):
                 found = all_succeed(lambda: self._claim(directory, key, stack) if main else None)
-            if from_main(found is not None):
-                return all_succeed(lambda: found or self._read(directory, key))
-            arrays, meta = all_succeed(compute)
-            self.computed.append(name)
-            made = all_succeed(
-                lambda: self._write(directory, key, inputs, arrays, meta) if main else None
-            )
-            return all_succeed(lambda: made or self._read(directory, key))
+                if not from_main(found is not None):
+                    arrays, meta = all_succeed(compute)
+                    self.computed.append(name)
+                    found = all_succeed(
+                        lambda: self._write(directory, key, inputs, arrays, meta) if main else None
+                    )
+            return all_succeed(lambda: found or self._read(directory, key))
 
     def scratch(self, name: str) -> Path:
         """A directory for a stage's own unfinished work, such as checkpoints."""

@@ -32,7 +32,7 @@ def get_config():
     config.gmm.components = (1, 2)
     config.prune.layers.max_batches = 1
     config.select.update({"metric_count": 32, "finetune_count": 64})
-    config.recover.update({"epochs": 2, "checkpoint_epochs": 1})
+    config.recover.update({"epochs": 4, "learning_rate": 3e-3, "checkpoint_epochs": 1})
     config.data.partition.num_devices = 2
     return config
 
