@@ -5,9 +5,13 @@
 Writes OUT/RANK.npz with everything that must not depend on the number of processes.
 """
 
+import contextlib
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,29 +78,35 @@ def job(shared: Path) -> dict[str, np.ndarray]:
         Variant(params, metric[i : i + 20 + i], np.arange(5, 16 + i), plan_masks(plan), seed=i)
         for i, plan in enumerate([*plans, plans[0]])
     ]
-    results = train_variants(
-        config,
-        variants,
-        source,
-        PREPROCESS,
-        RECIPE,
-        teacher=teacher,
-        checkpoints=shared / "variants",
+    recipe = dataclasses.replace(RECIPE, checkpoint_epochs=1, checkpoint_steps=2)
+    results = interrupted_once(
+        functools.partial(
+            train_variants,
+            config,
+            variants,
+            source,
+            PREPROCESS,
+            recipe,
+            teacher=teacher,
+            checkpoints=shared / "variants",
+        )
     )
     for i, result in enumerate(results):
         found[f"variant_{i}"] = logits(model.replace(params=result.params), images)
 
     data = TrainData(source, PREPROCESS, metric, np.arange(10))
-    recipe = dataclasses.replace(RECIPE, checkpoint_epochs=1)
-    result = train(
-        config,
-        params,
-        data,
-        recipe,
-        seed=1,
-        masks=variants[0].masks,
-        teacher=teacher,
-        checkpoints=shared / "one",
+    result = interrupted_once(
+        functools.partial(
+            train,
+            config,
+            params,
+            data,
+            recipe,
+            seed=1,
+            masks=variants[0].masks,
+            teacher=teacher,
+            checkpoints=shared / "one",
+        )
     )
     tuned = model.replace(params=result.params)
     found["one"] = logits(tuned, images)
@@ -109,6 +119,21 @@ def job(shared: Path) -> dict[str, np.ndarray]:
     loaded = store.load(shared / "model")
     found["loaded"] = logits(loaded, images)
     return found
+
+
+class InterruptionError(Exception):
+    """What stops a run after its first epoch."""
+
+
+def interrupted_once(run: Callable[..., Any]) -> Any:
+    """Stop a run after an epoch and let it go on from its checkpoint."""
+
+    def stop(*_: Any) -> None:
+        raise InterruptionError
+
+    with contextlib.suppress(InterruptionError):
+        run(on_epoch=stop)
+    return run()
 
 
 def logits(model: Model, images: np.ndarray) -> np.ndarray:

@@ -1,11 +1,6 @@
 """Many runs in one program end as each of them would have ended alone."""
 
 import dataclasses
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -254,90 +249,3 @@ def test_regroup():
     assert found[1] is None
     np.testing.assert_array_equal(np.concatenate([found[0], *found[2:]]), rows)
     assert [len(found[i]) for i in (0, 2, 3)] == [2, 4, 6]
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-import jax, numpy as np
-from tapvit_jax import distributed
-distributed.initialize()
-from tapvit_jax.models.params import flatten
-from tests.train import test_variants as tests
-out = Path(sys.argv[1])
-
-class Stop(Exception):
-    pass
-
-def stop(*_):
-    raise Stop
-
-options = tests.dataclasses.replace(tests.OPTIONS, checkpoint_epochs=1, checkpoint_steps=3)
-variants = tests.make_variants()[:3]
-try:
-    tests.together(variants, options, checkpoints=out / "variants", on_epoch=stop)
-except Stop:
-    pass
-many = tests.together(variants, options, checkpoints=out / "variants")
-try:
-    tests.alone(variants[1], options, checkpoints=out / "one", on_epoch=stop)
-except Stop:
-    pass
-one = tests.alone(variants[1], options, checkpoints=out / "one")
-arrays = {}
-for v, result in enumerate([*many, one]):
-    for path, leaf in flatten(result.params).items():
-        arrays[f"{v}/" + "/".join(path)] = np.asarray(leaf)
-np.savez(out / f"process{distributed.process_index()}.npz", **arrays)
-print([r.best_epoch for r in many] + [one.best_epoch])
-"""
-
-
-def run_two_processes(directory, port):
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(rank),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(directory)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return [output for output, _ in outputs]
-
-
-def test_two_processes_end_as_one(tmp_path, sequential, free_port):
-    # Interrupted after the first epoch and resumed, three variants on four devices; then one run
-    # with its batches spread over all devices.
-    printed = run_two_processes(tmp_path, free_port)
-    expected = [*sequential[:3], sequential[1]]
-    best = str([result.best_epoch for result in expected])
-    assert [output.splitlines()[-1] for output in printed] == [best, best]
-    arrays = [dict(np.load(tmp_path / f"process{rank}.npz")) for rank in range(2)]
-    for name, array in arrays[0].items():
-        np.testing.assert_array_equal(arrays[1][name], array)
-        v, *path = name.split("/")
-        if path[-2:] != ["k", "bias"]:
-            leaf = flatten(expected[int(v)].params)[tuple(path)]
-            np.testing.assert_allclose(array, leaf, atol=1e-4, err_msg=name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["process0.npz", "process1.npz"]
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
