@@ -52,7 +52,7 @@ def job(shared: Path) -> dict[str, np.ndarray]:
         patch_size=4,
         num_classes=CLASSES,
         in_channels=3,
-        depth=2,
+        depth=1,
         num_heads=2,
         embed_dim=16,
         mlp_ratio=2.0,
