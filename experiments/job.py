@@ -41,6 +41,7 @@ from tapvit_jax.progress import Progress, Step
 from tapvit_jax.proxy.density import log_likelihood
 from tapvit_jax.proxy.features import Extractor, build_extractor, embedding_network
 from tapvit_jax.proxy.gmm import Gmm, fit_report
+from tapvit_jax.proxy.pool_features import pool_features
 from tapvit_jax.proxy.select import select, selection_report
 from tapvit_jax.prune.allocate import allocate
 from tapvit_jax.prune.budget import Budget
@@ -284,14 +285,15 @@ class Job:
         return Found(found.key, _to_params(found.arrays))
 
     def _features(self, indices: np.ndarray) -> np.ndarray:
-        """Features of public images, computed once for all devices."""
+        """Features of public images, mapped from a file that is computed once for all devices."""
         inputs = {"extractor": self.extractor.fingerprint, **self._images_key(indices)}
-
-        def compute(step, scratch):
-            return {"features": self.extractor.features(self.source, indices)}, {}
-
-        found = self._stage("features", "features", 0, inputs, compute)
-        return found.arrays["features"]
+        return pool_features(
+            self.extractor,
+            self.source,
+            indices,
+            self.stages.directory("features", inputs),
+            workers=self.config.data.workers,
+        )
 
     # Device: nothing but the payload leaves this method.
 

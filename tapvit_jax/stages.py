@@ -77,6 +77,10 @@ class Stages:
         """Hash of everything that a stage depends on."""
         return content_hash({"layout": _LAYOUT, "stage": name, "inputs": inputs})
 
+    def directory(self, name: str, inputs: Mapping[str, Any]) -> Path:
+        """Where a stage's artefact is kept; also for one that is written piece by piece."""
+        return self._directory / f"{name}-{self.key(name, inputs)[:16]}"
+
     def run(self, name: str, inputs: Mapping[str, Any], compute: Compute) -> Artefact:
         """Return the stage's artefact, computing it only if it is not there.
 
@@ -88,7 +92,7 @@ class Stages:
             cannot be written or is not seen by all processes.
         """
         key = self.key(name, inputs)
-        directory = self._directory / f"{name}-{key[:16]}"
+        directory = self.directory(name, inputs)
         main = distributed.is_main()
         found = all_succeed(lambda: self._find(directory, key, say=False) if main else None)
         with contextlib.ExitStack() as stack:

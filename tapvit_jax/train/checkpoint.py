@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import read_json, write_json
+from tapvit_jax.files import WriteError, read_json, write_json
 from tapvit_jax.stages import differences
 
 _KEPT = 2
@@ -44,8 +44,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any]):
-        # Orbax tells every step of its work at INFO level; users want the progress line instead.
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        # Orbax tells every step of its work, and errors with their call stacks before it raises
+        # them; users want the progress line, and one line for an error.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._directory = directory.resolve()
         self._identity = identity
         if distributed.is_main():
@@ -173,7 +174,7 @@ class Checkpoints:
             raise
         except (OSError, ValueError, RuntimeError) as error:
             # Tensorstore has its own errors; when a state is written all of them are the disk's.
-            raise InputError(
+            raise WriteError(
                 f"{self._directory}: cannot hold checkpoints ({_first_line(error)})"
             ) from error
 

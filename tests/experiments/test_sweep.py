@@ -151,10 +151,15 @@ def test_partners_follow_from_the_grid():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compiled):
     """One unit, then a grid around it."""
     workdir = tmp_path_factory.mktemp("sweep") / "work"
-    tiny_sweep.compile_once(workdir.parent / "compiled")
+    tiny_sweep.compile_once(compiled)
     first = Sweep(tiny(), [{"device": 0, "budget": "macs=0.5", "recovery": "none"}], workdir, True)
     assert first.run() == {}
     axes = {
@@ -171,7 +176,7 @@ def test_more_budgets_compute_no_shared_stage_again(finished):
     first, second, _ = finished
     assert counts(first) == {
         **dict.fromkeys(("dense", "extractor", "select", "score", "plan", "latency"), 1),
-        **dict.fromkeys(("gmm", "features", "evaluate"), 2),
+        **dict.fromkeys(("gmm", "evaluate"), 2),
     }
     # Four plans and models more, one of them recovered; nothing that comes before a budget.
     assert counts(second) == {"plan": 4, "latency": 4, "evaluate": 5, "recover": 1}
@@ -332,8 +337,9 @@ def test_list_computes_nothing(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_killed_at_random_moments_the_results_are_the_same_bits(tmp_path):
-    found = run_program(str(tmp_path / "w"), "20", "0", module="tests.experiments.tiny_sweep")
+def test_killed_at_random_moments_the_results_are_the_same_bits(tmp_path, compiled):
+    module = "tests.experiments.tiny_sweep"
+    found = run_program(str(tmp_path / "w"), str(compiled), "20", "0", module=module)
     assert found.returncode == 0, found.stderr
     word, killed, *directories = found.stdout.splitlines()[-1].split()
     assert (word, killed) == ("killed", "20")

@@ -1,9 +1,10 @@
 """A sweep of seconds, as a config file and as a program that is killed again and again.
 
-    python -m tests.experiments.tiny_sweep WORKDIR KILLS SEED
+    python -m tests.experiments.tiny_sweep WORKDIR COMPILED KILLS SEED
 
 The program imports everything once and forks: each child goes on with the sweep, until it is killed
-with its whole process group at a random moment or ends. Prints the number of children killed.
+with its whole process group at a random moment or ends. COMPILED keeps the compiled programs.
+Prints the number of children killed, and the work directories.
 """
 
 import os
@@ -78,8 +79,9 @@ def run_forked(workdir: Path, limit: float | None) -> bool:
 
 def main():
     """Run and kill until there were enough kills, then let the sweep end."""
-    workdir, kills, chance = Path(sys.argv[1]), int(sys.argv[2]), random.Random(sys.argv[3])
-    compile_once(workdir.parent / "compiled")
+    workdir, compiled, kills, seed = sys.argv[1:]
+    workdir, kills, chance = Path(workdir), int(kills), random.Random(seed)
+    compile_once(compiled)
     whole = workdir.with_name("whole")
     assert run_forked(whole, None)
     killed = 0
