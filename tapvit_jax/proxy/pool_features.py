@@ -98,10 +98,11 @@ def pool_features(
     distributed.check_agreement(record | {"batch_size": batch_size}, "pool features")
     pieces = _Pieces(directory / _UNFINISHED, record, batch_size)
     with contextlib.ExitStack() as stack:
-        if not _on_main(lambda: _is_whole(directory, record, say=False)):
-            if not _on_main(lambda: _claim(directory, record, pieces, stack)):
-                all_succeed(lambda: pieces.compute(extractor, source, indices, workers, on_batch))
-                _on_main(lambda: _join(directory, record, pieces))
+        whole = _on_main(lambda: not pieces.exist() and _is_whole(directory, record, say=False))
+        whole = whole or _on_main(lambda: _claim(directory, record, pieces, stack))
+        if not whole:
+            all_succeed(lambda: pieces.compute(extractor, source, indices, workers, on_batch))
+            _on_main(lambda: _join(directory, record, pieces))
         elif on_batch is not None:
             on_batch(len(distributed.share(indices.size)))
         return all_succeed(lambda: _open(directory / FEATURES_FILE, record))
@@ -119,6 +120,8 @@ def _claim(
     lock = file_lock(directory / ".lock", on_wait=lambda: log.warning(waiting, directory))
     locked = stack.enter_context(lock)
     if _is_whole(directory, record, say=True):
+        # What a run left that was killed between its last two steps.
+        pieces.remove()
         return True
     if locked:
         for name in (FEATURES_FILE, RECORD_FILE):
@@ -194,7 +197,7 @@ def _join(directory: Path, record: Mapping[str, Any], pieces: "_Pieces") -> bool
     spec = {"format": FORMAT, "version": VERSION, **record}
     spec |= {"piece_rows": pieces.rows, "sha256": digests}
     write_json(directory / RECORD_FILE, spec)
-    shutil.rmtree(pieces.directory)
+    pieces.remove()
     return True
 
 
@@ -202,7 +205,7 @@ class _Pieces:
     """The files of features that are not whole yet: a checksum, then rows of numbers."""
 
     def __init__(self, directory: Path, record: Mapping[str, Any], batch_size: int):
-        self.directory = directory
+        self._directory = directory
         self.rows = -(-_PIECE_ROWS // batch_size) * batch_size
         self.count = -(-record["rows"] // self.rows)
         self._record = record
@@ -211,7 +214,7 @@ class _Pieces:
 
     def path(self, number: int) -> Path:
         """Where a piece lies."""
-        return self.directory / f"{number:06}.piece"
+        return self._directory / f"{number:06}.piece"
 
     def span(self, number: int) -> range:
         """Rows of a piece."""
@@ -226,16 +229,24 @@ class _Pieces:
         digest, data = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
         return data if digest == self._digest(number, data) else None
 
+    def exist(self) -> bool:
+        """Whether anything is left that is not whole."""
+        return self._directory.exists()
+
+    def remove(self) -> None:
+        """Delete all pieces."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     def prepare(self) -> None:
         """Drop what pieces of other features, or of batches of another size, are left."""
         spec = {"key": self._key}
-        path = self.directory / "pieces.json"
+        path = self._directory / "pieces.json"
         with contextlib.suppress(InputError):
             if read_json(path) == spec:
                 return
-        if self.directory.exists():
-            log.warning("%s: pieces of other features; computing all again", self.directory)
-            shutil.rmtree(self.directory)
+        if self._directory.exists():
+            log.warning("%s: pieces of other features; computing all again", self._directory)
+            shutil.rmtree(self._directory)
         write_json(path, spec)
 
     def compute(

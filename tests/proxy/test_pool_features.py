@@ -162,6 +162,18 @@ def test_a_run_killed_while_joining_computes_nothing_again(
     assert not (directory / "unfinished").exists()
 
 
+def test_what_a_run_left_that_was_killed_at_the_very_end_is_removed(
+    whole, extractor, source, caplog
+):
+    (whole / "unfinished").mkdir()
+    (whole / "unfinished" / "000001.piece").write_bytes(b"left")
+    make(extractor, source, whole)
+    assert source.read_images == 0
+    assert not caplog.records
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == sorted([FEATURES_FILE, RECORD_FILE])
+
+
 def cut(directory):
     path = directory / FEATURES_FILE
     path.write_bytes(path.read_bytes()[:-4])
