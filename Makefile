@@ -18,8 +18,7 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 
 bench: $(SETUP)
-	$(BIN)/python -m experiments.bench_scoring
-	$(BIN)/python -m experiments.bench_latency
+	$(BIN)/python -m experiments.bench --out=runs/bench
 
 # Every named model against timm itself; torch and timm go into the same environment.
 peers: $(SETUP)

@@ -1,42 +1,36 @@
 """All benchmarks one after the other, and what they share: timing in turns, and the table.
 
     python -m experiments.bench --out=runs/bench            # or: make bench
+    python -m experiments.bench scoring pool                # some of them
 
 Every pair is timed in one process, so that a machine that slows down slows both. The table with all
 ratios goes to OUT/bench.md, and the same numbers to OUT/bench.json.
 """
 
 import argparse
-import dataclasses
-import importlib
+import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from tapvit_jax.errors import InputError
 from tapvit_jax.files import write_json, write_text
-from tapvit_jax.runtime import run_program, set_up_jax
+from tapvit_jax.runtime import run_program
 from tapvit_jax.versions import library_versions
 
 REPEATS = 3
 MODULES = ("scoring", "pool", "variants", "sweep", "data", "latency")
-
-
-@dataclasses.dataclass
-class Section:
-    """What one comparison printed: times and their multiples of the first, and remarks."""
-
-    title: str
-    times: dict[str, float] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-
-_sections: list[Section] = []
+# Where a benchmark that the runner starts leaves what it prints as JSON lines.
+_RECORD = "TAPVIT_BENCH_RECORD"
 
 
 def alternate(runs: dict[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
@@ -52,75 +46,99 @@ def alternate(runs: dict[str, Callable[[], object]], repeats: int = REPEATS) -> 
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
+def _record(line: dict[str, Any]) -> None:
+    if _RECORD in os.environ:
+        with Path(os.environ[_RECORD]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def report(title: str, times: dict[str, float]) -> None:
-    """Print all times as multiples of the first."""
+    """Print all times (seconds) as multiples of the first."""
     base = next(iter(times.values()))
-    _sections.append(Section(title, times))
+    _record({"title": title, "times": times})
     print(title)
     for name, seconds in times.items():
         print(f"  {name:52} {1e3 * seconds:9.1f} ms   x {seconds / base:.2f}", flush=True)
 
 
+def heading(title: str) -> None:
+    """Print a title for notes that have no times."""
+    _record({"title": title, "times": {}})
+    print(title)
+
+
 def note(text: str) -> None:
     """Print a remark on what was reported last."""
-    if not _sections:
-        _sections.append(Section(""))
-    _sections[-1].notes.append(text)
+    _record({"note": text})
     print(f"  {text}", flush=True)
 
 
-def _markdown(results: dict) -> str:
+def _machine() -> dict[str, Any]:
+    return {
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "libraries": library_versions(),
+    }
+
+
+def _markdown(results: dict[str, Any]) -> str:
     machine = results["machine"]
-    lines = ["# Benchmarks", "", ", ".join(f"{k}: {v}" for k, v in machine.items()), ""]
-    for name, sections in results["benchmarks"].items():
+    jax_version = machine["libraries"]["jax"]
+    lines = ["# Benchmarks", ""]
+    lines += [f"{machine['cores']} cores, {machine['system']}, jax {jax_version}", ""]
+    for name, found in results["benchmarks"].items():
         lines += [f"## bench_{name}", ""]
-        for section in sections:
-            lines += [f"**{section['title']}**", ""] if section["title"] else []
-            if section["times"]:
-                base = next(iter(section["times"].values()))
+        lines += [f"Failed with exit code {found['code']}.", ""] if found["code"] else []
+        for line in found["lines"]:
+            if "note" in line:
+                lines += [f"- {line['note']}"]
+                continue
+            lines += ["", f"**{line['title']}**", ""]
+            if line["times"]:
+                base = next(iter(line["times"].values()))
                 lines += ["| | ms | ratio |", "|---|--:|--:|"]
-                lines += [
-                    f"| {run} | {1e3 * seconds:.1f} | {seconds / base:.2f} |"
-                    for run, seconds in section["times"].items()
-                ]
+                for run, seconds in line["times"].items():
+                    lines.append(f"| {run} | {1e3 * seconds:.1f} | {seconds / base:.2f} |")
                 lines.append("")
-            lines += [f"- {text}" for text in section["notes"]]
-            lines += [""] if section["notes"] else []
+        lines.append("")
     return "\n".join(lines)
 
 
+def _run(name: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.jsonl"
+        record.touch()
+        command = [sys.executable, "-m", f"experiments.bench_{name}"]
+        code = subprocess.run(command, env=os.environ | {_RECORD: str(record)}).returncode
+        text = record.read_text(encoding="utf-8")
+        return {"code": code, "lines": [json.loads(line) for line in text.splitlines()]}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmarks that are asked for and write the table after each.
+    """Run the benchmarks that are asked for, and write the table after each.
 
     Raises:
-      InputError: the table cannot be written.
+      InputError: the table cannot be written, or a benchmark failed (after all have run).
     """
     parser = argparse.ArgumentParser(prog="python -m experiments.bench")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the table")
-    parser.add_argument("names", nargs="*", default=MODULES, help=f"of {', '.join(MODULES)}")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(MODULES)}; all by default")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.names) - set(MODULES))
     if unknown:
         parser.error(f"{', '.join(unknown)}: expected some of {', '.join(MODULES)}")
-    set_up_jax()
-    device = jax.local_devices()[0]
-    machine = {
-        "device": f"{jax.local_device_count()} x {device.device_kind}",
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": library_versions()["jax"],
-    }
-    results = {"machine": machine, "libraries": library_versions(), "benchmarks": {}}
-    # Run as a program, this module is another one than the one the benchmarks import.
-    shared = importlib.import_module("experiments.bench")
-    for name in args.names:
+    benchmarks: dict[str, Any] = {}
+    results = {"machine": _machine(), "benchmarks": benchmarks}
+    for name in args.names or MODULES:
         print(f"\nbench_{name}", flush=True)
-        shared._sections.clear()
-        importlib.import_module(f"experiments.bench_{name}").main()
-        results["benchmarks"][name] = [dataclasses.asdict(s) for s in shared._sections]
+        benchmarks[name] = _run(name)
         write_json(args.out / "bench.json", results)
         write_text(args.out / "bench.md", _markdown(results))
     print(f"\n{args.out / 'bench.md'}")
+    failed = [name for name, found in benchmarks.items() if found["code"]]
+    if failed:
+        raise InputError(f"failed: {', '.join(f'bench_{name}' for name in failed)}")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ import optax
 from absl import app, flags
 from PIL import Image
 
+from experiments.bench import heading, note
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import FolderSource, open_source
 from tapvit_jax.models import backbone
 from tapvit_jax.models.presets import create
+from tapvit_jax.runtime import set_up_jax
 
 _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes to compare.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Images in a batch.")
@@ -70,10 +72,10 @@ def decoding(title: str, source: ImageSource) -> None:
             rates[workers].append(count / (last - first))
             delays[workers].append(first - start)
     base = max(next(iter(rates.values())))
-    print(f"decoding at 224, {title}, batch {_BATCH.value}")
+    heading(f"decoding at 224, {title}, batch {_BATCH.value}")
     for workers, values in rates.items():
-        print(
-            f"  {_name(workers):20} {max(values):9.0f} images/s   x {max(values) / base:.2f}   "
+        note(
+            f"{_name(workers):20} {max(values):9.0f} images/s   x {max(values) / base:.2f}   "
             f"first batch after {min(delays[workers]):.2f} s"
         )
 
@@ -110,7 +112,7 @@ def training(title: str, source: ImageSource) -> None:
         return waited, time.perf_counter() - begin
 
     order = _order(source, _BATCH.value * (_STEPS.value + 1))
-    print(f"training DeiT-T at {size}, {title}, batch {_BATCH.value}, {jax.default_backend()}")
+    heading(f"training DeiT-T at {size}, {title}, batch {_BATCH.value}, {jax.default_backend()}")
     for workers in map(int, _WORKERS.value):
         shares, rates = [], []
         for _ in range(_REPEATS):
@@ -122,8 +124,8 @@ def training(title: str, source: ImageSource) -> None:
             found.close()
             shares.append(waited / whole)
             rates.append(_BATCH.value * _STEPS.value / whole)
-        print(
-            f"  {_name(workers):20} {max(rates):9.0f} images/s   "
+        note(
+            f"{_name(workers):20} {max(rates):9.0f} images/s   "
             f"waits {100 * min(shares):.1f} % of the time"
         )
 
@@ -134,6 +136,7 @@ def _name(workers: int) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run both comparisons on made-up photographs and on every set that is named."""
+    set_up_jax()
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder))
         sources = {"500 x 375 JPEG": FolderSource(folder)}

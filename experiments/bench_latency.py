@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from experiments.bench import note, report
 from tapvit_jax.export.latency import compare_latency
 from tapvit_jax.models import backbone
 from tapvit_jax.models.presets import create
@@ -42,7 +43,6 @@ def main(argv):
         plan = allocate(dense, scores, None, Budget.parse(_BUDGET.value), config=config)
         small = reshape(dense, plan)
         share = cost(small.config).macs / cost(dense.config).macs
-        print(f"{name}: {100 * share:.1f} % of the MACs")
         for size in map(int, _BATCHES.value):
             found = compare_latency(
                 {"dense": dense, "pruned": small},
@@ -50,12 +50,13 @@ def main(argv):
                 threads=_THREADS.value,
                 repeats=_REPEATS.value,
             )
+            report(
+                f"ONNX Runtime, {name}, {100 * share:.1f} % of the MACs, batch {size}, "
+                f"{_THREADS.value} threads",
+                {kind: latency.median / 1e3 for kind, latency in found.items()},
+            )
             for kind, latency in found.items():
-                print(
-                    f"  batch {size}, {_THREADS.value} threads, {kind}: {latency.median:.1f} ms "
-                    f"({latency.low:.1f} to {latency.high:.1f})"
-                )
-            print(f"  ratio {found['pruned'].median / found['dense'].median:.3f}")
+                note(f"{kind}: {latency.low:.1f} to {latency.high:.1f} ms")
 
 
 def random_model(name: str) -> Model:

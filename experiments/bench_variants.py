@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import alternate, report
+from experiments.bench import alternate, note, report
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.models import backbone
 from tapvit_jax.models.presets import create
 from tapvit_jax.models.vit import ViTConfig, vit_config
+from tapvit_jax.runtime import set_up_jax
 from tapvit_jax.train.finetune import TrainConfig, TrainData, train
 from tapvit_jax.train.variants import Variant, train_variants
 
@@ -72,7 +73,7 @@ def training(name: str, config: ViTConfig, batch_size: int, count: int) -> None:
     times = alternate({"one after the other": one_by_one, "one program": together}, REPEATS)
     report(f"{name}, {config.dtype}, batch {batch_size}, {count} variants", times)
     rates = ", ".join(f"{name} {count * size / t:,.0f}" for name, t in times.items())
-    print(f"  images/s: {rates}")
+    note(f"images/s: {rates}")
 
 
 def forward(preset: str, batch_size: int = 256) -> None:
@@ -103,21 +104,21 @@ def forward(preset: str, batch_size: int = 256) -> None:
     }
     times = alternate(runs, 20)
     report(f"forward pass, {preset}, bfloat16, batch {batch_size}", times)
-    print("  images/s: " + ", ".join(f"{n} {batch_size / t:,.0f}" for n, t in times.items()))
+    note("images/s: " + ", ".join(f"{n} {batch_size / t:,.0f}" for n, t in times.items()))
 
 
 def main() -> None:
     """Run all comparisons."""
+    set_up_jax()
     gpu = jax.default_backend() == "gpu"
-    print(f"{jax.default_backend()}, {jax.local_device_count()} device(s)")
     for name, (config, batch_size) in networks().items():
         for dtype in ("float32", "bfloat16") if gpu else ("float32",):
             for count in COUNTS:
                 training(name, dataclasses.replace(config, dtype=dtype), batch_size, count)
     if not gpu:
-        print("bfloat16 and the forward pass beside timm: no GPU: skipped")
+        note("bfloat16 and the forward pass beside timm: no GPU: skipped")
     elif importlib.util.find_spec("torch") is None or importlib.util.find_spec("timm") is None:
-        print("the forward pass beside timm: no torch and timm: skipped")
+        note("the forward pass beside timm: no torch and timm: skipped")
     else:
         for preset in ("deit_small_patch16_224", "deit_base_patch16_224"):
             forward(preset)
