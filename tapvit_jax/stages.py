@@ -145,13 +145,18 @@ class Stages:
         spec = {"key": key, "inputs": inputs, "meta": meta, "libraries": library_versions()}
         # As it will be read: a first run and a second one get the same.
         spec = json.loads(json.dumps(spec, allow_nan=False))
+        if directory.exists():
+            # Without locks two may compute the same; who is whole first wins.
+            overtaken = self._find(directory, key, say=False)
+            if overtaken is not None:
+                return overtaken
         try:
             with atomic_directory(directory) as partial:
                 safetensors.numpy.save_file(arrays, partial / _ARRAYS)
                 spec["sha256"] = file_hash(partial / _ARRAYS)
                 write_json(partial / _META, spec | {"spec_sha256": content_hash(spec)})
         except OSError as error:
-            # Without locks two may compute the same; who is whole first wins.
+            # The other one was quicker by that much.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             return self._read(directory, key)

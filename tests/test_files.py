@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import stat
+import threading
 
 import numpy as np
 import pytest
@@ -11,13 +12,18 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tapvit_jax import files
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import (
+    WriteError,
     atomic_directory,
     atomic_file,
     content_hash,
     file_hash,
+    file_lock,
+    is_locked,
     read_json,
+    remove_leftovers,
     write_json,
     write_text,
 )
@@ -314,3 +320,58 @@ def test_content_hash_tells_values_apart():
 def test_file_hash_is_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_hash(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+def test_a_lock_keeps_others_out_and_vanishes(tmp_path):
+    path = tmp_path / "below" / "lock"
+    assert not is_locked(path)
+    with file_lock(path) as held:
+        assert held is True and is_locked(path)
+        with file_lock(path, wait=False) as second:
+            assert second is False
+        assert path.exists()
+    assert not path.exists() and not is_locked(path)
+    # What a killed process leaves is no lock.
+    path.touch()
+    assert not is_locked(path)
+
+
+def test_waiting_for_a_lock_is_said_once_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_SILENT_SECONDS", 0.0)
+    path, said = tmp_path / "lock", []
+    first = contextlib.ExitStack()
+    first.enter_context(file_lock(path))
+    timer = threading.Timer(0.4, first.close)
+    timer.start()
+    with file_lock(path, on_wait=lambda: said.append(1)) as held:
+        assert held is True and is_locked(path)
+    timer.join()
+    assert said == [1] and not path.exists()
+
+
+def test_file_systems_without_locks_keep_nobody_out(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with file_lock(tmp_path / "lock") as first, file_lock(tmp_path / "lock") as second:
+        assert first is None and second is None
+
+
+def test_locks_that_cannot_be_made_name_their_path(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(WriteError, match="lies below a file"),
+        file_lock(tmp_path / "file" / "lock"),
+    ):
+        pass
+
+
+def test_leftovers_of_one_path_are_removed_and_no_others(tmp_path):
+    for name in (".a[1].x.partial", ".a[1].y.old", ".a1.x.partial", "a[1].x.partial", ".a[1].b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    (tmp_path / ".a[1].z.partial").touch()
+    remove_leftovers(tmp_path / "a[1]")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".a1.x.partial", "a[1].x.partial", ".a[1].b"}

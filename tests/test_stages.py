@@ -1,14 +1,21 @@
+import contextlib
 import json
 import logging
 import os
 import pickle
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from tapvit_jax import stages as stages_module
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import content_hash, file_hash
+from tapvit_jax.files import content_hash, file_hash, is_locked
 from tapvit_jax.stages import Stages, claim_workdir, differences
 
 INPUTS = {"seed": 1, "options": {"epochs": 2, "names": ["a", "b"]}}
@@ -270,3 +277,143 @@ def test_differences():
     assert differences(CONFIG, CONFIG) == []
     assert differences({"a": {"b": 1}}, {"a": 2}) == ["a ({'b': 1} there, 2 here)"]
     assert differences({"a": None}, {}) == ["a (None there, nothing here)"]
+
+
+# Several programs in one directory, and several processes of one job.
+
+WORKER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from tapvit_jax.stages import Stages
+
+def compute():
+    with open(sys.argv[2], "a") as file:
+        file.write("x")
+    time.sleep(1.0)
+    return {"w": np.arange(3)}, {"worker": sys.argv[3]}
+
+found = Stages(Path(sys.argv[1])).run("slow", {"a": 1}, compute)
+print(found.meta["worker"], found.arrays["w"].tolist())
+"""
+
+JOB = """
+import sys
+from pathlib import Path
+import numpy as np
+from tapvit_jax import distributed
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import WriteError
+from tapvit_jax.stages import Stages
+
+distributed.initialize()
+rank, root = distributed.process_index(), Path(sys.argv[1])
+stages = Stages(root)
+times = 0
+
+def compute():
+    global times
+    times += 1
+    # What a process has of its own is not what the stage holds.
+    total = distributed.sum_over_processes(np.ones(1))
+    return {"w": np.arange(3) + rank}, {"total": float(total[0])}
+
+def refuse():
+    if rank == 1:
+        raise InputError("one host has bad luck")
+    return {}, {}
+
+for _ in range(2):
+    found = stages.run("shared", {"a": 1}, compute)
+    print(found.arrays["w"].tolist(), found.meta, times)
+(root / "file").write_text("")
+for stage, name in ((stages, "refused"), (Stages(root / "file" / "below"), "unwritable")):
+    try:
+        stage.run(name, {}, refuse)
+    except InputError as error:
+        print(type(error).__name__, str(error).replace(str(root), "ROOT"))
+found = stages.run("shared", {"a": 2}, compute)
+print(found.arrays["w"].tolist(), times)
+"""
+
+
+def start(code, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_workers_compute_a_stage_once(tmp_path):
+    workers = [start(WORKER, tmp_path / "stages", tmp_path / "log", name) for name in "ab"]
+    texts = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], texts
+    assert (tmp_path / "log").read_text() == "x"
+    assert texts[0][0] == texts[1][0]
+    assert len(entries(tmp_path / "stages")) == 3
+
+
+def test_a_killed_worker_leaves_no_lock(tmp_path):
+    worker = start(WORKER, tmp_path / "stages", tmp_path / "log", "a")
+    while not (tmp_path / "log").exists():
+        assert worker.poll() is None, worker.communicate()
+        time.sleep(0.01)
+    worker.kill()
+    worker.communicate()
+    (lock,) = (tmp_path / "stages").iterdir()
+    left = lock.with_name(lock.name.removesuffix(".lock") + ".abc.partial")
+    left.mkdir()
+    (left / "arrays.safetensors").write_text("half")
+    assert not is_locked(lock)
+    work = Work()
+    Stages(tmp_path / "stages").run("slow", {"a": 1}, work)
+    assert work.times == 1
+    (made,) = (tmp_path / "stages").iterdir()
+    assert made.is_dir() and made.name.startswith("slow-")
+
+
+def test_processes_of_one_job_compute_together_and_read_the_same(tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    job = [
+        start(
+            JOB,
+            tmp_path,
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(rank),
+        )
+        for rank in range(2)
+    ]
+    texts = [process.communicate(timeout=240) for process in job]
+    assert [process.returncode for process in job] == [0, 0], texts
+    lines = [[x for x in text.splitlines() if "Gloo" not in x] for text, _ in texts]
+    shared = ["[0, 1, 2] {'total': 2.0} 1"] * 2
+    reason = "ROOT/file/below/.unwritable-"
+    for found, refused, unwritable in (
+        (lines[0], "InputError process 1: one host has bad luck", f"WriteError {reason}"),
+        (lines[1], "InputError one host has bad luck", f"WriteError process 0: {reason}"),
+    ):
+        assert found[:3] == [*shared, refused]
+        assert found[3].startswith(unwritable) and "lies below a file" in found[3]
+        assert found[4:] == ["[0, 1, 2] 2"]
+
+
+def test_an_artefact_that_another_one_finished_first_wins(tmp_path):
+    first, late = Work(), Work(meta={"late": True})
+
+    def overtaken():
+        Stages(tmp_path).run("train", INPUTS, first)
+        return late()
+
+    # As on file systems without locks: both compute.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages_module, "file_lock", lambda *_, **__: contextlib.nullcontext())
+        found = Stages(tmp_path).run("train", INPUTS, overtaken)
+    assert (first.times, late.times) == (1, 1)
+    assert found.cached and found.meta == json.loads(json.dumps(META))
