@@ -23,7 +23,7 @@ from tapvit_jax.data.partition import Partition, partition
 from tapvit_jax.data.pipeline import load_all
 from tapvit_jax.data.sources import MemorySource, open_source
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import content_hash
+from tapvit_jax.files import content_hash, file_lock, remove_leftovers
 from tapvit_jax.models import backbone, convnet
 from tapvit_jax.models.backbone import Config
 from tapvit_jax.models.params import Params, flatten, unflatten
@@ -311,7 +311,7 @@ class Job:
         title = f"device {d}: mixture and payload"
         found = self._stage("gmm", title, UNITS["device"], inputs, compute)
         gmm = Gmm(**found.arrays, covariance_type=options.covariance_type)
-        all_succeed(lambda: gmm.save(path, extractor=key) if distributed.is_main() else None)
+        on_main(lambda: _save_payload(gmm, path, key))
         # The cloud reads the file, as it would from a real device, and trusts nothing in it.
         received = all_succeed(lambda: Gmm.load(path, dim=self.extractor.dim, extractor=key))
         return received, path.stat().st_size
@@ -620,6 +620,13 @@ def keep_ratios(plan: Plan) -> dict[str, list[float]]:
     """Share of the units that every block keeps, by kind."""
     blocks = range(len(plan.config.blocks))
     return {kind: [plan.keep_ratio(i, kind) for i in blocks] for kind in ("mlp", "qk", "vo")}
+
+
+def _save_payload(gmm: Gmm, path: Path, extractor: str) -> None:
+    with file_lock(path.with_name(f".{path.name}.lock")) as locked:
+        if locked:
+            remove_leftovers(path)
+        gmm.save(path, extractor=extractor)
 
 
 def _gmm_arrays(gmm: Gmm) -> dict[str, np.ndarray]:

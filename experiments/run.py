@@ -16,7 +16,7 @@ from experiments import arguments, report
 from experiments.config import ExperimentConfig, identity
 from experiments.job import SELECTED, UNITS, Job, described, keep_ratios, on_main
 from tapvit_jax import distributed
-from tapvit_jax.files import file_lock, write_json
+from tapvit_jax.files import file_lock, remove_leftovers, write_json
 from tapvit_jax.models import store
 from tapvit_jax.progress import Progress
 from tapvit_jax.prune.allocate import check_budget
@@ -24,6 +24,7 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.runtime import run_program, set_up_jax
 from tapvit_jax.stages import Stages, claim_workdir
 
+_OUTPUTS = ("results.json", "results.csv", "report.html", "extractor", "models/dense")
 _WAITING = "another process works in this directory; waiting for it to end"
 
 
@@ -47,7 +48,11 @@ class Experiment:
         lock = file_lock(self.workdir / ".lock", on_wait=lambda: print(_WAITING, file=sys.stderr))
         if not distributed.is_main():
             return self._run()
-        with lock:
+        with lock as locked:
+            if locked:
+                devices = range(self.config.data.partition.num_devices)
+                for name in (*_OUTPUTS, *(f"models/device_{d}" for d in devices)):
+                    remove_leftovers(self.workdir / name)
             return self._run()
 
     def _run(self) -> dict[str, Any]:

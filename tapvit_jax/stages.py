@@ -230,7 +230,11 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
                 + ". Choose another --workdir or delete this one"
             )
         return
-    if workdir.is_dir() and any(workdir.iterdir()):
+    # A program that was killed while it claimed the directory has left a part of the file.
+    if workdir.is_dir() and any(
+        not (entry.name.startswith(".config.json.") and entry.suffix == ".partial")
+        for entry in workdir.iterdir()
+    ):
         raise InputError(f"{workdir}: is not empty and holds no config.json; choose another")
     write_json(path, config)
 

@@ -254,6 +254,12 @@ def test_an_empty_work_directory_is_claimed(tmp_path):
     assert entries(tmp_path) == ["config.json"]
 
 
+def test_a_work_directory_that_was_half_claimed_can_be_claimed(tmp_path):
+    (tmp_path / ".config.json.abc.partial").write_text("{")
+    claim_workdir(tmp_path, CONFIG)
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
 def test_foreign_work_directories_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match=r"is not empty and holds no config\.json"):

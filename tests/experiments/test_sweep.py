@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from configs import digits, tiny_imagenet_40
@@ -150,16 +151,26 @@ def test_partners_follow_from_the_grid():
 # What units share.
 
 
+OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+OPTIONS += ("jax_persistent_cache_min_entry_size_bytes",)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+    """Where compiled programs are kept."""
+    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    directory = tmp_path_factory.mktemp("compiled")
+    tiny_sweep.compile_once(directory)
+    yield directory
+    jax.config.update("jax_disable_most_optimizations", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, compiled):
     """One unit, then a grid around it."""
     workdir = tmp_path_factory.mktemp("sweep") / "work"
-    tiny_sweep.compile_once(compiled)
     first = Sweep(tiny(), [{"device": 0, "budget": "macs=0.5", "recovery": "none"}], workdir, True)
     assert first.run() == {}
     axes = {
