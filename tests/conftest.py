@@ -1,10 +1,17 @@
-"""Eight fake devices on the CPU, set before anything imports JAX."""
+"""Eight fake devices on the CPU and a cache of compiled programs, set before anything imports JAX."""
 
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
     "XLA_FLAGS", ""
 )
+
+# Workers and the programs that tests start compile much the same: whoever is first does it for all,
+# and the next run finds it.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", __file__.removesuffix("tests/conftest.py") + ".pytest_cache/jax"
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import dataclasses
 
