@@ -1,4 +1,4 @@
-"""Eight fake devices on the CPU and a cache of compiled programs, set before anything imports JAX."""
+"""Eight fake devices on the CPU and a shared cache of programs, set before anything imports JAX."""
 
 import os
 
