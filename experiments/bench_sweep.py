@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import app, flags
 
 from configs import digits
+from experiments.bench import report
 from experiments.config import ExperimentConfig, read
 from experiments.job import Job
 from tapvit_jax.progress import Progress
@@ -54,11 +55,9 @@ def main(argv: list[str]) -> None:
             for count, found in times.items():
                 found.append(seconds(config, root / f"{repeat}-{count}", BUDGETS[:count]))
     one, many = ([min(values) for values in zip(*found, strict=True)] for found in times.values())
-    for title, first, second in zip(("plans", "and accuracy"), one, many, strict=True):
-        print(
-            f"{title:14} one budget {first:.1f} s, {len(BUDGETS)} budgets {second:.1f} s   "
-            f"x {second / first:.2f}"
-        )
+    titles = ("all plans", "the accuracy of masked models")
+    for title, first, second in zip(titles, one, many, strict=True):
+        report(f"digits until {title}", {"one budget": first, f"{len(BUDGETS)} budgets": second})
 
 
 if __name__ == "__main__":

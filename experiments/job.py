@@ -382,6 +382,8 @@ class Job:
         if kind == SELECTED:
             finetune = self._chosen.arrays["finetune"][d]
             validation = self._chosen.arrays["validation"][d]
+            if self.config.data.partition.leaks:
+                validation = self.parts.devices[d].private_test
             return ImageSets(finetune[: select_config.metric_count], finetune, validation)
         validation = self.parts.public_validation
         if kind == "random":

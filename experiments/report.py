@@ -28,6 +28,17 @@ _LONGEST_LIST = 24
 _NONE = "–"  # noqa: RUF001
 
 
+LEAKS = (
+    "As published, the splits leak: the images that score a device's model have fitted its mixture "
+    "and chosen its epoch, and the public pool is what the dense model was trained on."
+)
+
+
+def leaks(results: dict[str, Any]) -> bool:
+    """Whether an experiment used the published splits."""
+    return bool(results["config"]["data"]["partition"].get("leaks"))
+
+
 def record(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """One device's results as plain values, the columns of results.csv.
 
@@ -112,6 +123,7 @@ def page(results: dict[str, Any]) -> str:
     parts = [
         f"<h1>{name}: task-adaptive pruning</h1>",
         f"<p>{_summary(results)}</p>",
+        *([f"<p><strong>{LEAKS}</strong></p>"] if leaks(results) else []),
         _result_table(results),
         "<h2>Accuracy against MACs</h2>",
         "<p>Each device on its own test images, before and after recovery.</p>",

@@ -139,6 +139,8 @@ def main(argv: list[str]) -> None:
     results = Experiment(config, workdir).run()
     if distributed.is_main():
         print(report.table(results))
+        if report.leaks(results):
+            print(f"\n{report.LEAKS}")
         print(f"\nreport: {workdir / 'report.html'}   models: {workdir / 'models'}")
 
 

@@ -4,6 +4,7 @@ The public face, one line each, in the order of use:
 
     model  = tap.load_timm("deit_small_patch16_224", "model.safetensors")
     gmm    = tap.Gmm.fit(features); gmm.save(path); tap.Gmm.load(path)
+    features = tap.pool_features(extractor, source, indices, directory)     # out of core, cached
     logp   = tap.log_likelihood([gmm, ...], features)
     chosen = tap.select([gmm, ...], features, count=640)
     units  = tap.neuron_importance(model, batches, method="tap")
@@ -11,6 +12,7 @@ The public face, one line each, in the order of use:
     plan   = tap.allocate(model, units, layers, tap.Budget(macs=0.5))
     masked = tap.apply_masks(model, plan)
     small  = tap.reshape(model, plan)
+    states = tap.train_variants(config, [tap.Variant(params, train, validation), ...], ...)
     tap.save(small, directory); tap.load(directory)
     tap.export_onnx(small, path, images=images); tap.export_stablehlo(...); tap.export_timm(...)
 """
@@ -28,6 +30,7 @@ from tapvit_jax.models.store import load, save
 from tapvit_jax.proxy.density import log_likelihood
 from tapvit_jax.proxy.features import Extractor, ExtractorConfig
 from tapvit_jax.proxy.gmm import Gmm, GmmConfig
+from tapvit_jax.proxy.pool_features import pool_features
 from tapvit_jax.proxy.select import SelectConfig, select
 from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, allocate
 from tapvit_jax.prune.budget import Budget
@@ -35,6 +38,7 @@ from tapvit_jax.prune.cost import Cost, cost
 from tapvit_jax.prune.latency import LatencyModel, fit_latency
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.train.variants import Variant, train_variants
 
 __all__ = [
     "AllocateConfig",
@@ -53,6 +57,7 @@ __all__ = [
     "Plan",
     "RoundTo",
     "SelectConfig",
+    "Variant",
     "allocate",
     "apply_masks",
     "cost",
@@ -67,8 +72,10 @@ __all__ = [
     "load_timm",
     "log_likelihood",
     "neuron_importance",
+    "pool_features",
     "reshape",
     "save",
     "save_timm",
     "select",
+    "train_variants",
 ]

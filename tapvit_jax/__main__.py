@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tapvit_jax.commands import deploy, devices, models, prune
+from tapvit_jax.distributed import process_count
+from tapvit_jax.errors import InputError
 from tapvit_jax.runtime import run_program, set_up_jax
 
 
@@ -37,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command."""
     args = _parser().parse_args(argv)
     set_up_jax()
+    if process_count() > 1:
+        raise InputError(
+            f"tapvit runs in one process, found {process_count()}: set TAPVIT_DISTRIBUTED=0, or "
+            "use experiments.run and experiments.sweep, which share the work"
+        )
     args.function(args)
 
 

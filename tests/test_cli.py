@@ -251,6 +251,12 @@ def test_exit_codes(capsys):
     assert error.count("\n") == 1
 
 
+def test_one_process_of_several_is_refused(monkeypatch):
+    monkeypatch.setattr("tapvit_jax.__main__.process_count", lambda: 2)
+    with pytest.raises(InputError, match="one process, found 2"):
+        main(["inspect", "somewhere"])
+
+
 def test_a_fresh_process_prints_one_line_and_exits_with_2():
     found = subprocess.run(
         [sys.executable, "-m", "tapvit_jax", "inspect", "nothing.gmm"],

@@ -1,7 +1,8 @@
 """Who owns which image: private parts of every device, the public pool, public-validation.
 
-All parts are disjoint, always: the images that score a device's model have never been used to fit
-its mixture, to choose its units, to fine-tune it, or to choose its epoch.
+All parts are disjoint: the images that score a device's model have never been used to fit its
+mixture, to choose its units, to fine-tune it, or to choose its epoch. Only `PartitionConfig.leaks`
+changes that, to reproduce what was published.
 """
 
 import dataclasses
@@ -34,6 +35,9 @@ class PartitionConfig:
       private_test_fraction: share of a device's images that only score it.
       private_split: take private images from this split alone and public ones from the others, for
         a dense model that was trained on those; None cuts the same pool of images.
+      leaks: the published splits, for reproduction only: a device's images in `private_split` fit
+        its mixture, choose its epoch and score it, and the public pool is all that the dense model
+        was trained on. Accuracies are optimistic, and reports say so.
     """
 
     kind: Literal["disjoint", "overlap", "shards", "dirichlet", "iid"] = "disjoint"
@@ -45,6 +49,7 @@ class PartitionConfig:
     validation_fraction: float = 0.1
     private_test_fraction: float = 0.5
     private_split: str | None = None
+    leaks: bool = False
 
     def __post_init__(self):
         kinds = get_args(type(self).__annotations__["kind"])
@@ -65,6 +70,8 @@ class PartitionConfig:
             raise InputError("kind 'overlap' needs classes_per_device")
         if self.classes_per_device is not None and self.classes_per_device < 1:
             raise InputError(f"classes_per_device is {self.classes_per_device}, expected 1 or more")
+        if self.leaks and self.private_split is None:
+            raise InputError("leaks needs private_split: the published splits have one")
         total = self.public_fraction + self.validation_fraction
         if self.private_split is None and total >= 1:
             raise InputError(
@@ -147,11 +154,15 @@ def partition(
         pool, validation, _ = _stratified(
             labels, everything[~is_private], [1.0 - share, share], rng
         )
+        if config.leaks:
+            pool = everything[~is_private]
     owned, shares = _deal(labels, private, config, rng)
     devices = []
     for d, share in enumerate(shares):
         test_fraction = config.private_test_fraction
         test, train, _ = _stratified(labels, share, [test_fraction, 1.0 - test_fraction], rng)
+        if config.leaks:
+            test = train = np.sort(share)
         if len(test) == 0 or len(train) == 0:
             raise InputError(
                 f"device {d} gets {len(share)} private images, too few for private-train and "

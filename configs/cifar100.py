@@ -1,0 +1,17 @@
+"""CIFAR-100, enlarged to 224: ten devices of 10 classes, five budgets.
+
+    python -m experiments.sweep --config=configs/cifar100.py:MODEL,DATA,WEIGHTS --workdir=DIR
+
+MODEL is deit_tiny, deit_small, deit_base, swin_tiny or swin_small. DATA is the folder of the binary
+version, or tfds:cifar100. WEIGHTS is a checkpoint under timm's names, fine-tuned on these classes;
+without it the dense model is trained on the public pool. A fourth part, as_published, takes the
+authors' recipe, leaks in the splits included.
+"""
+
+from experiments import protocol
+from experiments.protocol import sweep as sweep
+
+
+def get_config(arg="deit_small"):
+    """The published protocol: top 640 / 6,400 images, budgets of encoder parameters in turn."""
+    return protocol.config(protocol.DataSet("cifar100", "cifar-100-binary"), arg)
