@@ -14,6 +14,7 @@ import tapvit_jax as tap
 from tapvit_jax.__main__ import main
 from tapvit_jax.convert.timm import save_timm
 from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone, vit
 from tapvit_jax.models.registry import Model
 from tapvit_jax.runtime import run_program
