@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.peers import import_timm
 from tapvit_jax.models.resnet import ResNetConfig
 
 DATA = Path(__file__).parents[1] / "data"
@@ -80,23 +81,6 @@ def resample_cases() -> list[tuple[str, np.ndarray, tuple[int, ...]]]:
         key = f"window_{old}_{new}"
         cases.append((key, draw(key, ((2 * old - 1) ** 2, 2)), (new,)))
     return cases
-
-
-def import_timm():
-    """Import timm where torchvision's compiled operators are missing, which it does not need."""
-    import torch
-
-    try:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        library = None  # they are there
-    import timm
-
-    # The operators vanish with the library object.
-    timm.tapvit_library = library
-    return torch, timm
 
 
 def timm_resnet(torch, config: ResNetConfig):
