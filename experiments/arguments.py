@@ -43,6 +43,19 @@ def parse(argv: list[str]) -> tuple[ExperimentConfig, Path]:
     return config, Path(_WORKDIR.value)
 
 
+def numbers(name: str, texts: Iterable[str]) -> tuple[int, ...]:
+    """The whole numbers of a flag that holds a list, each once.
+
+    Raises:
+      InputError: an empty list, or anything but whole numbers from 0 on.
+    """
+    texts = tuple(dict.fromkeys(texts))
+    if not texts or not all(text.isdecimal() for text in texts):
+        found = ",".join(texts)
+        raise InputError(f"--{name} is {found!r}, expected whole numbers such as 0,1,2")
+    return tuple(dict.fromkeys(map(int, texts)))
+
+
 def sweep_of_config_file() -> Sweep | None:
     """The function `sweep` that stands beside `get_config` in the config file, if there is one."""
     name = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)[0]

@@ -243,6 +243,99 @@ def every_device(
     return _svg(figure, f"Accuracy against cost of {len(shown)} of {len(owners)} devices")
 
 
+_SETS = {"random": ("#059669", "D"), "selected": ("#2563eb", "o")}
+_SETS |= {"pool": ("#d97706", "^"), "oracle": ("#db2777", "s")}
+
+
+def compared(rows: list[dict[str, Any]], dense: dict[str, Any], where: str) -> str:
+    """Mean accuracy of every method against the MACs that its models have."""
+    figure = Figure(figsize=(_WIDTH, 4.8), layout="constrained")
+    axes = figure.subplots()
+    shown = [dense["mean"]]
+    for i, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        own = sorted((r for r in rows if r["method"] == name), key=lambda r: r["macs_percent"])
+        x = [row["macs_percent"] for row in own]
+        y = [row["top1"]["mean"] for row in own]
+        errors = [row["top1"]["half_width"] or 0.0 for row in own]
+        axes.errorbar(x, y, errors, **_series_style(i, name))
+        shown += [*np.subtract(y, errors), *np.add(y, errors)]
+    axes.axhline(dense["mean"], color=_DENSE, ls="--", lw=1)
+    _percent_scale(axes, "y", shown)
+    axes.set_xlabel("MACs, % of the dense model's")
+    axes.set_ylabel("mean top-1 on the devices' test images, %")
+    axes.grid(alpha=0.25)
+    _legend(figure, columns=5)
+    return _svg(figure, f"Accuracy of methods, {where}")
+
+
+def differences(rows: list[dict[str, Any]], reference: str, where: str) -> str:
+    """Points that the reference is above every other method, a panel for each budget."""
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(_WIDTH, 1.2 + 0.28 * len(methods)), layout="constrained")
+    grid = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    for axes, budget in zip(grid, budgets, strict=True):
+        own = [row for row in rows if row["budget"] == budget]
+        x = [row["difference"]["mean"] for row in own]
+        errors = [row["difference"]["half_width"] or 0.0 for row in own]
+        at = [methods.index(row["method"]) for row in own]
+        axes.errorbar(x, at, xerr=errors, fmt="o", color=_SELECTED, markersize=5, capsize=2)
+        axes.axvline(0.0, color=_DENSE, lw=1)
+        axes.set_title(budget, size=9, parse_math=False)
+        axes.set_xlabel(f"points that {reference} is above", size=9)
+        axes.grid(alpha=0.25, axis="x")
+    grid[0].set_yticks(range(len(methods)), methods, size=8, parse_math=False)
+    grid[0].set_ylim(len(methods) - 0.5, -0.5)
+    return _svg(figure, f"Paired differences to {reference}, {where}")
+
+
+def metric_sets(rows: list[dict[str, Any]]) -> str:
+    """Mean accuracy under every metric set, a line for each method, budget and epochs."""
+    figure = Figure(figsize=(_WIDTH, 1.3 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for name, (color, marker) in _SETS.items():
+        at = [i for i, row in enumerate(rows) if name in row["top1"]]
+        x = [rows[i]["top1"][name]["mean"] for i in at]
+        axes.scatter(x, at, color=color, marker=marker, s=28, label=name, alpha=0.85)
+    names = [f"{row['method']}, {row['budget']}, {row['epochs']} epochs" for row in rows]
+    axes.set_yticks(range(len(rows)), names, size=8, parse_math=False)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("mean top-1 on the devices' test images, %")
+    axes.grid(alpha=0.25)
+    _legend(figure)
+    return _svg(figure, f"Accuracy under {len(_SETS)} metric sets")
+
+
+def over_epochs(rows: list[dict[str, Any]], dense: dict[str, Any], images: str) -> str:
+    """Mean accuracy against epochs of fine-tuning, a panel for each budget."""
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
+    grid = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    for axes, budget in zip(grid, budgets, strict=True):
+        for i, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            own = [r for r in rows if (r["method"], r["budget"]) == (name, budget)]
+            own.sort(key=lambda row: row["epochs"])
+            y = [row["top1"]["mean"] for row in own]
+            errors = [row["top1"]["half_width"] or 0.0 for row in own]
+            axes.errorbar([row["epochs"] for row in own], y, errors, **_series_style(i, name))
+        axes.axhline(dense["mean"], color=_DENSE, ls="--", lw=1)
+        axes.set_xscale("symlog")
+        axes.set_title(budget, size=9, parse_math=False)
+        axes.set_xlabel("epochs of fine-tuning")
+        axes.grid(alpha=0.25)
+    grid[0].set_ylabel("mean top-1, %")
+    _legend(figure, columns=5)
+    return _svg(figure, f"Accuracy over epochs, {images} images")
+
+
+def _series_style(i: int, name: str) -> dict[str, Any]:
+    color, marker = _SERIES[i % len(_SERIES)]
+    # Beyond the colours, lines differ.
+    line = ("-", "--", ":", "-.")[i // len(_SERIES) % 4]
+    style = {"color": color, "marker": marker, "markersize": 5, "lw": 1, "ls": line}
+    return style | {"capsize": 2, "elinewidth": 0.8, "label": _shorten(one_line(name), 40)}
+
+
 def _cost(row: dict[str, Any], cost: str, relative: bool) -> float:
     return row[f"{cost}_percent"] if relative else row[cost]
 
@@ -270,11 +363,12 @@ def _name_devices(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(rows)), [f"device {row['device']}" for row in rows], size=8)
 
 
-def _legend(figure: Figure) -> None:
+def _legend(figure: Figure, columns: int | None = None) -> None:
     # Above the drawing, where it never covers a point.
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = columns or len(labels)
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8
+        handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8
     )
 
 

@@ -6,14 +6,15 @@ only in a budget or a seed of their own share all that they can.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from experiments import peers
 from experiments.config import ExperimentConfig, identity
 from tapvit_jax import distributed
 from tapvit_jax.convert.timm import params_of
@@ -24,18 +25,23 @@ from tapvit_jax.data.pipeline import load_all
 from tapvit_jax.data.sources import MemorySource, open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash, file_lock, remove_leftovers
+from tapvit_jax.importance.criteria import CriterionConfig, unit_importance
+from tapvit_jax.importance.layers import LayerScores, layer_importance
+from tapvit_jax.importance.neurons import Method, Scores, neuron_importance
 from tapvit_jax.models import backbone, convnet
 from tapvit_jax.models.backbone import Config
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.pipeline import (
     PruneConfig,
+    even_batch_size,
     latencies,
     plan_masks,
     reshape_checked,
     score,
     score_arrays,
     scores_from_arrays,
+    scoring_batches,
 )
 from tapvit_jax.progress import Progress, Step
 from tapvit_jax.proxy.density import log_likelihood
@@ -43,7 +49,7 @@ from tapvit_jax.proxy.features import Extractor, build_extractor, embedding_netw
 from tapvit_jax.proxy.gmm import Gmm, fit_report
 from tapvit_jax.proxy.pool_features import pool_features
 from tapvit_jax.proxy.select import select, selection_report
-from tapvit_jax.prune.allocate import allocate
+from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks
@@ -55,11 +61,14 @@ from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 from tapvit_jax.train.variants import Variant, train_variants
 from tapvit_jax.versions import library_versions
 
-SELECTED = "selected"
+if TYPE_CHECKING:
+    from tapvit_jax.prune.recover import RecoverConfig
+
+SELECTED, ORACLE = "selected", "oracle"
 
 # Rough costs of the steps, in seconds on two cores; only their ratios matter, for the ETA.
 UNITS = {"data": 1, "dense": 60, "extractor": 10, "device": 1, "select": 3, "score": 8}
-UNITS |= {"recover": 10, "latency": 3, "report": 3}
+UNITS |= {"peer": 30, "compensate": 2, "recover": 10, "latency": 3, "report": 3}
 
 # What the methods of a job are told rather than read from its config.
 _OF_UNITS = ("name", "budgets", "prune", "recover", "recover_on", "recover_together")
@@ -99,12 +108,20 @@ class Job:
       stages: where artefacts are kept.
       payloads: folder of the devices' payload files.
       progress: told of every stage.
+      seed: of all that comes after the split of the data, the dense model and the extractor, which
+        always follow the config's; None is the config's here as well.
     """
 
     def __init__(
-        self, config: ExperimentConfig, stages: Stages, payloads: Path, progress: Progress
+        self,
+        config: ExperimentConfig,
+        stages: Stages,
+        payloads: Path,
+        progress: Progress,
+        seed: int | None = None,
     ):
         self.config, self.stages, self.progress = config, stages, progress
+        self.seed = config.seed if seed is None else seed
         self._payloads = payloads
         with progress.step("read and partition the images", UNITS["data"]):
             all_succeed(self._read_data)
@@ -301,7 +318,7 @@ class Job:
         path = self._payloads / f"device_{d}.gmm"
         images, key = self.parts.devices[d].private_train, self.extractor.fingerprint
         options = self.config.gmm
-        options = dataclasses.replace(options, seed=self.config.seed + options.seed + d)
+        options = dataclasses.replace(options, seed=self.seed + options.seed + d)
 
         def compute(step, scratch):
             gmm, table = fit_report(self.extractor.features(self.source, images), options)
@@ -335,7 +352,7 @@ class Job:
                 features,
                 config.metric_count,
                 method=config.method,
-                seed=self.config.seed + config.seed,
+                seed=self.seed + config.seed,
                 finetune_count=config.finetune_count,
                 task_share=config.task_share,
             )
@@ -356,6 +373,8 @@ class Job:
             "select": to_plain(config),
             "validation_share": self.config.validation_share,
         }
+        if self.seed != self.config.seed:
+            inputs["seed"] = self.seed
         return self._stage("select", "score the pool, select", UNITS["select"], inputs, compute)
 
     def _selection_report(
@@ -377,7 +396,11 @@ class Job:
         return self._chosen.meta["reports"][d]
 
     def image_sets(self, d: int, kind: str = SELECTED) -> ImageSets:
-        """Images for a device: selected by its payload, a "random" public subset, or the "pool"."""
+        """Images for a device: selected by its payload, a "random" public subset, or the "pool".
+
+        "oracle" are its own private-train images, with the public-validation images of its classes:
+        what no cloud has, for simulation only.
+        """
         select_config, pool = self.config.select, self.parts.public_pool
         if kind == SELECTED:
             finetune = self._chosen.arrays["finetune"][d]
@@ -387,9 +410,16 @@ class Job:
             return ImageSets(finetune[: select_config.metric_count], finetune, validation)
         validation = self.parts.public_validation
         if kind == "random":
-            order = np.random.default_rng([self.config.seed, d]).permutation(pool)
+            order = np.random.default_rng([self.seed, d]).permutation(pool)
             finetune = order[: select_config.finetune_count]
             return ImageSets(finetune[: select_config.metric_count], finetune, validation)
+        if kind == ORACLE:
+            split = self.parts.devices[d]
+            order = np.random.default_rng([self.seed, d]).permutation(split.private_train)
+            # As many steps as with other sets: few images are taken several times in an epoch.
+            finetune = np.resize(order, select_config.finetune_count)
+            own = validation[np.isin(self.files.labels[validation], split.classes)]
+            return ImageSets(order[: select_config.metric_count], finetune, own)
         return ImageSets(pool, pool, validation)
 
     # Cloud: score, plan, prune and recover.
@@ -400,7 +430,7 @@ class Job:
         Raises:
           InputError: a budget that cannot be met.
         """
-        seed = self.config.seed
+        seed = self.seed
 
         def compute_scores(step, scratch):
             workers = self.config.data.workers
@@ -424,42 +454,183 @@ class Job:
             "seed": seed,
         }
         scores = self._stage("score", f"{title}: score", UNITS["score"], inputs, compute_scores)
+        units, layers = scores_from_arrays(scores.arrays, prune.layers.sparsity)
+        return self._allocated(scores.key, units, layers, prune.allocate, budget)
 
-        def compute_plan():
-            units, layers = scores_from_arrays(scores.arrays, prune.layers.sparsity)
-            found = allocate(self.dense, units, layers, budget, config=prune.allocate)
-            return found.keep, {}
+    def _allocated(
+        self,
+        scores: str,
+        units: Scores,
+        layers: LayerScores | None,
+        options: AllocateConfig,
+        budget: Budget,
+    ) -> Found:
+        def compute():
+            return allocate(self.dense, units, layers, budget, config=options).keep, {}
+
+        inputs = {"scores": scores, "budget": to_plain(budget), "allocate": to_plain(options)}
+        found = self.stages.run("plan", inputs, compute)
+        return Found(found.key, Plan(self.dense.config, found.arrays))
+
+    def unit_scores(
+        self, title: str, metric: Int[np.ndarray, "m"], criterion: str, prune: PruneConfig
+    ) -> Found:
+        """Scores of all units by a criterion of the registry; `prune.neurons` says how for ours."""
+        most = prune.neurons.max_batches
+        own = criterion in get_args(Method)
+        options = prune.neurons if own else CriterionConfig(max_batches=most)
+        score = neuron_importance if own else functools.partial(unit_importance, method=criterion)
+
+        def compute(step, scratch):
+            found = self._scoring_batches(metric, prune, most)
+            return score(self.dense, found, config=options, seed=self.seed), {}
 
         inputs = {
-            "scores": scores.key,
-            "budget": to_plain(budget),
-            "allocate": to_plain(prune.allocate),
+            "dense": self._dense.key,
+            **self._images_key(metric),
+            "criterion": criterion,
+            "options": to_plain(options),
+            "batch_size": prune.batch_size,
+            "seed": self.seed,
         }
-        found = self.stages.run("plan", inputs, compute_plan)
-        return Found(found.key, Plan(self.dense.config, found.arrays))
+        found = self._stage("units", f"{title}: score units", UNITS["score"] / 4, inputs, compute)
+        return Found(found.key, found.arrays)
+
+    def layer_scores(
+        self, title: str, metric: Int[np.ndarray, "m"], units: Found, prune: PruneConfig
+    ) -> Found:
+        """What pruning each branch by these unit scores does to the output."""
+
+        def compute(step, scratch):
+            found = self._scoring_batches(metric, prune, prune.layers.max_batches)
+            layers = layer_importance(self.dense, found, units.value, config=prune.layers)
+            return {"mlp": layers.mlp, "attn": layers.attn}, {}
+
+        inputs = {
+            "units": units.key,
+            **self._images_key(metric),
+            "layers": to_plain(prune.layers),
+            "batch_size": prune.batch_size,
+        }
+        found = self._stage("layers", f"{title}: score layers", UNITS["score"], inputs, compute)
+        return Found(found.key, LayerScores(prune.layers.sparsity, **found.arrays))
+
+    def plan_from(
+        self, units: Found, layers: Found | None, options: AllocateConfig, budget: Budget
+    ) -> Found:
+        """Which units stay under a budget; without layer scores all layers lose the same share.
+
+        Raises:
+          InputError: a budget that cannot be met.
+        """
+        key = content_hash([units.key, layers and layers.key])
+        return self._allocated(key, units.value, layers and layers.value, options, budget)
+
+    def _scoring_batches(
+        self, metric: Int[np.ndarray, "m"], prune: PruneConfig, most: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        size = even_batch_size(len(metric), prune.batch_size)
+        return self._even_batches(metric[: most * size], prune.batch_size)
+
+    def _even_batches(
+        self, metric: Int[np.ndarray, "m"], most: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        preprocess, workers = self.config.data.preprocess, self.config.data.workers
+        size = even_batch_size(len(metric), most)
+        return scoring_batches(self.source, metric, preprocess, size, workers=workers)
 
     def pruned(self, plan: Found) -> Found:
         """The masked model without any recovery."""
         return Found(plan.key, apply_masks(self.dense, plan.value))
 
+    def compensate(
+        self, title: str, plan: Found, sets: ImageSets, options: "RecoverConfig"
+    ) -> Found:
+        """The masked model, in dense shapes, after closed-form recovery on the metric dataset."""
+        if options.method == "none":
+            return self.pruned(plan)
+
+        def compute(step, scratch):
+            from tapvit_jax.prune.recover import recover
+
+            found = self._even_batches(sets.metric, _BATCH)
+            return _to_arrays(recover(self.dense, plan.value, found, config=options).params), {}
+
+        inputs = {
+            "plan": plan.key,
+            "dense": self._dense.key,
+            **self._images_key(sets.metric),
+            "recover": to_plain(options),
+        }
+        found = self._stage(
+            "compensate", f"{title}: closed-form recovery", UNITS["compensate"], inputs, compute
+        )
+        return Found(found.key, self.dense.replace(params=_to_params(found.arrays)))
+
+    def peer(self, title: str, metric: Int[np.ndarray, "m"], name: str, budget: Budget) -> Found:
+        """The smaller model that an external package makes of the dense one, see `peers`.
+
+        Raises:
+          InputError: a package that is not installed, or a budget that it does not reach.
+        """
+
+        def compute(step, scratch):
+            method, embedding = peers.settings(name)
+            found = peers.torch_pruning(
+                self.dense,
+                self.source.load(metric, self.config.data.preprocess),
+                self.source.labels[metric],
+                budget,
+                method=method,
+                embedding=embedding,
+                seed=self.seed,
+            ).model
+            meta = {"family": backbone.family(found.config), "config": to_plain(found.config)}
+            return _to_arrays(found.params), meta
+
+        inputs = {
+            "dense": self._dense.key,
+            **self._images_key(metric),
+            "peer": name,
+            "budget": to_plain(budget),
+            "seed": self.seed,
+        }
+        found = self._stage("peer", f"{title}: prune", UNITS["peer"], inputs, compute)
+        config = backbone.read_config(found.meta["family"], found.meta["config"], "peer")
+        return Found(found.key, self.dense.replace(config=config, params=_to_params(found.arrays)))
+
     def recover(
         self,
         title: str,
         d: int,
-        plan: Found,
+        plan: Found | None,
         sets: ImageSets,
         options: TrainConfig,
         recover_on: str,
+        start: Found | None = None,
     ) -> tuple[Found, int]:
-        """The fine-tuned model and its best epoch."""
-        masked = recover_on == "masked"
-        start = self.dense if masked else reshape(self.dense, plan.value)
+        """The fine-tuned model and its best epoch.
+
+        Args:
+          title: for the progress.
+          d: the device.
+          plan: which units stay; None for a `start` that is small already.
+          sets: images.
+          options: the recipe.
+          recover_on: see `ExperimentConfig`.
+          start: parameters to start from, in dense shapes if there is a plan; None is the dense
+            model's.
+        """
+        masked = plan is not None and recover_on == "masked"
+        initial = self.dense if start is None else start.value
+        if plan is not None and not masked:
+            initial = reshape(initial, plan.value)
         options = self._recipe(options)
 
         def compute(step, scratch):
             result = train(
-                start.config,
-                start.params,
+                initial.config,
+                initial.params,
                 self._train_data(sets.finetune, sets.validation),
                 options,
                 seed=self._recovery_seed(d),
@@ -471,12 +642,12 @@ class Job:
             meta = {"best_epoch": result.best_epoch, "record": result.record}
             return _to_arrays(result.params), meta
 
-        inputs = self._recovery_inputs(d, plan, sets) | {
+        inputs = self._recovery_inputs(d, plan, sets, start) | {
             "recover": to_plain(options),
             "recover_on": recover_on,
         }
         found = self._stage("recover", f"{title}: recover", UNITS["recover"], inputs, compute)
-        model = start.replace(params=_to_params(found.arrays))
+        model = initial.replace(params=_to_params(found.arrays))
         return Found(found.key, model), found.meta["best_epoch"]
 
     def recover_together(
@@ -485,20 +656,22 @@ class Job:
         members: Sequence[tuple[int, Found, ImageSets]],
         place: int,
         options: TrainConfig,
+        starts: Sequence[Found | None] | None = None,
     ) -> tuple[Found, int]:
         """As `recover`, masked, for one of several (device, plan, images) in one program."""
         options = self._recipe(options)
+        starts = [None] * len(members) if starts is None else starts
 
         def compute(step, scratch):
             variants = [
                 Variant(
-                    self.dense.params,
+                    (self.dense if start is None else start.value).params,
                     sets.finetune,
                     sets.validation,
                     plan_masks(plan.value),
                     self._recovery_seed(d),
                 )
-                for d, plan, sets in members
+                for (d, plan, sets), start in zip(members, starts, strict=True)
             ]
             share = 1.0 / max(options.epochs * len(members), 1)
             results = train_variants(
@@ -523,7 +696,10 @@ class Job:
             }
 
         inputs = {
-            "members": [self._recovery_inputs(d, plan, sets) for d, plan, sets in members],
+            "members": [
+                self._recovery_inputs(*member, start)
+                for member, start in zip(members, starts, strict=True)
+            ],
             "recover": to_plain(options),
         }
         found = self._stage(
@@ -540,11 +716,14 @@ class Job:
         return dataclasses.replace(options, images_per_epoch=self.config.select.finetune_count)
 
     def _recovery_seed(self, d: int) -> int:
-        return self.config.seed + 100 + d
+        return self.seed + 100 + d
 
-    def _recovery_inputs(self, d: int, plan: Found, sets: ImageSets) -> dict[str, Any]:
-        return {
-            "plan": plan.key,
+    def _recovery_inputs(
+        self, d: int, plan: Found | None, sets: ImageSets, start: Found | None
+    ) -> dict[str, Any]:
+        # A start of its own is named, so that the keys of runs without one are what they were.
+        return ({} if start is None else {"start": start.key}) | {
+            "plan": plan and plan.key,
             "dense": self._dense.key,
             "finetune": self._images_key(sets.finetune),
             "validation": self._images_key(sets.validation),

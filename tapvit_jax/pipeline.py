@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from tapvit_jax import distributed
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
 from tapvit_jax.importance.neurons import NeuronConfig, Scores, neuron_importance
@@ -89,17 +90,33 @@ def score(
     # Layer probes run the network many times over, neuron scores a few times.
     effort = {"neurons": 4, "layers": 20}
     whole = sum(effort[k] * min(count, getattr(config, k).max_batches) for k in effort)
-    # Kernels compare the images of one batch, so that processes share out whole batches.
-    processes, index = distributed.process_count(), distributed.process_index()
-    own = np.reshape(metric[: count * size], (count, size))[index::processes].ravel()
+    processes = distributed.process_count()
 
     def metric_batches(kind: str) -> Iterator[dict[str, np.ndarray]]:
-        for batch in batches(source, own, model.preprocess, size, workers=workers):
+        for batch in scoring_batches(source, metric, model.preprocess, size, workers=workers):
             yield batch
             on_share(effort[kind] * processes / whole)
 
     units = neuron_importance(model, metric_batches("neurons"), config=config.neurons, seed=seed)
     return units, layer_importance(model, metric_batches("layers"), units, config=config.layers)
+
+
+def scoring_batches(
+    source: ImageSource,
+    metric: Int[np.ndarray, "m"],
+    preprocess: Preprocess,
+    size: int,
+    *,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's full batches of a metric dataset; what is left over is not read.
+
+    Kernels compare the images of one batch, so that processes share out whole batches.
+    """
+    count = len(metric) // size
+    shared = np.reshape(metric[: count * size], (count, size))
+    own = shared[distributed.process_index() :: distributed.process_count()].ravel()
+    return batches(source, own, preprocess, size, workers=workers)
 
 
 def allocate_measured(

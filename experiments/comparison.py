@@ -1,0 +1,393 @@
+"""What a comparison came to: summary, Markdown for the docs, CSV and one self-contained page."""
+
+import csv
+import dataclasses
+import html
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import figures
+from experiments.job import ORACLE, SELECTED
+from experiments.methods import SETS
+from experiments.report import LEAKS
+from experiments.statistics import Mean, gap_closed, mean_interval, mean_ranks, paired
+from experiments.tables import document, text_cell, to_table
+from tapvit_jax.files import write_json, write_text
+from tapvit_jax.runtime import one_line
+
+Row = Mapping[str, Any]
+"""One cell: method, set, device, seed, budget, epochs, and what was measured, in percent."""
+
+_Values = dict[tuple[int, int], float]
+_RANDOM, _POOL = "random", "pool"
+_NONE = "–"  # noqa: RUF001
+_MINUS = "−"  # noqa: RUF001
+
+
+def summarize(rows: Sequence[Row], reference: str) -> dict[str, Any]:
+    """Means, paired differences, ranks and metric sets, as JSON values; accuracies in percent.
+
+    Pairs share device, seed, budget, metric set and epochs (for metric sets: the method instead).
+
+    Args:
+      rows: cells in the order in which methods, sets, budgets and epochs are to be listed.
+      reference: the method that all others are compared with.
+    """
+    cells: dict[tuple[str, int, str, str], list[Row]] = {}
+    for row in rows:
+        key = (row["set"], row["epochs"], row["budget"], row["method"])
+        cells.setdefault(key, []).append(row)
+    values = {
+        key: {(row["device"], row["seed"]): row["top1"] for row in members}
+        for key, members in cells.items()
+    }
+    dense = {(row["device"], row["seed"]): row["dense_top1"] for row in rows}
+    return {
+        "reference": reference,
+        "dense": dataclasses.asdict(mean_interval(list(dense.values()))),
+        "accuracy": [_accuracy(key, members) for key, members in cells.items()],
+        "paired": [
+            _labels(key) | found
+            for key in values
+            if key[3] != reference
+            and (found := _paired(values.get((*key[:3], reference), {}), values[key]))
+        ],
+        "ranks": _ranks(values),
+        "sets": _sets(values),
+    }
+
+
+def _labels(key: tuple[str, int, str, str]) -> dict[str, Any]:
+    return dict(zip(("set", "epochs", "budget", "method"), key, strict=True))
+
+
+def _accuracy(key: tuple[str, int, str, str], members: Sequence[Row]) -> dict[str, Any]:
+    top1 = np.array([row["top1"] for row in members])
+    dense = np.array([row["dense_top1"] for row in members])
+    return _labels(key) | {
+        "top1": dataclasses.asdict(mean_interval(top1)),
+        "to_dense": dataclasses.asdict(mean_interval(top1 - dense)),
+        "percent_of_dense": float(100 * top1.mean() / dense.mean()) if dense.mean() else None,
+        "macs_percent": float(np.mean([row["macs_percent"] for row in members])),
+        "params_percent": float(np.mean([row["params_percent"] for row in members])),
+    }
+
+
+def _paired(first: _Values, second: _Values) -> dict[str, Any] | None:
+    both = sorted(first.keys() & second.keys())
+    if not both:
+        return None
+    found = paired(np.array([first[k] for k in both]), np.array([second[k] for k in both]))
+    return dataclasses.asdict(found)
+
+
+def _ranks(values: Mapping[tuple[str, int, str, str], _Values]) -> list[dict[str, Any]]:
+    """Mean ranks over the devices and seeds that all methods of a budget have."""
+    found = []
+    for images, epochs in dict.fromkeys(key[:2] for key in values):
+        own = {key[2:]: pairs for key, pairs in values.items() if key[:2] == (images, epochs)}
+        methods = list(dict.fromkeys(method for _, method in own))
+        budgets = list(dict.fromkeys(budget for budget, _ in own))
+        by_budget: dict[str, dict[str, float]] = {}
+        for budget in budgets:
+            there = [method for method in methods if (budget, method) in own]
+            shared = sorted(set.intersection(*(set(own[budget, method]) for method in there)))
+            if shared:
+                table = [[own[budget, method][k] for method in there] for k in shared]
+                ranks = mean_ranks(np.array(table))
+                by_budget[budget] = dict(zip(there, map(float, ranks), strict=True))
+        for method in methods:
+            ranks = {b: r[method] for b, r in by_budget.items() if method in r}
+            # Who fails at a budget has no overall rank: the easy budgets alone would flatter it.
+            whole = bool(ranks) and len(ranks) == len(by_budget)
+            overall = float(np.mean(list(ranks.values()))) if whole else None
+            found.append(
+                {"set": images, "epochs": epochs, "method": method}
+                | {"budgets": ranks, "overall": overall}
+            )
+    return found
+
+
+def _sets(values: Mapping[tuple[str, int, str, str], _Values]) -> list[dict[str, Any]]:
+    """Metric sets side by side for every method, budget and number of epochs."""
+    found = []
+    for epochs, budget, method in dict.fromkeys(key[1:] for key in values):
+        own = {key[0]: v for key, v in values.items() if key[1:] == (epochs, budget, method)}
+        if len(own) < 2:
+            continue
+        row: dict[str, Any] = {"epochs": epochs, "budget": budget, "method": method}
+        row["top1"] = {
+            name: dataclasses.asdict(mean_interval(list(pairs.values())))
+            for name, pairs in own.items()
+        }
+        random = own.get(_RANDOM, {})
+        row["over_random"] = {
+            name: difference
+            for name, pairs in own.items()
+            if name != _RANDOM and (difference := _paired(pairs, random))
+        }
+        selected, oracle = own.get(SELECTED, {}), own.get(ORACLE, {})
+        shared = sorted(random.keys() & selected.keys() & oracle.keys())
+        row["gap_closed"] = None
+        if shared:
+            triple = [np.array([v[k] for k in shared]) for v in (random, selected, oracle)]
+            row["gap_closed"] = dataclasses.asdict(gap_closed(*triple))
+        found.append(row)
+    return found
+
+
+# Tables, as rows of text that Markdown and HTML share.
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A caption, a heading and rows of text; the first `words` columns are words."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int = 1
+
+    def markdown(self) -> str:
+        """As Markdown, the caption in front."""
+        rule = ["---"] * self.words + ["---:"] * (len(self.head) - self.words)
+        lines = [self.head, rule, *self.rows]
+        text = "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
+        return f"**{self.caption}**\n\n{text}\n"
+
+    def html(self) -> str:
+        """As HTML."""
+        rows = [
+            [text_cell(html.escape(c)) for c in row[: self.words]]
+            + [html.escape(c) for c in row[self.words :]]
+            for row in self.rows
+        ]
+        head = [html.escape(cell) for cell in self.head]
+        return to_table(html.escape(self.caption), [("", head)], rows, head[: self.words])
+
+
+def _markdown_cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", _MINUS)
+
+
+def _mean_text(found: Mapping[str, Any], show: Callable[[float], str] = "{:.1f}".format) -> str:
+    mean = Mean(**found)
+    return show(mean.mean) + ("" if mean.half_width is None else f" ± {mean.half_width:.1f}")
+
+
+def _range_text(found: Mapping[str, Any]) -> str:
+    """A difference with both ends of its interval."""
+    mean = Mean(**found)
+    ends = "" if mean.low is None else f" [{_signed(mean.low)}, {_signed(mean.high)}]"
+    return _signed(mean.mean) + ends
+
+
+def _groups(found: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    return list(dict.fromkeys((row["set"], row["epochs"]) for row in found))
+
+
+def _where(images: str, epochs: int) -> str:
+    after = f"after {epochs} epoch{'s' * (epochs != 1)} of fine-tuning"
+    return f"{images} images, {after if epochs else 'without fine-tuning'}"
+
+
+def _by_budget(
+    found: Iterable[Mapping[str, Any]], show: Callable[[Mapping[str, Any]], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Budgets, and a row of texts for every method."""
+    found = list(found)
+    budgets = list(dict.fromkeys(row["budget"] for row in found))
+    texts = {(row["method"], row["budget"]): show(row) for row in found}
+    methods = dict.fromkeys(row["method"] for row in found)
+    return budgets, [[m, *(texts.get((m, b), _NONE) for b in budgets)] for m in methods]
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """All tables of a summary."""
+    result, reference = [], summary["reference"]
+    for images, epochs in _groups(summary["accuracy"]):
+
+        def here(name: str, group=(images, epochs)) -> list[Mapping[str, Any]]:
+            return [row for row in summary[name] if (row["set"], row["epochs"]) == group]
+
+        where = _where(images, epochs)
+        budgets, rows = _by_budget(here("accuracy"), lambda row: _mean_text(row["top1"]))
+        dense = ["dense", *[_mean_text(summary["dense"])] * len(budgets)]
+        head = ["method", *budgets]
+        result.append(Table(f"Top-1, %: {where}", head, [dense, *rows]))
+        _, rows = _by_budget(
+            here("accuracy"),
+            lambda row: _mean_text(row["to_dense"], _signed) + _share(row["percent_of_dense"]),
+        )
+        caption = f"Points above dense, and % of it kept: {where}"
+        result.append(Table(caption, head, rows))
+        if pairs := here("paired"):
+            own, rows = _by_budget(
+                pairs, lambda row: f"{_range_text(row['difference'])} {_wins(row)}"
+            )
+            caption = f"Points that {reference} is above, [95 % interval], won:lost (sign test)"
+            result.append(Table(f"{caption}: {where}", ["method", *own], rows))
+        ranks = sorted(here("ranks"), key=lambda row: row["overall"] or np.inf)
+        if len(ranks) > 1:
+            rows = [
+                [_rank(row["budgets"].get(b)) for b in budgets] + [_rank(row["overall"])]
+                for row in ranks
+            ]
+            rows = [[row["method"], *cells] for row, cells in zip(ranks, rows, strict=True)]
+            result.append(Table(f"Mean rank, 1 is best: {where}", [*head, "all budgets"], rows))
+    if summary["sets"]:
+        result.append(_sets_table(summary["sets"]))
+    return result
+
+
+def _share(percent: float | None) -> str:
+    return "" if percent is None else f" ({percent:.1f} %)"
+
+
+def _wins(row: Mapping[str, Any]) -> str:
+    return f"{row['wins']}:{row['losses']} (p = {row['sign_p']:.2g})"
+
+
+def _rank(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.2f}"
+
+
+def _sets_table(found: Sequence[Mapping[str, Any]]) -> Table:
+    names = [name for name in (_RANDOM, SELECTED, _POOL, ORACLE) if _any_has(found, name)]
+    others = [name for name in names if name != _RANDOM]
+    head = ["method", "budget", "epochs", *names]
+    head += [f"{name} {_MINUS} {_RANDOM}" for name in others] + ["gap closed by selected"]
+    rows = []
+    for row in found:
+        cells = [row["method"], row["budget"], str(row["epochs"])]
+        cells += [_mean_text(row["top1"][n]) if n in row["top1"] else _NONE for n in names]
+        for name in others:
+            pair = row["over_random"].get(name)
+            cells.append(_range_text(pair["difference"]) if pair else _NONE)
+        rows.append([*cells, _gap(row["gap_closed"])])
+    return Table("Metric sets, top-1 in %, paired over devices and seeds", head, rows, words=2)
+
+
+def _any_has(found: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(name in row["top1"] for row in found)
+
+
+def _gap(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["share"] is None:
+        return _NONE
+    ends = "" if found["low"] is None else f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
+    return f"{100 * found['share']:.0f} %{ends}"
+
+
+# Files.
+
+
+def write(results: Mapping[str, Any], directory: Path) -> None:
+    """Write compare.csv, compare.json, compare.md and compare.html.
+
+    Raises:
+      InputError: the directory cannot be written.
+    """
+    rows = results["rows"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(directory / "compare.csv", text.getvalue())
+    write_json(directory / "compare.json", results)
+    write_text(directory / "compare.md", markdown(results))
+    write_text(directory / "compare.html", page(results))
+
+
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know, a sentence or two each."""
+    rows, config = results["rows"], results["config"]
+    devices = len({row["device"] for row in rows})
+    seeds = ", ".join(map(str, results["seeds"]))
+    dense = "one dense model" if results["dense"] == "shared" else "a dense model for every seed"
+    if config["dense"]["weights"] is not None:
+        dense = "one dense model, from a checkpoint"
+    notes = [
+        f"{len(rows)} cells: {devices} device{'s' * (devices != 1)}, seeds {seeds}, {dense}. "
+        "Top-1 on the devices' own test images; every budget is counted by this package's cost "
+        "model. ± and brackets: 95 % intervals over devices and seeds (Student's t; of gap shares "
+        "by bootstrap), which count devices and seeds as independent.",
+    ]
+    used = [name for name in SETS if name in {row["set"] for row in rows}]
+    notes.append("Metric sets: " + "; ".join(f"{name}, {SETS[name]}" for name in used) + ".")
+    if config["data"]["partition"]["leaks"]:
+        notes.append(LEAKS)
+    if results["missing"]:
+        notes.append(f"{results['missing']} cells are not there yet.")
+    return notes
+
+
+def _provenance(results: Mapping[str, Any]) -> list[str]:
+    hardware = ", ".join(f"{name} {value}" for name, value in results["hardware"].items())
+    libraries = ", ".join(
+        f"{name} {version}"
+        for name, version in results["libraries"].items()
+        if version != "not installed"
+    )
+    return [f"Hardware: {hardware}.", f"Libraries: {libraries}."]
+
+
+def _failures(results: Mapping[str, Any]) -> Table | None:
+    head = ["method", "set", "device", "seed", "budget", "epochs", "reason"]
+    rows = [[str(cell[name]) for name in head] for cell in results["failed"]]
+    return Table("Cells that failed", head, rows, words=len(head)) if rows else None
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The tables, ready for the docs."""
+    parts = [f"## {one_line(results['name'])}: comparison ({results['mode']})"]
+    parts.append(f"    {one_line(results['command'])}")
+    parts += [*_notes(results), *_provenance(results)]
+    parts += [table.markdown() for table in tables(results["summary"])]
+    failures = _failures(results)
+    parts += [failures.markdown()] if failures else []
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Tables and plots as one HTML page without any outside reference."""
+    name, summary = html.escape(one_line(results["name"])), results["summary"]
+    parts = [f"<h1>{name}: comparison ({html.escape(results['mode'])})</h1>"]
+    parts.append(f"<pre>{html.escape(one_line(results['command']))}</pre>")
+    parts += [f"<p>{html.escape(note)}</p>" for note in _notes(results)]
+    for images, epochs in _groups(summary["accuracy"]):
+        where = _where(images, epochs)
+        own = [r for r in summary["accuracy"] if (r["set"], r["epochs"]) == (images, epochs)]
+        parts.append(f"<h2>{html.escape(where)}</h2>")
+        parts.append("<p>Dashed: the dense model. Bars: 95 % intervals.</p>")
+        parts.append(_figure(figures.compared(own, summary["dense"], where)))
+        pairs = [r for r in summary["paired"] if (r["set"], r["epochs"]) == (images, epochs)]
+        if pairs:
+            parts.append(_figure(figures.differences(pairs, summary["reference"], where)))
+    if summary["sets"]:
+        parts.append("<h2>Metric sets</h2>")
+        parts.append(_figure(figures.metric_sets(summary["sets"])))
+    if len({row["epochs"] for row in summary["accuracy"]}) > 1:
+        parts.append("<h2>Fine-tuning</h2>")
+        for images in dict.fromkeys(row["set"] for row in summary["accuracy"]):
+            own = [row for row in summary["accuracy"] if row["set"] == images]
+            parts.append(_figure(figures.over_epochs(own, summary["dense"], images)))
+    parts.append("<h2>Tables</h2>")
+    parts += [table.html() for table in tables(summary)]
+    failures = _failures(results)
+    parts += [failures.html()] if failures else []
+    parts.append("<h2>How this was run</h2>")
+    parts += [f"<p>{html.escape(text)}</p>" for text in _provenance(results)]
+    return document(name, "".join(parts))
+
+
+def _figure(svg: str) -> str:
+    return f"<figure>{svg}</figure>"

@@ -1,0 +1,123 @@
+"""The methods that `experiments.compare` sets side by side, and the metric sets that they see."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import get_args
+
+import numpy as np
+
+from experiments.job import ORACLE, SELECTED, ImageSets, Job
+from tapvit_jax.errors import InputError
+from tapvit_jax.importance.criteria import CRITERIA
+from tapvit_jax.importance.layers import LayerConfig
+from tapvit_jax.importance.neurons import Method as Composite
+from tapvit_jax.importance.neurons import NeuronConfig
+from tapvit_jax.pipeline import PruneConfig
+from tapvit_jax.prune.allocate import AllocateConfig
+
+SETS = {
+    SELECTED: "chosen by the device's mixture",
+    "random": "as many random public images",
+    "pool": "the whole public pool",
+    ORACLE: "the device's own private-train images (simulation only: no cloud has them)",
+}
+"""Metric sets by name, and what they are."""
+
+PEER = "peer"
+RECOVERIES = ("none", "mean", "ridge")
+_WIDTHS = ("sensitivity", "softmax", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Everything that turns a dense model, a metric set and a budget into a smaller model.
+
+    Attributes:
+      criterion: name in `CRITERIA`, or of an external peer.
+      widths: "sensitivity" or "softmax" (see `AllocateConfig`); "uniform", the same share of every
+        layer; "published", all of TAP-ViTs' rules; "peer" leaves everything to the peer.
+      recover: closed-form recovery behind it: "none", "mean" or "ridge".
+    """
+
+    criterion: str
+    widths: str = "sensitivity"
+    recover: str = "none"
+
+    def prune(self, base: PruneConfig) -> PruneConfig:
+        """How it scores and chooses widths, limits and floors as in the experiment's config.
+
+        Raises:
+          InputError: widths that do not go with the criterion.
+        """
+        neurons = base.neurons
+        if self.criterion in get_args(Composite):
+            neurons = NeuronConfig.of_method(self.criterion)
+        neurons = dataclasses.replace(neurons, max_batches=base.neurons.max_batches)
+        layers, allocate = base.layers, base.allocate
+        if self.widths == "published":
+            layers = LayerConfig.as_published()
+            layers = dataclasses.replace(layers, max_batches=base.layers.max_batches)
+            allocate = AllocateConfig.as_published()
+        else:
+            rule = "softmax" if self.widths == "uniform" else self.widths
+            allocate = dataclasses.replace(allocate, widths=rule)
+        return PruneConfig(neurons, layers, allocate, base.batch_size)
+
+
+def _methods() -> dict[str, Method]:
+    found = {}
+    for criterion in CRITERIA:
+        # What TAP-ViTs published is criterion and rules together.
+        default = "published" if criterion == "tap_published" else _WIDTHS[0]
+        for widths in dict.fromkeys((default, *_WIDTHS)):
+            for recover in RECOVERIES:
+                parts = [criterion]
+                parts += [widths] * (widths != default) + [recover] * (recover != "none")
+                found["_".join(parts)] = Method(criterion, widths, recover)
+    return {"ours": found["tap_ridge"], **found}
+
+
+METHODS = _methods()
+"""Methods by name: CRITERION[_softmax|_uniform][_mean|_ridge], and "ours", the defaults."""
+
+DEFAULT_METHODS = (
+    *("ours", "tap", "tap_mean", "tap_published", "tap_published_ridge"),
+    *("taylor", "taylor_ridge", "magnitude_l2", "magnitude_l2_ridge", "random", "random_ridge"),
+)
+
+
+def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, Method]:
+    """The methods of these names, each once, in their order.
+
+    Args:
+      names: keys of `METHODS` or external peers.
+      peers: names that are external peers.
+
+    Raises:
+      InputError: an unknown name, or none.
+    """
+    peers, found = tuple(peers), {}
+    for name in names:
+        if name in peers:
+            found[name] = Method(name, PEER)
+        elif name in METHODS:
+            found[name] = METHODS[name]
+        else:
+            raise InputError(
+                f"method is {name!r}, expected ours or CRITERION[_softmax|_uniform][_mean|_ridge] "
+                f"with a criterion of {', '.join((*CRITERIA, *peers))}"
+            )
+    if not found:
+        raise InputError("no method is named, expected at least one")
+    return found
+
+
+def image_sets(job: Job, device: int, kind: str) -> ImageSets:
+    """A device's images of one of `SETS`."""
+    found = job.image_sets(device, kind)
+    if kind == "pool":
+        # Sorted by class, the first batches would hold few classes. One order for all devices, so
+        # that they share its scores.
+        order = np.random.default_rng([job.seed, len(job.parts.devices)])
+        found = dataclasses.replace(found, metric=order.permutation(found.metric))
+    return found

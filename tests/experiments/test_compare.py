@@ -1,0 +1,533 @@
+"""Comparisons: statistics, what cells share, what fails, and what the report says."""
+
+import collections
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
+
+from configs import tiny_imagenet_40
+from experiments import arguments, comparison
+from experiments.compare import Comparison, Grid, as_published, cells_of, parse_budget, recipe
+from experiments.config import identity, read
+from experiments.job import Job
+from experiments.methods import METHODS, PEER, Method, find_methods, image_sets
+from experiments.peers import PEERS
+from experiments.statistics import gap_closed, mean_interval, mean_ranks, paired
+from tapvit_jax.errors import InputError
+from tapvit_jax.files import file_lock
+from tapvit_jax.importance.criteria import unit_importance
+from tapvit_jax.importance.neurons import NeuronConfig
+from tapvit_jax.pipeline import PruneConfig
+from tapvit_jax.progress import Progress
+from tapvit_jax.prune.allocate import AllocateConfig, allocate
+from tapvit_jax.prune.reshape import reshape
+from tests.experiments import tiny_sweep
+
+ROOT = Path(__file__).parents[2]
+IMPOSSIBLE = "macs=0.0001"
+NAMES = ("magnitude_l2", "random_uniform")
+
+
+def tiny():
+    return read(tiny_sweep.get_config())
+
+
+def grid(methods=NAMES, **changes):
+    options = {"sets": ("selected", "random"), "set_methods": None, "budgets": ("macs=0.6",)}
+    options |= {"devices": (0, 1), "seeds": (0,)}
+    return Grid(find_methods(methods), **(options | changes))
+
+
+# Statistics.
+
+_VALUES = arrays(np.float64, st.integers(2, 12), elements=st.floats(-100, 100, width=32))
+
+
+@given(_VALUES)
+def test_the_interval_is_scipys_students(values):
+    found = mean_interval(values)
+    low, high = stats.t.interval(
+        0.95, len(values) - 1, np.mean(values), max(stats.sem(values), 1e-300)
+    )
+    assert found.count == len(values)
+    np.testing.assert_allclose([found.low, found.high], [low, high], rtol=1e-9, atol=1e-9)
+
+
+def test_one_value_has_no_interval_and_none_has_no_mean():
+    found = mean_interval([3.0])
+    assert (found.mean, found.half_width, found.low, found.high) == (3.0, None, None, None)
+    with pytest.raises(InputError, match="at least one"):
+        mean_interval([])
+
+
+@given(_VALUES)
+def test_pairs_are_a_paired_t_test_and_a_sign_test(values):
+    other = np.roll(values, 1)
+    found, mirrored = paired(values, other), paired(other, values)
+    differences = values - other
+    assert (found.wins, found.losses) == ((differences > 0).sum(), (differences < 0).sum())
+    assert (mirrored.wins, mirrored.losses) == (found.losses, found.wins)
+    assert mirrored.difference.mean == -found.difference.mean
+    if found.wins + found.losses:
+        assert found.sign_p == stats.binomtest(found.wins, found.wins + found.losses).pvalue
+    else:
+        assert found.sign_p == 1.0
+
+
+def test_the_paired_interval_is_that_of_scipys_paired_t_test():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=9)
+    b = a + 0.3 + 0.1 * rng.normal(size=9)
+    found = paired(b, a).difference
+    expected = stats.ttest_rel(b, a).confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high])
+    with pytest.raises(InputError, match="9 and 8"):
+        paired(b, a[:8])
+
+
+def test_ranks_share_ties_and_one_is_best():
+    table = np.array([[90.0, 80.0, 80.0], [50.0, 60.0, 10.0]])
+    np.testing.assert_allclose(mean_ranks(table), [1.5, 1.75, 2.75])
+    with pytest.raises(InputError, match="at least one row"):
+        mean_ranks(np.zeros((0, 3)))
+
+
+def test_the_share_of_a_gap_is_of_means_with_an_interval_around_it():
+    low, high = np.array([50.0, 60.0, 55.0]), np.array([60.0, 70.0, 65.0])
+    found = gap_closed(low, np.array([55.0, 66.0, 62.0]), high)
+    assert found.share == pytest.approx(0.6)
+    assert 0.5 <= found.low <= 0.6 <= found.high <= 0.7
+    # An oracle that is no better leaves no gap, and one that hardly is, no interval.
+    assert gap_closed(high, low, low).share is None
+    unclear = gap_closed(np.zeros(3), np.ones(3), np.array([5.0, -4.0, 0.0]))
+    assert unclear.share == pytest.approx(3.0) and unclear.low is None
+    with pytest.raises(InputError, match="found 3, 2 and 3"):
+        gap_closed(low, low[:2], high)
+
+
+# Methods and grids.
+
+
+def test_every_method_of_the_table_can_be_planned_with():
+    base = PruneConfig()
+    for method in METHODS.values():
+        method.prune(base)
+    assert METHODS["ours"] == METHODS["tap_ridge"] == Method("tap", "sensitivity", "ridge")
+    assert METHODS["ours"].prune(base) == base
+    published = METHODS["tap_published"]
+    assert published.prune(base) == PruneConfig.as_published() and published.recover == "none"
+    assert METHODS["taylor_softmax_mean"] == Method("taylor", "softmax", "mean")
+
+
+def test_methods_keep_the_configs_limits():
+    base = tiny().prune
+    prune = METHODS["tap_published"].prune(base)
+    expected = dataclasses.replace(NeuronConfig.as_published(), max_batches=50)
+    assert prune.neurons == expected and prune.layers.max_batches == 1
+    with pytest.raises(InputError, match="couple_qk_vo"):
+        Method("taylor", "published").prune(base)
+
+
+def test_cells_know_what_they_depend_on():
+    def keys(**changes):
+        return [cell.key for cell in cells_of(tiny(), grid(("ours",), **changes))]
+
+    (same,) = {tuple(keys(sets=("random",), devices=(0,))), tuple(keys(**_ONE))}
+    assert same == tuple(cell.key for cell in cells_of(tiny(), grid(("tap_ridge",), **_ONE)))
+    others = [
+        keys(**_ONE | {"devices": (1,)}),
+        keys(**_ONE | {"sets": ("oracle",)}),
+        keys(**_ONE | {"budgets": ("macs=0.5",)}),
+        keys(**_ONE | {"seeds": (1,)}),
+        keys(**_ONE | {"seeds": (1,), "dense": "shared"}),
+        keys(**_ONE | {"epochs": (2,)}),
+        [cell.key for cell in cells_of(tiny(), grid(("tap",), **_ONE))],
+    ]
+    assert len({same, *map(tuple, others)}) == 8
+    # Fine-tuning does not matter to cells without.
+    changed = dataclasses.replace(tiny(), recover=dataclasses.replace(tiny().recover, flip=True))
+    assert tuple(c.key for c in cells_of(changed, grid(("ours",), **_ONE))) == same
+    # Under the config's own seed both kinds of dense model are the same.
+    assert tuple(keys(**_ONE | {"dense": "shared"})) == same
+
+
+_ONE = {"sets": ("random",), "devices": (0,)}
+
+
+def test_only_chosen_methods_see_all_sets():
+    methods = find_methods(("tap", "taylor", "tp_l2"), PEERS)
+    assert methods["tp_l2"] == Method("tp_l2", PEER)
+    found = cells_of(
+        tiny(), dataclasses.replace(grid(epochs=(0, 1)), methods=methods, set_methods=("tap",))
+    )
+    per_method = collections.Counter(cell.method for cell in found)
+    # Two devices and two counts of epochs, and two sets for the one.
+    assert per_method == {"tap": 8, "taylor": 4, "tp_l2": 4}
+
+
+def test_partners_are_of_one_method_set_and_recipe():
+    config = dataclasses.replace(tiny(), recover_together=3)
+    options = {"budgets": ("macs=0.6", "macs=0.5"), "epochs": (0, 2)}
+    found = cells_of(config, grid(("tap", "taylor"), **options))
+    for number, cell in enumerate(found):
+        if not cell.epochs:
+            assert cell.partners == ()
+            continue
+        assert number in cell.partners and len(cell.partners) in (1, 3)
+        alike = {(c.method, c.set, c.seed, c.epochs) for c in (found[n] for n in cell.partners)}
+        assert len(alike) == 1
+    fewer = {cell.key for cell in cells_of(config, grid(("taylor",), **options))}
+    assert fewer < {cell.key for cell in found}
+
+
+def test_recipes_differ_in_nothing_but_their_length():
+    config = dataclasses.replace(
+        tiny(), recover=dataclasses.replace(tiny().recover, warmup_epochs=2.0)
+    )
+    assert recipe(config, 20) == dataclasses.replace(config.recover, epochs=20)
+    assert recipe(config, 5).warmup_epochs == 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: find_methods(["magic"]), "method is 'magic', expected ours or CRITERION"),
+        (lambda: find_methods([]), "no method is named"),
+        (lambda: grid(sets=("private",)), "--sets names 'private', expected selected, random"),
+        (lambda: grid(set_methods=("ours",)), "--set_methods names 'ours', expected magnitude"),
+        (lambda: grid(dense="both"), "--dense names 'both'"),
+        (lambda: grid(budgets=()), "--budgets is empty"),
+        (lambda: grid(budgets=("flops=1",)), "flops"),
+        (lambda: cells_of(tiny(), grid(devices=(2,))), "--devices names 2, expected 0 to 1"),
+        (lambda: arguments.numbers("seeds", ["0", "-1"]), "--seeds is '0,-1', expected whole"),
+        (lambda: as_published(tiny()), "leaks needs private_split"),
+    ],
+)
+def test_impossible_grids_are_refused_by_name(make, message):
+    with pytest.raises(InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_name_each_number_once_and_budgets_join_bounds():
+    assert arguments.numbers("seeds", ["3", "0", "3"]) == (3, 0)
+    assert str(parse_budget("macs=0.5+params=0.4")) == "params=0.4, macs=0.5"
+
+
+def test_as_published_takes_the_protocol_leaks_included():
+    config = read(tiny_imagenet_40.get_config())
+    found = as_published(config)
+    assert found.data.partition.leaks and found.select.method == "top"
+    assert found.gmm.covariance_type == "full" and found.gmm.components == tuple(range(2, 11))
+    assert (found.recover.epochs, found.recover.schedule) == (50, "constant")
+    assert found.select.metric_count == config.select.metric_count
+
+
+# Running one.
+
+
+def counts(found):
+    return collections.Counter(found.stages.computed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Programs of seconds need no optimised code."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compiled):
+    """Two methods, two sets, two devices, and a budget that cannot be met."""
+    workdir = tmp_path_factory.mktemp("compare") / "work"
+    found = Comparison(
+        tiny(), grid(budgets=("macs=0.6", IMPOSSIBLE)), workdir, command="told", quiet=True
+    )
+    return found, found.run()
+
+
+def test_what_cells_share_is_computed_once(finished):
+    found, _ = finished
+    made = counts(found)
+    once = ("dense", "extractor", "select")
+    assert {name: made[name] for name in once} == dict.fromkeys(once, 1)
+    # Two methods on two sets of two devices; uniform widths need no layer scores. Two models are
+    # evaluated for every plan, the dense ones once a device.
+    assert (made["units"], made["layers"], made["plan"]) == (8, 4, 8)
+    assert made["evaluate"] == 8 + 2 and "recover" not in made
+
+
+def test_a_failing_cell_is_reported_and_the_rest_is_there(finished):
+    found, failed = finished
+    assert len(failed) == 8 and all("smallest feasible" in reason for reason in failed.values())
+    results = json.loads((found.workdir / "compare.json").read_text())
+    assert len(results["rows"]) == len(results["failed"]) == 8 and results["missing"] == 0
+    assert {cell["budget"] for cell in results["failed"]} == {IMPOSSIBLE}
+    for row in results["rows"]:
+        assert row["macs"] <= 0.6 * row["dense_macs"] and 0 <= row["top1"] <= 100
+    table = list(csv.DictReader((found.workdir / "compare.csv").read_text().splitlines()))
+    assert [float(row["top1"]) for row in table] == [row["top1"] for row in results["rows"]]
+    assert results["command"] == "told" and results["seeds"] == [0]
+    assert results["hardware"]["cores"] and results["libraries"]["jax"] == jax.__version__
+
+
+def test_the_report_stands_on_its_own(finished):
+    workdir = finished[0].workdir
+    page, text = ((workdir / f"compare.{s}").read_text() for s in ("html", "md"))
+    assert page.count("<svg") == 5 and "<script" not in page and "src=" not in page
+    for word in ("magnitude_l2", "random_uniform", "Mean rank", "Metric sets", "Cells that failed"):
+        assert word in page and word in text
+    assert "smallest feasible" in text and "    told" in text
+
+
+def test_a_second_run_touches_nothing(finished):
+    found, failed = finished
+    before = {p: p.stat().st_mtime_ns for p in (found.workdir / "stages").rglob("*")}
+    csv_before = (found.workdir / "compare.csv").read_bytes()
+    (found.workdir / "compare.csv").unlink()
+    again = Comparison(tiny(), found.grid, found.workdir, quiet=True)
+    # Cells that failed are tried again, and fail before they cost anything.
+    assert again.run() == failed and counts(again) == {}
+    assert {p: p.stat().st_mtime_ns for p in (found.workdir / "stages").rglob("*")} == before
+    assert (found.workdir / "compare.csv").read_bytes() == csv_before
+    assert not list(found.workdir.rglob("*.lock")) and not list(found.workdir.rglob("*.partial"))
+
+
+def test_a_cell_that_another_worker_holds_is_left_to_it(finished):
+    found, _ = finished
+    path = found._path(found.cells[0])
+    kept = path.read_text()
+    path.unlink()
+    with file_lock(path.with_suffix(".lock")):
+        assert not found._attempt(0, {}, wait=False)
+    assert not path.exists()
+    path.write_text(kept)
+    with file_lock(path.with_suffix(".lock")):
+        # Done is done, whoever holds the lock.
+        assert found._attempt(0, {}, wait=False)
+
+
+def test_a_grown_grid_computes_only_what_is_new(finished):
+    found, _ = finished
+    more = grid(budgets=("macs=0.6", "macs=0.7"), sets=("selected",))
+    assert Comparison(tiny(), more, found.workdir, quiet=True).run() == {}
+    shared = grid(("random_uniform",), sets=("random",), seeds=(0, 1), dense="shared")
+    again = Comparison(tiny(), shared, found.workdir, quiet=True)
+    assert again.run() == {}
+    # The dense model of the config's seed serves both; the second seed has images of its own.
+    assert counts(again) == {"units": 2, "plan": 2, "evaluate": 2}
+
+
+def test_another_config_is_refused_by_field(finished):
+    config = dataclasses.replace(tiny(), validation_share=0.25)
+    with pytest.raises(InputError, match=r"validation_share \(0.5 there, 0.25 here\)"):
+        Comparison(config, grid(), finished[0].workdir, quiet=True).run()
+
+
+@pytest.fixture(scope="module")
+def job(finished):
+    found, _ = finished
+    workdir = found.workdir
+    return Job(tiny(), found.stages, workdir / "payloads" / "job", Progress(1.0, quiet=True))
+
+
+def test_metric_sets_are_what_they_are_called(job):
+    split, most = job.parts.devices[1], job.config.select.metric_count
+    sets = {name: image_sets(job, 1, name) for name in ("selected", "random", "pool", "oracle")}
+    pool = set(job.parts.public_pool.tolist())
+    assert [len(sets[n].metric) for n in ("selected", "random")] == [most, most]
+    assert set(sets["pool"].metric.tolist()) == pool >= set(sets["random"].metric.tolist())
+    assert set(sets["oracle"].metric.tolist()) <= set(split.private_train.tolist())
+    for name, found in sets.items():
+        # Nothing sees the images that score the device, and all are fine-tuned for as many steps.
+        used = np.concatenate([found.metric, found.finetune, found.validation])
+        assert not set(used.tolist()) & set(split.private_test.tolist())
+        assert len(found.finetune) >= job.config.select.finetune_count, name
+    labels = job.files.labels
+    assert set(labels[sets["oracle"].validation]) == set(split.classes)
+    # In an order of their own, the same for all devices.
+    assert len(set(labels[sets["pool"].metric[:32]])) > 5
+    np.testing.assert_array_equal(sets["pool"].metric, image_sets(job, 0, "pool").metric)
+
+
+def test_fine_tuning_starts_where_it_is_told_to(job):
+    sets, prune = image_sets(job, 0, "random"), METHODS["random_uniform"].prune(job.config.prune)
+    units = job.unit_scores("", sets.metric, "random", prune)
+    plan = job.plan_from(units, None, prune.allocate, parse_budget("macs=0.6"))
+    pruned = job.pruned(plan)
+    moved = jax.tree.map(lambda leaf: 1.5 * leaf, pruned.value.params)
+    start = dataclasses.replace(pruned, key="moved", value=pruned.value.replace(params=moved))
+    options = dataclasses.replace(job.config.recover, epochs=0)
+    alone, _ = job.recover("", 0, plan, sets, options, "masked", start)
+    members = [(0, plan, sets), (0, plan, sets)]
+    together = [
+        job.recover_together("", members, place, options, [None, start])[0] for place in (0, 1)
+    ]
+    for found, expected in ((alone, moved), (together[1], moved), (together[0], pruned)):
+        expected = getattr(getattr(expected, "value", None), "params", expected)
+        jax.tree.map(np.testing.assert_array_equal, found.value.params, expected)
+    small, _ = job.recover("", 0, plan, sets, options, "reshaped", start)
+    assert small.value.config != pruned.value.config
+    images = job.source.load(sets.metric[:4], job.config.data.preprocess)
+    masked = np.asarray(start.value.apply(images))
+    np.testing.assert_allclose(small.value.apply(images), masked, rtol=1e-3, atol=1e-3)
+
+
+def test_fine_tuned_cells_alone_and_together(finished, tmp_path):
+    found, _ = finished
+    (tmp_path / "stages").symlink_to(found.workdir / "stages")
+    options = {"sets": ("random",), "devices": (0, 1), "epochs": (0, 1)}
+    options["budgets"] = ("macs=0.6", IMPOSSIBLE)
+    config = dataclasses.replace(tiny(), recover_together=4)
+    claimed = {"program": "experiments.compare", "mode": "honest", **identity(config)}
+    (tmp_path / "config.json").write_text(json.dumps(claimed))
+    together = Comparison(config, grid(("random_uniform",), **options), tmp_path, quiet=True)
+    # Two cells that can be met, without and with fine-tuning; who cannot be pruned is left out.
+    assert len(together.run()) == 4 and counts(together)["recover_together"] == 1
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert [(row["epochs"], row["device"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    page = (tmp_path / "compare.html").read_text()
+    assert "after 1 epoch of fine-tuning" in page and "epochs of fine-tuning" in page
+
+
+def test_peers_are_cells_like_others(finished, monkeypatch):
+    """The pruner itself is tested where torch is."""
+    calls = []
+
+    def torch_pruning(model, images, labels, budget, *, method, embedding, seed):
+        calls.append((method, embedding, seed, len(images), len(labels)))
+        if method == "l2":
+            return types.SimpleNamespace(model=model)
+        units = unit_importance(model, [], "random")
+        plan = allocate(model, units, None, budget, config=AllocateConfig(widths="softmax"))
+        return types.SimpleNamespace(model=reshape(model, plan))
+
+    monkeypatch.setattr("experiments.peers.torch_pruning", torch_pruning)
+    methods = find_methods(("tp_l2_whole", "tp_random"), PEERS)
+    own = dataclasses.replace(grid(**_ONE, epochs=(0, 1)), methods=methods)
+    found = Comparison(tiny(), own, finished[0].workdir, quiet=True)
+    failed = found.run()
+    # One promised what it did not keep, with and without fine-tuning.
+    assert len(failed) == 2 and all("exceeds the budget" in reason for reason in failed.values())
+    assert calls == [("l2", "whole", 0, 32, 32), ("random", "cut", 0, 32, 32)]
+    rows = found.results(failed)["rows"]
+    assert [(row["method"], row["epochs"]) for row in rows] == [("tp_random", 0), ("tp_random", 1)]
+    assert rows[0]["macs"] == rows[1]["macs"] <= 0.6 * rows[0]["dense_macs"]
+    assert counts(found) == {"peer": 2, "recover": 1, "evaluate": 2}
+
+
+# Tables.
+
+
+def row(method, top1, **values):
+    base = {"set": "selected", "method": method, "device": 0, "seed": 0, "budget": "macs=0.5"}
+    base |= {"epochs": 0, "top1": top1, "dense_top1": 80.0}
+    return base | {"macs_percent": 50.0, "params_percent": 50.0} | values
+
+
+def test_a_summary_by_hand():
+    found = [row("a", 70.0 + d, device=d, dense_top1=80.0 + d) for d in range(3)]
+    found += [row("b", 68.0 + 2 * d, device=d, dense_top1=80.0 + d) for d in range(3)]
+    found += [row("b", 60.0, budget="macs=0.25")]
+    summary = comparison.summarize(found, "a")
+    first = summary["accuracy"][0]
+    assert (first["method"], first["top1"]["mean"], first["top1"]["count"]) == ("a", 71.0, 3)
+    assert first["to_dense"]["mean"] == -10.0 and first["to_dense"]["half_width"] == 0.0
+    assert first["percent_of_dense"] == pytest.approx(100 * 71 / 81)
+    # At the smaller budget there is nothing to compare with.
+    (pair,) = summary["paired"]
+    assert (pair["method"], pair["difference"]["mean"], pair["wins"], pair["losses"]) == (
+        *("b", 1.0, 2),
+        0,
+    )
+    ranks = {r["method"]: r for r in summary["ranks"]}
+    # a is ahead twice, the third is a tie.
+    assert ranks["a"]["budgets"] == {"macs=0.5": pytest.approx(3.5 / 3)}
+    assert ranks["b"]["budgets"] == {"macs=0.5": pytest.approx(5.5 / 3), "macs=0.25": 1.0}
+    assert ranks["b"]["overall"] == pytest.approx(8.5 / 6) and ranks["a"]["overall"] is None
+    assert summary["sets"] == []
+
+
+def test_metric_sets_are_paired_over_devices():
+    levels = {"random": 50.0, "selected": 56.0, "oracle": 60.0}
+    found = [
+        row("a", level + d + 0.1 * d * (name == "oracle"), set=name, device=d)
+        for name, level in levels.items()
+        for d in range(4)
+    ]
+    (table,) = comparison.summarize(found, "a")["sets"]
+    assert table["over_random"]["selected"]["difference"]["mean"] == 6.0
+    assert set(table["over_random"]) == {"selected", "oracle"}
+    assert table["gap_closed"]["share"] == pytest.approx(6 / 10.15)
+
+
+def test_tables_say_what_is_not_there_and_escape_what_is():
+    found = [row("a|<b>", 70.0), row("c", 60.0), row("c", 50.0, budget="macs=0.25")]
+    for table in comparison.tables(comparison.summarize(found, "c")):
+        lines = table.markdown().splitlines()[2:]
+        assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+        assert "<b>" not in table.html()
+    text = comparison.tables(comparison.summarize(found, "c"))[0].markdown()
+    assert "| a\\|<b> | 70.0 | – |" in text and "| c | 60.0 | 50.0 |" in text  # noqa: RUF001
+
+
+# The program.
+
+
+def run_program(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.compare", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+CONFIG = "--config=tests/experiments/tiny_sweep.py"
+
+
+def test_the_program_says_what_failed_and_with_which_command(finished):
+    workdir = finished[0].workdir
+    arguments = [CONFIG, f"--workdir={workdir}", f"--methods={','.join(NAMES)}", "--devices=0"]
+    arguments += ["--sets=selected", f"--budgets=macs=0.6,{IMPOSSIBLE}"]
+    found = run_program(*arguments)
+    assert found.returncode == 1, found.stderr
+    (line, other) = [x for x in found.stderr.splitlines() if x.startswith("failed: ")]
+    assert "method=magnitude_l2 device=0 seed=0 budget=macs=0.0001 epochs=0: infeasible" in line
+    assert "method=random_uniform" in other
+    head = found.stdout.splitlines()[0]
+    assert " ".join(head.split()) == "set method device seed budget epochs MACs % dense % top-1 %"
+    results = json.loads((workdir / "compare.json").read_text())
+    assert results["command"].startswith(f"python -m experiments.compare {CONFIG} --workdir=")
+    assert len(results["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods=magic"], "magic"),
+        (["--mode=as_published"], "leaks needs private_split"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_exit_code_2(tmp_path, arguments, message):
+    found = run_program(CONFIG, f"--workdir={tmp_path / 'w'}", *arguments)
+    assert found.returncode == 2 and message in found.stderr
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()
