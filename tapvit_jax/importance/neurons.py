@@ -56,8 +56,8 @@ Terms = dict[str, dict[str, Float[Array, "..."]]]
 Loss = Literal["label", "entropy", "kl"]
 # Relative to a unit's largest value: what float32 leaves of a coordinate that should be constant.
 _ROUNDING = 1e-6
-# Beyond this, the backward pass keeps the dense layers' outputs only and computes the rest again.
-_MOST_RESIDUAL_BYTES = 5 * 2**30
+# Beyond this, a batch's images take their backward passes in several parts.
+_MOST_RESIDUAL_BYTES = 2**31
 Method = Literal["tap", "tap_published", "taylor"]
 
 
@@ -201,8 +201,8 @@ def neuron_importance(
     sums: Terms | None = None
     mesh = data_mesh(devices[: max(1, len(first))])
     params = replicate(model.params, mesh)
-    for group in _groups(itertools.chain(first, usable), mesh.size):
-        stacked = _stack_group(group, mesh)
+    for group in group_batches(itertools.chain(first, usable), mesh.size):
+        stacked = stack_group(group, mesh)
         if sums is None:
             sums = _no_sums(model.config, config, mesh)
         sums = _add_batches(model.config, config, mesh, params, sums, *stacked, key)
@@ -227,20 +227,20 @@ def _usable_batches(
         if len(images) < 2:
             # A trailing batch of one image has no distances, so it says nothing about units.
             continue
-        if config.loss == "label" and config.needs_gradient and not _labelled(labels):
+        if config.loss == "label" and config.needs_gradient and not labelled(labels):
             raise InputError("loss 'label' needs batches with labels")
         labels = np.zeros(len(images), np.int32) if labels is None else labels
         yield index + i * processes, images, labels
 
 
-def _groups(batches: Iterable[tuple[int, Any, Any]], most: int) -> Iterator[list[tuple]]:
+def group_batches(batches: Iterable[tuple[int, Any, Any]], most: int) -> Iterator[list[tuple]]:
     """Up to `most` consecutive batches of one size."""
     for _, same in itertools.groupby(batches, key=lambda batch: len(batch[1])):
         while group := list(itertools.islice(same, most)):
             yield group
 
 
-def _stack_group(group: list[tuple], mesh: Mesh) -> tuple[Array, Array, Array, Array]:
+def stack_group(group: list[tuple], mesh: Mesh) -> tuple[Array, Array, Array, Array]:
     """Images, labels, numbers and weights of a group, one batch a device.
 
     Devices without a batch of their own repeat the first one with weight 0.
@@ -282,7 +282,8 @@ def unpack_batch(batch: Any) -> tuple[Float[np.ndarray, "b s s ch"], Int[np.ndar
     return batch, None
 
 
-def _labelled(labels: Int[np.ndarray, "b"] | None) -> bool:
+def labelled(labels: Int[np.ndarray, "b"] | None) -> bool:
+    """Whether every image has a label; -1 stands for none."""
     return labels is not None and bool((np.asarray(labels) >= 0).all())
 
 
@@ -434,10 +435,34 @@ def dense_pass(
     key: Array,
     summarize: Callable[[Taps], T],
 ) -> tuple[Float[Array, "b c"], list[T], dict[str, Gates]]:
-    """Logits, what `summarize` makes of every block's taps, and the gates' gradients if asked."""
-    if loss is not None:
+    """Logits, what `summarize` makes of every block's taps, and the gates' gradients if asked.
+
+    Kernels need a batch's images together, gradients do not: where a backward pass over all of them
+    would keep too much, one forward pass serves the kernels and parts of the batch the gradients.
+    """
+    parts = _gradient_parts(model_config, len(images))
+    if loss is not None and parts == 1:
         return gate_gradients(model_config, params, images, labels, loss, key, summarize)
-    return *_forward(model_config, params, images, None, summarize), {}
+    logits, found = _forward(model_config, params, images, None, summarize)
+    if loss is None:
+        return logits, found, {}
+    if loss == "kl":
+        # The classes that the whole batch would have drawn.
+        loss, labels = "label", jax.random.categorical(key, logits)
+
+    def gradients(part: tuple[Array, Array]) -> dict[str, Gates]:
+        return gate_gradients(model_config, params, *part, loss, key, lambda taps: ())[2]
+
+    rows = [array.reshape(parts, -1, *array.shape[1:]) for array in (images, labels)]
+    stacked = jax.lax.map(gradients, tuple(rows))
+    return logits, found, jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), stacked)
+
+
+def _gradient_parts(config: TransformerConfig, images: int) -> int:
+    """Smallest number of equal parts of a batch whose backward passes keep little enough."""
+    fine = (n for n in range(1, images + 1) if images % n == 0)
+    least = _residual_bytes(config, images) / _MOST_RESIDUAL_BYTES
+    return next((n for n in fine if n >= least), images)
 
 
 def _forward(
@@ -451,9 +476,6 @@ def _forward(
         x, taps = apply_block_with_taps(spec, part, x, gate)
         return x, summarize(jax.lax.stop_gradient(taps))
 
-    if gates is not None and _residual_bytes(model_config, len(images)) > _MOST_RESIDUAL_BYTES:
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        visit = jax.checkpoint(visit, policy=kept, static_argnums=0)
     count = len(model_config.blocks)
     inputs = [None if gates is None else gates[f"blocks_{i}"] for i in range(count)]
     x = embed(model_config, params, images)
@@ -559,6 +581,18 @@ def _summed_gradient(config: NeuronConfig, gradient: Float[Array, "b ..."]) -> A
     return per_image.sum(axis=0)
 
 
+def summed_loss(
+    logits: Float[Array, "b c"], labels: Int[Array, "b"], loss: Loss, key: Array
+) -> Float[Array, ""]:
+    """Sum over images of -log p of the label, of the entropy, or of -log p of a drawn class."""
+    log_p = jax.nn.log_softmax(logits)
+    if loss == "entropy":
+        return -(jnp.exp(log_p) * log_p).sum()
+    drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+    classes = labels if loss == "label" else drawn
+    return -jnp.take_along_axis(log_p, classes[:, None], axis=1).sum()
+
+
 def gate_gradients(
     config: TransformerConfig,
     params: Params,
@@ -595,14 +629,7 @@ def gate_gradients(
 
     def total_loss(gates):
         logits, taps = _forward(config, params, images, gates, summarize)
-        log_p = jax.nn.log_softmax(logits)
-        if loss == "entropy":
-            total = -(jnp.exp(log_p) * log_p).sum()
-        else:
-            drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
-            classes = labels if loss == "label" else drawn
-            total = -jnp.take_along_axis(log_p, classes[:, None], axis=1).sum()
-        return total, (logits, taps)
+        return summed_loss(logits, labels, loss, key), (logits, taps)
 
     gradients, (logits, taps) = jax.grad(total_loss, has_aux=True)(gates)
     return logits, taps, gradients

@@ -199,6 +199,13 @@ def classify(
     return _module(config).apply({"params": params}, x, method="classify")
 
 
+def pool(
+    config: TransformerConfig, params: Params, x: Float[Array, "b n d"]
+) -> Float[Array, "b e"]:
+    """What the classifier sees of the tokens that leave the last block."""
+    return _module(config).apply({"params": params}, x, method="pooled")
+
+
 def apply_blocks(
     config: TransformerConfig, params: Params, images: Float[Array, "b s s ch"]
 ) -> Float[Array, "b n d"]:
@@ -213,5 +220,4 @@ def pooled(config: Config, params: Params, images: Float[Array, "b s s ch"]) -> 
     """What the classifier sees: the features of a whole pretrained network."""
     if isinstance(config, ResNetConfig):
         return resnet.pooled(config, params, images)
-    x = apply_blocks(config, params, images)
-    return _module(config).apply({"params": params}, x, method="pooled")
+    return pool(config, params, apply_blocks(config, params, images))

@@ -50,7 +50,12 @@ def results(devices=3, classes=14, comparisons=("pool", "random"), distances=Tru
 
     return {
         "name": "a <script>alert(1)</script> name",
-        "config": {"comparisons": list(comparisons), "latency_batch": 8, "note": "</pre><i>"},
+        "config": {
+            "data": {"partition": {}},
+            "comparisons": list(comparisons),
+            "latency_batch": 8,
+            "note": "</pre><i>",
+        },
         "libraries": {"python": "3.11", "jax": "0.10", "tapvit-jax": "not installed"},
         "backend": "cpu",
         "seed": 5,

@@ -156,16 +156,32 @@ class SlowScores:
 
 def slow_scores(model, config, batches, seed=0):
     slow = SlowScores(config)
+    # The gradients have their own test below.
+    loss = config.loss if config.needs_gradient else None
+    run = functools.partial(
+        neurons.dense_pass, model.config, loss=loss, summarize=lambda taps: taps
+    )
+    run = jax.jit(run)
     for i, images in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        # The gradients have their own test below.
-        loss = config.loss if config.needs_gradient else None
-        run = functools.partial(neurons.dense_pass, model.config, model.params, loss=loss)
-        slow.add(*run(images=images, labels=ZEROS, key=key, summarize=lambda taps: taps))
+        slow.add(*jax.device_get(run(params=model.params, images=images, labels=ZEROS, key=key)))
     return slow.result()
 
 
 ZEROS = np.zeros(6, np.int32)
+
+
+@pytest.mark.parametrize("loss", ["kl", "label"])
+def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, monkeypatch, loss):
+    def gradients():
+        run = functools.partial(neurons.dense_pass, tiny_model.config, loss=loss)
+        run = jax.jit(functools.partial(run, summarize=lambda taps: taps["mlp"].sum(axis=1)))
+        return run(params=tiny_model.params, images=images, labels=ZEROS, key=jax.random.key(0))
+
+    whole = gradients()
+    monkeypatch.setattr(neurons, "_MOST_RESIDUAL_BYTES", 1)
+    parts = gradients()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), whole, parts)
 
 
 def assert_scores_close(found, expected, atol=1e-4):
