@@ -1,6 +1,7 @@
 """Exact evaluation: every example counts once, whatever the batch size and number of hosts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.sharding import replicate, shard_rows
+from tapvit_jax.train.classes import class_logits
 
 Forward = Callable[[Any, Params, Float[Array, "b s s ch"]], Float[Array, "b c"]]
 """Logits from (config, params, images)."""
@@ -26,13 +28,23 @@ KEYS = ("image", "label", "mask")
 """What a network sees of a batch."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Teacher:
+    """A fixed network whose soft labels the student learns."""
+
+    config: Any
+    params: Params
+    forward: Forward = backbone.apply
+
+
 @dataclasses.dataclass(frozen=True)
 class Metrics:
     """Result of an evaluation.
 
     Attributes:
-      top1: share of examples whose highest logit is their class.
-      loss: mean cross-entropy.
+      top1: share of examples whose highest logit is their class; of a comparison with a teacher,
+        whose highest logit is the teacher's.
+      loss: mean cross-entropy; of a comparison, mean KL(teacher || network).
       count: examples evaluated.
     """
 
@@ -70,7 +82,38 @@ def batch_sums(
     return jnp.stack([(values * mask).sum() for values in (correct, loss, jnp.ones(()), foreign)])
 
 
+def agreement_sums(
+    forward: Forward,
+    config: Any,
+    params: Params,
+    batch: Mapping[str, Array],
+    teacher: tuple[Forward, Any],
+    teacher_params: Params,
+    classes: Float[Array, "c"] | None,
+) -> Float[Array, "4"]:
+    """As `batch_sums` with a teacher for the labels: agreeing, KL(teacher || network), examples, 0.
+
+    Labels are not read. Source: ours.
+    """
+    teacher_forward, teacher_config = teacher
+    logits = class_logits(forward(config, params, batch["image"]), classes)
+    wanted = class_logits(teacher_forward(teacher_config, teacher_params, batch["image"]), classes)
+    log_p, log_t = jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted)
+    kl = (jnp.exp(log_t) * (log_t - log_p)).sum(axis=-1)
+    agrees = (logits.argmax(axis=-1) == wanted.argmax(axis=-1)).astype(jnp.float32)
+    mask = batch["mask"]
+    return jnp.stack([(agrees * mask).sum(), (kl * mask).sum(), mask.sum(), jnp.zeros(())])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _probabilities(
+    forward: Forward, config: Any, params: Params, images: Float[Array, "b s s ch"]
+) -> Float[Array, "b c"]:
+    return jax.nn.softmax(forward(config, params, images).astype(jnp.float32))
+
+
 _batch_sums = jax.jit(batch_sums, static_argnums=(0, 1))
+_agreement_sums = jax.jit(agreement_sums, static_argnums=(0, 1, 4))
 
 
 def evaluate(
@@ -79,6 +122,8 @@ def evaluate(
     batches: Iterable[Mapping[str, np.ndarray]],
     forward: Forward = backbone.apply,
     *,
+    teacher: Teacher | None = None,
+    classes: Float[np.ndarray, "c"] | None = None,
     mesh: Mesh | None = None,
     shared: bool = False,
 ) -> Metrics:
@@ -91,6 +136,8 @@ def evaluate(
       params: its parameters.
       batches: the examples; padding has mask 0.
       forward: logits from (config, params, images).
+      teacher: stands for the labels, which are not read then (see `Metrics`).
+      classes: weights of the classes in that comparison, None is one for each.
       mesh: devices of this process over which the rows of a batch are spread; None is one device.
       shared: `batches` are this process's share of the examples; sums are added over all processes.
 
@@ -100,16 +147,24 @@ def evaluate(
     """
     if mesh is not None:
         params = replicate(params, mesh)
+        if teacher is not None:
+            teacher = dataclasses.replace(teacher, params=replicate(teacher.params, mesh))
     total, unlabelled = None, False
     for batch in batches:
         labels = np.asarray(batch["label"])
-        unlabelled = bool((labels[np.asarray(batch["mask"]) > 0] < 0).any())
+        unlabelled = teacher is None and bool((labels[np.asarray(batch["mask"]) > 0] < 0).any())
         if unlabelled:
             break
         batch = {name: batch[name] for name in KEYS}
         if mesh is not None:
             batch = {name: shard_rows(array, mesh)[0] for name, array in batch.items()}
-        found = _batch_sums(forward, config, params, batch)
+        if teacher is None:
+            found = _batch_sums(forward, config, params, batch)
+        else:
+            network = (teacher.forward, teacher.config)
+            found = _agreement_sums(
+                forward, config, params, batch, network, teacher.params, classes
+            )
         total = found if total is None else total + found
     sums = np.append(np.zeros(4) if total is None else np.asarray(total, np.float64), unlabelled)
     if shared:
@@ -117,6 +172,37 @@ def evaluate(
     if sums[-1]:
         raise InputError("evaluation needs labels, found images without one")
     return Metrics.of_sums(sums[:-1])
+
+
+def predict(
+    network: Teacher,
+    source: ImageSource,
+    indices: Int[np.ndarray, "n"],
+    preprocess: Preprocess,
+    batch_size: int,
+    *,
+    workers: int = 0,
+) -> Float[np.ndarray, "n c"]:
+    """Class probabilities of images of a source, for `classes.likely_classes`; labels are not read.
+
+    Every process reads its own share of the images, and all of them return the same.
+
+    Raises:
+      InputError: no images, or one that cannot be read.
+    """
+    indices = check_indices(indices, source)
+    if len(indices) == 0:
+        raise InputError("prediction needs at least one image")
+    own = distributed.share(len(indices))
+    rows = []
+    for batch in read_batches(
+        source, indices[own.start : own.stop], preprocess, batch_size, workers=workers
+    ):
+        found = _probabilities(network.forward, network.config, network.params, batch["image"])
+        rows.append(np.asarray(found)[np.asarray(batch["mask"]) > 0])
+    sent = np.concatenate(rows).tobytes() if rows else b""
+    everything = np.frombuffer(b"".join(distributed.gather_bytes(sent)), np.float32)
+    return everything.reshape(len(indices), -1)
 
 
 def evaluate_indices(
@@ -128,13 +214,15 @@ def evaluate_indices(
     batch_size: int,
     forward: Forward = backbone.apply,
     *,
+    teacher: Teacher | None = None,
+    classes: Float[np.ndarray, "c"] | None = None,
     mesh: Mesh | None = None,
     workers: int = 0,
 ) -> Metrics:
     """Top-1 and cross-entropy over images of a source, on any number of hosts.
 
     Every process reads and evaluates its own share of the images, `batch_size` at a time, and all
-    of them return the same.
+    of them return the same. `teacher` and `classes` are as for `evaluate`.
 
     Raises:
       InputError: as `evaluate`, or an image cannot be read.
@@ -145,4 +233,6 @@ def evaluate_indices(
         source, indices[own.start : own.stop], preprocess, batch_size, workers=workers
     )
     shared = distributed.process_count() > 1
-    return evaluate(config, params, found, forward, mesh=mesh, shared=shared)
+    return evaluate(
+        config, params, found, forward, teacher=teacher, classes=classes, mesh=mesh, shared=shared
+    )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from tapvit_jax import distributed
 from tapvit_jax.data.base import ImageSource
@@ -24,9 +25,18 @@ from tapvit_jax.models.params import Params, tree_hash
 from tapvit_jax.sharding import AXIS, data_mesh
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
-from tapvit_jax.train.evaluate import KEYS, Forward, Metrics, evaluate_indices
+from tapvit_jax.train.classes import class_weights
+from tapvit_jax.train.evaluate import KEYS, Forward, Metrics, Teacher, evaluate_indices
+from tapvit_jax.train.features import check_features
 from tapvit_jax.train.loop import Program, State, TrainResult, best_epoch, run_epochs
-from tapvit_jax.train.step import Recipe, Teacher, TrainConfig, initial_rest, update
+from tapvit_jax.train.step import (
+    Recipe,
+    TrainConfig,
+    evaluated,
+    initial_rest,
+    layer_factors,
+    update,
+)
 
 _step = jax.jit(update, static_argnums=0, donate_argnums=2)
 
@@ -59,14 +69,16 @@ def train(
     forward: Forward = backbone.apply,
     masks: Params | None = None,
     teacher: Teacher | None = None,
+    classes: Shaped[np.ndarray, "c"] | None = None,
     mesh: Mesh | None = None,
     checkpoints: Path | None = None,
     on_epoch: Callable[[int, Metrics], None] | None = None,
 ) -> TrainResult:
     """Train a network and return the parameters of its best epoch.
 
-    The epoch is chosen by validation accuracy, then loss; the start counts as epoch 0, so that
-    training never returns something worse than it was given. With `checkpoints`, an interrupted
+    The epoch is chosen by validation accuracy, then loss (`options.choose="teacher"`: agreement
+    with the teacher, then KL to it); the start counts as epoch 0, so that training never returns
+    something worse than it was given. With `checkpoints`, an interrupted
     run continues where it stopped and ends with the result of an uninterrupted one.
 
     Args:
@@ -77,7 +89,9 @@ def train(
       seed: for the order of the images and their augmentation.
       forward: logits from (config, params, images).
       masks: parameter masks (see `prune.mask.param_masks`); masked entries stay exactly zero.
-      teacher: for `options.distill` > 0.
+      teacher: for `options.distill` or `feature_distill` > 0, or `choose="teacher"`.
+      classes: a mask or weights of the device's likely classes (see `classes.likely_classes`):
+        soft labels and the comparison with the teacher are restricted to them. None is all.
       mesh: devices over which every batch is spread, of all processes; each process reads only its
         own rows. None is one device, or with several processes as many devices of each as divide a
         batch.
@@ -85,11 +99,15 @@ def train(
       on_epoch: called after every epoch with its validation metrics.
 
     Raises:
-      InputError: no images, distillation without a teacher, labels missing where needed, a loss
-        that is no longer finite, a batch or mesh that cannot be spread, or checkpoints of another
-        run.
+      InputError: no images, a recipe that needs a teacher without one, labels missing where needed,
+        networks without the features or layers that the recipe names, a loss that is no longer
+        finite, a batch or mesh that cannot be spread, or checkpoints of another run.
     """
-    check_recipe(options, teacher, data.source, data.train)
+    recipe = Recipe.of(forward, config, options, teacher)
+    check_recipe(recipe, params, teacher, data.source, data.train)
+    if classes is not None:
+        count = class_count(recipe, params, data.preprocess)
+        classes = check_classes(options, classes, count)
     devices = _devices(mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         keeper = None
@@ -99,9 +117,9 @@ def train(
             identity |= {"preprocess": to_plain(data.preprocess)}
             identity |= run_identity(params, data.train, data.validation, masks)
             identity |= {"teacher": teacher_identity(teacher)}
+            identity |= {"classes": None if classes is None else classes.tolist()}
             keeper = stack.enter_context(Checkpoints(checkpoints, identity))
-        recipe = Recipe.of(forward, config, options, teacher)
-        program = _OneRun(recipe, params, data, seed, masks, teacher, devices)
+        program = _OneRun(recipe, params, data, seed, masks, teacher, classes, devices)
         report = None if on_epoch is None else lambda _, epoch, found: on_epoch(epoch, found)
         state, (record,) = run_epochs(program, options, keeper, report)
     best = state["best"] if devices is None else jax.device_get(state["best"])
@@ -109,7 +127,8 @@ def train(
 
 
 def check_recipe(
-    options: TrainConfig,
+    recipe: Recipe,
+    params: Params,
     teacher: Teacher | None,
     source: ImageSource,
     indices: Int[np.ndarray, "n"],
@@ -117,14 +136,45 @@ def check_recipe(
     """Refuse what a recipe cannot be trained on.
 
     Raises:
-      InputError: no images, no teacher to distil, or labels missing where needed.
+      InputError: no images, no teacher to distil, labels missing where needed, or networks without
+        the features or layers that the recipe names.
     """
-    if options.distill > 0 and teacher is None:
-        raise InputError("distill > 0 needs a teacher")
+    options = recipe.options
+    for use, wanted in (
+        ("distill > 0", options.distill > 0),
+        ("feature_distill > 0", options.feature_distill > 0),
+        ("choose='teacher'", options.choose == "teacher"),
+    ):
+        if wanted and teacher is None:
+            raise InputError(f"{use} needs a teacher")
+    if options.feature_distill > 0:
+        check_features(recipe.forward, recipe.config, teacher, options.feature_blocks)
+    if options.layer_decay < 1:
+        layer_factors(recipe.config, params, options.layer_decay)
     if options.epochs > 0 and len(indices) == 0:
         raise InputError("training needs at least one image")
     if options.distill < 1 and (source.labels[indices] < 0).any():
         raise InputError("training on labels needs labels; without them set distill to 1.0")
+
+
+def check_classes(
+    options: TrainConfig, classes: Shaped[np.ndarray, "c"], count: int
+) -> Float[np.ndarray, "c"]:
+    """Class weights of a run, from a mask or weights for so many classes.
+
+    Raises:
+      InputError: classes that nothing would use, or that are not the network's.
+    """
+    if options.distill == 0 and options.choose != "teacher":
+        raise InputError("classes: nothing uses them, expected distill > 0 or choose='teacher'")
+    return class_weights(classes, count)
+
+
+def class_count(recipe: Recipe, params: Params, preprocess: Preprocess) -> int:
+    """How many classes a network tells apart, without running it."""
+    side = preprocess.image_size
+    image = jax.ShapeDtypeStruct((1, side, side, preprocess.channels), np.float32)
+    return jax.eval_shape(functools.partial(recipe.forward, recipe.config), params, image).shape[-1]
 
 
 def epoch_order(
@@ -211,21 +261,28 @@ class _OneRun(Program):
         seed: int,
         masks: Params | None,
         teacher: Teacher | None,
+        classes: Float[np.ndarray, "c"] | None,
         devices: list[jax.Device] | None,
     ):
         self._recipe, self._data, self._seed = recipe, data, seed
         self._key = key_data(seed)
         self._params, self._masks = params, masks
         self._teacher_params = teacher.params if teacher else None
+        self._weights = self._classes = classes
+        self._reference = teacher if recipe.options.choose == "teacher" else None
         self._schedule = np.asarray(recipe.options.schedule_steps(len(data.train)), np.float32)
         self.steps = (recipe.options.steps_per_epoch(len(data.train)),)
         self._mesh = self._local_mesh = None
         if devices is not None:
             own = [d for d in devices if d.process_index == distributed.process_index()]
             self._mesh, self._local_mesh = data_mesh(devices), data_mesh(own)
-            self._masks, self._teacher_params, self._schedule, self._key = self._copy_to_all(
-                (self._masks, self._teacher_params, self._schedule, self._key)
+            fixed = (self._masks, self._teacher_params, self._classes, self._schedule, self._key)
+            self._masks, self._teacher_params, self._classes, self._schedule, self._key = (
+                self._copy_to_all(fixed)
             )
+            if self._reference is not None:
+                local = _local_copies(self._teacher_params, self._local_mesh)
+                self._reference = dataclasses.replace(self._reference, params=local)
 
     def _copy_to_all(self, tree: Any) -> Any:
         sharding = NamedSharding(self._mesh, PartitionSpec())
@@ -283,6 +340,7 @@ class _OneRun(Program):
             batch,
             self._masks,
             self._teacher_params,
+            self._classes,
             self._schedule,
             self._key,
             np.int32(epoch),
@@ -294,7 +352,7 @@ class _OneRun(Program):
         return np.asarray(state["rest"]["losses"])[None]
 
     def measure(self, state: State, alive: Bool[np.ndarray, "r"]) -> list[Metrics]:
-        params, data = state["params"], self._data
+        params, data = evaluated(state), self._data
         if self._mesh is not None:
             params = _local_copies(params, self._local_mesh)
         return [
@@ -306,13 +364,21 @@ class _OneRun(Program):
                 data.preprocess,
                 self._recipe.options.batch_size,
                 self._recipe.forward,
+                teacher=self._reference,
+                classes=self._weights,
                 mesh=self._local_mesh,
                 workers=data.workers,
             )
         ]
 
     def keep_best(self, state: State, improved: Bool[np.ndarray, "r"]) -> State:
-        return state | {"best": state["params"]} if improved[0] else state
+        if not improved[0]:
+            return state
+        # The average is copied: the next step takes its memory for the next one.
+        best = state["params"]
+        if "ema" in state["rest"]:
+            best = jax.tree.map(jnp.copy, state["rest"]["ema"])
+        return state | {"best": best}
 
 
 def _local_copies(params: Params, mesh: Mesh) -> Params:

@@ -14,7 +14,11 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import check_choices
-from tapvit_jax.train.evaluate import Forward
+from tapvit_jax.train.classes import class_logits
+from tapvit_jax.train.evaluate import Forward, Teacher
+from tapvit_jax.train.features import apply_with_features, feature_loss
+
+_LAST = ("norm", "fc_norm", "head", "head_dist")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +30,21 @@ class TrainConfig:
       images_per_epoch: length of a pass; None is the whole set. A shorter one takes other random
         images every time, so that sets of different sizes get the same number of steps.
       learning_rate: peak of the schedule.
-      schedule: constant, or cosine to zero.
+      schedule: constant, or cosine to `min_rate`.
+      min_rate: where the cosine ends, as a share of the peak.
       warmup_epochs: linear warm-up before the schedule.
+      layer_decay: factor of the learning rate from a layer to the one before it: the head has 1,
+        the last block `layer_decay`, the embedding the least (see `layer_factors`).
       weight_decay: decoupled, on kernels only.
       distill: weight of the teacher's soft labels against the true ones; 1 needs no labels.
       temperature: of the soft labels.
+      feature_distill: weight of `features.feature_loss` beside the labels' loss.
+      feature_blocks: blocks whose outputs are matched to the teacher's, negative ones from the end;
+        None is what the classifier sees.
+      ema: decay of the moving average of the parameters, which then is what is evaluated and
+        kept as best (see `update`); None evaluates the parameters themselves.
+      choose: what the best epoch is measured by: the validation labels, or agreement with and KL
+        to the teacher, which needs no labels.
       shift: random translation of the training images by up to so many pixels.
       flip: random horizontal mirroring of the training images.
       clip_norm: largest norm of the gradient.
@@ -44,11 +58,17 @@ class TrainConfig:
     images_per_epoch: int | None = None
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"
+    min_rate: float = 0.0
     warmup_epochs: float = 0.0
+    layer_decay: float = 1.0
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     distill: float = 0.0
     temperature: float = 2.0
+    feature_distill: float = 0.0
+    feature_blocks: tuple[int, ...] | None = None
+    ema: float | None = None
+    choose: Literal["labels", "teacher"] = "labels"
     shift: int = 0
     flip: bool = False
     clip_norm: float = 1.0
@@ -59,16 +79,22 @@ class TrainConfig:
     def __post_init__(self):
         check_choices(self)
         images, patience, every = self.images_per_epoch, self.patience, self.checkpoint_steps
+        blocks = self.feature_blocks
         for field, fine, expected in (
             ("epochs", self.epochs >= 0, "0 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("images_per_epoch", images is None or images >= 1, "1 or more, or None"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "more than 0"),
+            ("min_rate", 0 <= self.min_rate <= 1, "0 to 1"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1"),
             ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "0 or more"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
             ("distill", 0 <= self.distill <= 1, "0 to 1"),
             ("temperature", 0 < self.temperature < math.inf, "more than 0"),
+            ("feature_distill", 0 <= self.feature_distill < math.inf, "0 or more"),
+            ("feature_blocks", blocks is None or _is_choice(blocks), "block numbers, or None"),
+            ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or None"),
             ("shift", self.shift >= 0, "0 or more"),
             ("clip_norm", self.clip_norm > 0, "more than 0"),
             ("patience", patience is None or patience >= 1, "1 or more, or None"),
@@ -97,13 +123,8 @@ class TrainConfig:
         return float(steps * self.epochs), float(round(steps * self.warmup_epochs))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Teacher:
-    """A fixed network whose soft labels the student learns."""
-
-    config: Any
-    params: Params
-    forward: Forward = backbone.apply
+def _is_choice(blocks: Any) -> bool:
+    return isinstance(blocks, tuple) and blocks != () and all(type(i) is int for i in blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +174,36 @@ def learning_rate(
     rate = jnp.asarray(options.learning_rate, jnp.float32)
     if options.schedule == "cosine":
         progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
-        rate = rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        fall = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        rate = rate * (options.min_rate + (1.0 - options.min_rate) * fall)
     return rate * jnp.clip((step + 1.0) / jnp.maximum(warmup, 1.0), 0.0, 1.0)
+
+
+def layer_factors(config: Any, params: Params, decay: float) -> Params:
+    """Factor of the learning rate for every parameter: decay^(L + 1 - depth).
+
+    Of L blocks, block i has depth i + 1 (Swin's patch merging belongs to the block behind it), what
+    comes before them 0, and the last normalisation and the heads L + 1.
+
+    Raises:
+      InputError: a network other than a ViT or a Swin, which has no such depths.
+
+    Source: BEiT (2106.08254), as in timm.
+    """
+    if not isinstance(config, backbone.TransformerConfig):
+        raise InputError(
+            f"layer_decay: the network is a {type(config).__name__}, expected a ViT or a Swin"
+        )
+    # Not from the names: a block whose branches are all pruned away has no parameters.
+    last = len(config.blocks) + 1
+
+    def factor(path: Any, _: Any) -> float:
+        name = path[0].key
+        if name.startswith("blocks_"):
+            return decay ** (last - 1 - int(name.removeprefix("blocks_")))
+        return 1.0 if name in _LAST else decay**last
+
+    return jax.tree_util.tree_map_with_path(factor, params)
 
 
 def augment(
@@ -183,13 +232,23 @@ def augment(
 def initial_rest(options: TrainConfig, params: Params, steps: int) -> dict[str, Any]:
     """What a run carries from step to step beside its parameters.
 
-    Keys: moments (the optimizer's), step (taken so far), losses (of the epoch's steps so far).
+    Keys: moments (the optimizer's), step (taken so far), losses (of the epoch's steps so far), and
+    with `options.ema` the average (see `update`).
     """
-    return {
+    rest = {
         "moments": optimizer(options).init(params),
         "step": jnp.zeros((), jnp.int32),
         "losses": jnp.zeros(steps, jnp.float32),
     }
+    if options.ema is not None:
+        # A copy: the step takes what it is given of `rest` for its results.
+        rest["ema"] = jax.tree.map(jnp.copy, params)
+    return rest
+
+
+def evaluated(state: dict[str, Any]) -> Params:
+    """The parameters that a run is judged by: the average where one is kept."""
+    return state["rest"].get("ema", state["params"])
 
 
 def update(
@@ -199,12 +258,16 @@ def update(
     batch: Mapping[str, Array],
     masks: Params | None,
     teacher_params: Params | None,
+    classes: Float[Array, "c"] | None,
     schedule: Float[Array, "2"],
     key: UInt32[Array, "2"],
     epoch: Int[Array, ""],
     i: Int[Array, ""],
 ) -> tuple[Params, dict[str, Any]]:
     """One optimizer step: the only one there is, for one run and under vmap for many.
+
+    With `ema` = d, step t (from 1) moves the average by 1 - min(d, (1 + t) / (10 + t)) of its
+    distance to the new parameters: short runs average over their last tenth instead of their start.
 
     Args:
       recipe: what is fixed when this is compiled.
@@ -213,6 +276,8 @@ def update(
       batch: "image", "label" and "mask" (0 for padding).
       masks: parameter masks; masked entries stay zero.
       teacher_params: for distillation.
+      classes: weights of the classes in the soft labels of teacher and student alike; None is one
+        for each.
       schedule: total and warm-up steps.
       key: data of the run's random key.
       epoch: from 1.
@@ -225,31 +290,56 @@ def update(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), epoch), i)
     images = augment(options, batch["image"], key)
     weight = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1.0)
-    soft = None
-    if options.distill > 0:
-        forward, config = recipe.teacher
-        logits = forward(config, teacher_params, images)
-        soft = jax.nn.softmax(logits.astype(jnp.float32) / options.temperature)
+    soft, wanted = None, None
+    if options.distill > 0 or options.feature_distill > 0:
+        logits, wanted = _forward(options, *recipe.teacher, teacher_params, images)
+        if options.distill > 0:
+            soft = jax.nn.softmax(class_logits(logits, classes, options.temperature))
 
     def loss_fn(params: Params) -> Array:
         if masks is not None:
             # The mask inside the loss zeroes the gradients of pruned entries, so that neither they
             # nor their moments ever leave zero.
             params = jax.tree.map(lambda p, m: p * m, params, masks)
-        logits = recipe.forward(recipe.config, params, images).astype(jnp.float32)
+        logits, features = _forward(options, recipe.forward, recipe.config, params, images)
+        logits = logits.astype(jnp.float32)
         loss = jnp.zeros(logits.shape[0])
         if options.distill < 1:
             hard = jax.nn.one_hot(batch["label"], logits.shape[-1])
             hard = optax.smooth_labels(hard, options.label_smoothing)
             loss += (1.0 - options.distill) * optax.softmax_cross_entropy(logits, hard)
         if soft is not None:
-            soft_loss = optax.softmax_cross_entropy(logits / options.temperature, soft)
+            restricted = class_logits(logits, classes, options.temperature)
+            soft_loss = optax.softmax_cross_entropy(restricted, soft)
             loss += options.distill * options.temperature**2 * soft_loss
+        if wanted:
+            loss += options.feature_distill * feature_loss(features, wanted)
         return (loss * weight).sum()
 
     loss, gradients = jax.value_and_grad(loss_fn)(params)
     updates, moments = optimizer(options).update(gradients, rest["moments"], params)
     rate = learning_rate(options, rest["step"], schedule)
+    if options.layer_decay < 1:
+        factors = layer_factors(recipe.config, params, options.layer_decay)
+        updates = jax.tree.map(lambda u, factor: factor * u, updates, factors)
     params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
     losses = rest["losses"].at[i].set(loss)
-    return params, {"moments": moments, "step": rest["step"] + 1, "losses": losses}
+    after = {"moments": moments, "step": rest["step"] + 1, "losses": losses}
+    if options.ema is not None:
+        t = after["step"].astype(jnp.float32)
+        moved = 1.0 - jnp.minimum(options.ema, (1.0 + t) / (10.0 + t))
+        after["ema"] = jax.tree.map(lambda e, p: e + moved * (p - e), rest["ema"], params)
+    return params, after
+
+
+def _forward(
+    options: TrainConfig,
+    forward: Forward,
+    config: Any,
+    params: Params,
+    images: Float[Array, "b s s ch"],
+) -> tuple[Float[Array, "b c"], list[Array]]:
+    """Logits, and in the same pass the features that are matched, if any."""
+    if options.feature_distill > 0:
+        return apply_with_features(config, params, images, options.feature_blocks)
+    return forward(config, params, images), []

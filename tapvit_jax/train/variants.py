@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tapvit_jax import distributed
 from tapvit_jax.data.base import ImageSource, check_indices
@@ -22,10 +22,12 @@ from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
-from tapvit_jax.train.evaluate import Forward, Metrics, batch_sums
+from tapvit_jax.train.evaluate import Forward, Metrics, Teacher, agreement_sums, batch_sums
 from tapvit_jax.train.finetune import (
     all_devices,
+    check_classes,
     check_recipe,
+    class_count,
     epoch_order,
     even_devices,
     key_data,
@@ -33,7 +35,7 @@ from tapvit_jax.train.finetune import (
     teacher_identity,
 )
 from tapvit_jax.train.loop import Program, State, TrainResult, best_epoch, run_epochs
-from tapvit_jax.train.step import Recipe, Teacher, TrainConfig, initial_rest, update
+from tapvit_jax.train.step import Recipe, TrainConfig, evaluated, initial_rest, update
 
 AXIS = "variants"
 _ONE, _ALL = PartitionSpec(AXIS), PartitionSpec()
@@ -49,6 +51,7 @@ class Variant:
       validation: indices that choose the epoch.
       masks: parameter masks (see `prune.mask.param_masks`), or None.
       seed: for the order of the images and their augmentation.
+      classes: a mask or weights of the device's likely classes (see `finetune.train`), or None.
     """
 
     params: Params
@@ -56,6 +59,7 @@ class Variant:
     validation: Int[np.ndarray, "m"]
     masks: Params | None = None
     seed: int = 0
+    classes: Shaped[np.ndarray, "c"] | None = None
 
 
 def train_variants(
@@ -85,7 +89,7 @@ def train_variants(
       preprocess: how they become the network's input.
       options: the recipe, the same for all.
       forward: logits from (config, params, images).
-      teacher: for `options.distill` > 0, the same for all.
+      teacher: as for `train`, the same for all.
       mesh: the devices to use, of all processes; None is all there are.
       workers: processes that decode images (see `data.pipeline.batches`).
       checkpoints: directory of the checkpoints; emptied when all variants are done.
@@ -101,7 +105,9 @@ def train_variants(
     """
     if not variants:
         return []
-    _check_variants(variants, source, options, teacher)
+    recipe = Recipe.of(forward, config, options, teacher)
+    _check_variants(variants, source, recipe, teacher)
+    classes = _common_classes(variants, recipe, preprocess)
     with contextlib.ExitStack() as stack:
         keeper = None
         if checkpoints is not None:
@@ -113,15 +119,18 @@ def train_variants(
                 "teacher": teacher_identity(teacher),
                 "variants": {
                     str(v): run_identity(one.params, one.train, one.validation, one.masks)
-                    | {"seed": one.seed}
+                    | {
+                        "seed": one.seed,
+                        "classes": None if one.classes is None else classes[v].tolist(),
+                    }
                     for v, one in enumerate(variants)
                 },
             }
             keeper = stack.enter_context(Checkpoints(checkpoints, identity))
-        recipe = Recipe.of(forward, config, options, teacher)
         teacher_params = teacher.params if teacher else None
+        devices = all_devices(mesh)
         program = _ManyRuns(
-            recipe, variants, source, preprocess, teacher_params, all_devices(mesh), workers
+            recipe, variants, source, preprocess, teacher_params, classes, devices, workers
         )
         state, records = run_epochs(program, options, keeper, on_epoch)
         best = program.to_host(state["best"])
@@ -134,7 +143,7 @@ def train_variants(
 def _check_variants(
     variants: Sequence[Variant],
     source: ImageSource,
-    options: TrainConfig,
+    recipe: Recipe,
     teacher: Teacher | None,
 ) -> None:
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), v.params) for v in variants]
@@ -144,13 +153,14 @@ def _check_variants(
         for indices in (variant.train, variant.validation):
             check_indices(indices, source)
         try:
-            check_recipe(options, teacher, source, variant.train)
+            check_recipe(recipe, variant.params, teacher, source, variant.train)
         except InputError as error:
             raise InputError(f"variant {v}: {error}") from error
         # Seen by all processes at once, before any of them waits for the others.
         if len(variant.validation) == 0:
             raise InputError(f"variant {v}: evaluation needs at least one example")
-        if (source.labels[variant.validation] < 0).any():
+        labelled = recipe.options.choose == "labels"
+        if labelled and (source.labels[variant.validation] < 0).any():
             raise InputError(f"variant {v}: evaluation needs labels, found images without one")
 
 
@@ -166,12 +176,28 @@ def _step_all(
     i: Int[Array, ""],
 ) -> tuple[Params, dict[str, Any]]:
     def one(params: Params, rest: Any, batch: Any, fixed: Any, alive: Array) -> Any:
-        arguments = (fixed["masks"], teacher_params, fixed["schedule"], fixed["key"], epoch, i)
-        after = update(recipe, params, rest, batch, *arguments)
+        given = (fixed["masks"], teacher_params, fixed["classes"], fixed["schedule"], fixed["key"])
+        after = update(recipe, params, rest, batch, *given, epoch, i)
         moves = alive & (i < fixed["steps"])
         return jax.tree.map(lambda new, old: jnp.where(moves, new, old), after, (params, rest))
 
     return jax.vmap(one)(params, rest, batch, fixed, alive)
+
+
+def _sums_all(
+    recipe: Recipe,
+    params: Params,
+    batch: dict[str, Array],
+    classes: Float[Array, "v c"] | None,
+    teacher_params: Params | None,
+) -> Float[Array, "v 4"]:
+    def one(params: Params, batch: Any, classes: Array | None) -> Array:
+        if recipe.options.choose == "labels":
+            return batch_sums(recipe.forward, recipe.config, params, batch)
+        against = (recipe.teacher, teacher_params, classes)
+        return agreement_sums(recipe.forward, recipe.config, params, batch, *against)
+
+    return jax.vmap(one)(params, batch, classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +217,7 @@ def _programs(recipe: Recipe, mesh: Mesh, steps: int) -> _Programs:
         functools.partial(_step_all, recipe),
         in_specs=(_ONE, _ONE, _ONE, _ONE, _ONE, _ALL, _ALL, _ALL),
     )
-    sums = functools.partial(batch_sums, recipe.forward, recipe.config)
+    sums = spread(functools.partial(_sums_all, recipe), in_specs=(_ONE, _ONE, _ONE, _ALL))
     first_rest = functools.partial(initial_rest, recipe.options, steps=steps)
 
     def keep(better: Array, new: Params, old: Params) -> Params:
@@ -199,7 +225,7 @@ def _programs(recipe: Recipe, mesh: Mesh, steps: int) -> _Programs:
 
     return _Programs(
         step=jax.jit(step, donate_argnums=1),
-        sums=jax.jit(spread(jax.vmap(sums), in_specs=_ONE)),
+        sums=jax.jit(sums),
         first_rest=jax.jit(spread(jax.vmap(first_rest), in_specs=_ONE)),
         keep=jax.jit(spread(jax.vmap(keep), in_specs=_ONE)),
     )
@@ -218,6 +244,7 @@ class _ManyRuns(Program):
         source: ImageSource,
         preprocess: Preprocess,
         teacher_params: Params | None,
+        classes: list[Float[np.ndarray, "c"]] | None,
         devices: list[jax.Device],
         workers: int,
     ):
@@ -246,6 +273,7 @@ class _ManyRuns(Program):
         self._fixed = self._stack(
             lambda v: {
                 "masks": masks and masks[v],
+                "classes": classes and classes[v],
                 "schedule": np.asarray(options.schedule_steps(len(variants[v].train)), np.float32),
                 "key": key_data(variants[v].seed),
                 "steps": np.int32(self.steps[v]),
@@ -365,13 +393,15 @@ class _ManyRuns(Program):
         }
         total = None
         for batch in self._read(orders):
-            found = self._programs.sums(state["params"], batch)
+            found = self._programs.sums(
+                evaluated(state), batch, self._fixed["classes"], self._teacher_params
+            )
             total = found if total is None else total + found
         sums = self.to_host(total)
         return [Metrics.of_sums(sums[v]) if alive[v] else None for v in range(len(alive))]
 
     def keep_best(self, state: State, improved: Bool[np.ndarray, "r"]) -> State:
-        best = self._programs.keep(self._flags(improved), state["params"], state["best"])
+        best = self._programs.keep(self._flags(improved), evaluated(state), state["best"])
         return state | {"best": best}
 
 
@@ -391,6 +421,23 @@ def _common_masks(variants: Sequence[Variant]) -> list[Params] | None:
     columns = [common(*leaves) for leaves in zip(*flat, strict=True)]
     structure = jax.tree.structure(given[0])
     return [jax.tree.unflatten(structure, row) for row in zip(*columns, strict=True)]
+
+
+def _common_classes(
+    variants: Sequence[Variant], recipe: Recipe, preprocess: Preprocess
+) -> list[Float[np.ndarray, "c"]] | None:
+    """Class weights of all variants, ones where a variant has none; None if none has any."""
+    if all(variant.classes is None for variant in variants):
+        return None
+    count = class_count(recipe, variants[0].params, preprocess)
+    found = [np.ones(count, np.float32)] * len(variants)
+    for v, variant in enumerate(variants):
+        if variant.classes is not None:
+            try:
+                found[v] = check_classes(recipe.options, variant.classes, count)
+            except InputError as error:
+                raise InputError(f"variant {v}: {error}") from error
+    return found
 
 
 def regroup(

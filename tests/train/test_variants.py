@@ -147,6 +147,60 @@ def test_masked_entries_stay_zero():
                 assert not leaf[pruned].any(), path
 
 
+EVERYTHING = dataclasses.replace(
+    OPTIONS,
+    min_rate=0.1,
+    layer_decay=0.7,
+    distill=1.0,
+    feature_distill=0.5,
+    ema=0.8,
+    choose="teacher",
+)
+
+
+def restricted_variants():
+    """As `make_variants`, three of them with likely classes of their own."""
+    classes = [np.array([True, True, False]), None, np.float32([0.5, 2, 1]), np.eye(3)[1] == 0]
+    return [
+        dataclasses.replace(variant, classes=found)
+        for variant, found in zip(make_variants(), classes, strict=True)
+    ]
+
+
+def test_variants_with_every_option_end_as_sequential_runs(tmp_path, monkeypatch):
+    source = make_source().with_labels(np.full(60, -1))
+    monkeypatch.setattr(f"{__name__}.make_source", lambda: source)
+    variants = restricted_variants()
+    found = together(variants, EVERYTHING)
+    for variant, one in zip(variants, found, strict=True):
+        assert_close(one, alone(variant, EVERYTHING, classes=variant.classes))
+        if variant.masks is not None:
+            masks = flatten(variant.masks)
+            for path, leaf in flatten(one.params).items():
+                assert not leaf[np.broadcast_to(np.asarray(masks[path]) == 0, leaf.shape)].any()
+    assert {result.best_epoch for result in found} != {0}
+
+    # And interrupted within an epoch, bit for bit.
+    options = dataclasses.replace(EVERYTHING, checkpoint_epochs=9, checkpoint_steps=3)
+    step, taken = module._ManyRuns.step, []
+
+    def counted(self, state, batch, epoch, i, alive):
+        taken.append((epoch, i))
+        if len(taken) == 8:
+            raise StopError
+        return step(self, state, batch, epoch, i, alive)
+
+    monkeypatch.setattr(module._ManyRuns, "step", counted)
+    with pytest.raises(StopError):
+        together(variants, options, checkpoints=tmp_path / "run")
+    again = together(variants, options, checkpoints=tmp_path / "run")
+    assert taken[8] == (2, 2)
+    for one, other in zip(again, found, strict=True):
+        assert one.record == other.record
+        for path, leaf in flatten(other.params).items():
+            np.testing.assert_array_equal(flatten(one.params)[path], leaf)
+
+
 class StopError(Exception):
     pass
 
@@ -214,6 +268,7 @@ def test_a_finished_variant_reads_no_more_images(monkeypatch):
         ({"validation": np.zeros(0, int)}, "variant 1: evaluation needs at least one example"),
         ({"train": np.array([60])}, "expected 0 to 59"),
         ({"params": {"other": np.zeros(3)}}, "variant 1: has parameters of other shapes"),
+        ({"classes": np.ones(4, bool)}, r"variant 1: classes has shape \(4,\), expected \(3,\)"),
     ],
 )
 def test_bad_variants_are_refused(change, message):

@@ -1,0 +1,76 @@
+"""The classes that a device is likely to see, and logits restricted to them; no labels needed."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from tapvit_jax.errors import InputError
+
+# Added to the logits of excluded classes: their share of a softmax is exactly 0, and 0 times their
+# log-probability is not NaN.
+_EXCLUDED = -1e30
+
+
+def likely_classes(
+    probabilities: Float[np.ndarray, "n c"], share: float = 0.95
+) -> Bool[np.ndarray, "c"]:
+    """The fewest classes that hold a share of the teacher's mean prediction.
+
+    q_c = mean over images of p(c | image); classes are taken by falling q until they sum to
+    `share`, equal ones by their number.
+
+    Args:
+      probabilities: the teacher's predictions on the device's metric or fine-tuning set.
+      share: of the predicted mass to keep; 1 keeps every class of any mass.
+
+    Returns:
+      True for the classes to distil.
+
+    Raises:
+      InputError: no images, rows that are no probabilities, or a share outside (0, 1].
+
+    Source: ours.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if p.ndim != 2 or 0 in p.shape:
+        raise InputError(f"probabilities have shape {p.shape}, expected (images, classes)")
+    if not ((p >= 0).all() and np.allclose(p.sum(axis=1), 1.0, atol=1e-3)):
+        raise InputError("probabilities are no distributions, expected rows that sum to 1")
+    if not 0 < share <= 1:
+        raise InputError(f"share is {share}, expected more than 0, at most 1")
+    mean = p.mean(axis=0)
+    order = np.argsort(-mean, kind="stable")
+    before = np.append(0.0, np.cumsum(mean[order])[:-1])
+    mask = np.zeros(len(mean), bool)
+    # What rounding leaves of the sum must not count as missing.
+    mask[order] = (before < share * mean.sum() * (1 - 1e-9)) & (mean[order] > 0)
+    return mask
+
+
+def class_weights(classes: Shaped[np.ndarray, "c"], count: int) -> Float[np.ndarray, "c"]:
+    """Class weights for a network of `count` classes, from a mask or from weights.
+
+    Raises:
+      InputError: another number of classes, negative or infinite weights, or none above 0.
+    """
+    weights = np.asarray(classes, np.float32)
+    if weights.shape != (count,):
+        raise InputError(f"classes has shape {weights.shape}, expected ({count},)")
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise InputError("classes holds no weights, expected 0 or more, one of them above 0")
+    return weights
+
+
+def class_logits(
+    logits: Float[Array, "b c"], classes: Float[Array, "c"] | None, temperature: float = 1.0
+) -> Float[Array, "b c"]:
+    """Logits z / T + log w, in float32: their softmax is w_c exp(z_c / T) over its sum.
+
+    With weights of 0 and 1 that is the softmax over the chosen classes alone; None is 1 for all.
+    """
+    logits = logits.astype(jnp.float32) / temperature
+    if classes is None:
+        return logits
+    # The inner choice keeps the log of 0 out of the program.
+    log_w = jnp.log(jnp.where(classes > 0, classes, 1.0))
+    return logits + jnp.where(classes > 0, log_w, _EXCLUDED)

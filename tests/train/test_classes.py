@@ -1,0 +1,110 @@
+"""Likely classes, and soft labels restricted to them."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.data.sources import MemorySource
+from tapvit_jax.errors import InputError
+from tapvit_jax.train.classes import class_logits, class_weights, likely_classes
+from tapvit_jax.train.evaluate import Teacher, predict
+
+
+def softmax(logits):
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6), st.floats(0.05, 1.0))
+def test_likely_classes_are_the_fewest_that_hold_the_share(count, seed, share):
+    rng = np.random.default_rng(seed)
+    p = softmax(3 * rng.standard_normal((5, count)))
+    mask, mean = likely_classes(p, share), p.mean(axis=0)
+    assert mean[mask].sum() >= share - 1e-6
+    assert mean[mask].sum() - mean[mask].min() < share
+    assert mean[mask].min() >= mean[~mask].max(initial=0.0)
+
+
+def test_likely_classes_by_hand():
+    p = np.array([[0.9, 0.1, 0.0, 0.0], [0.1, 0.1, 0.8, 0.0]])
+    assert likely_classes(p, 0.5).tolist() == [True, False, False, False]
+    assert likely_classes(p, 0.9).tolist() == [True, False, True, False]
+    assert likely_classes(p, 0.91).tolist() == [True, True, True, False]
+    assert likely_classes(p, 1.0).tolist() == [True, True, True, False]
+    assert likely_classes(np.full((1, 3), 1 / 3), 0.3).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("p", "share", "message"),
+    [
+        (np.zeros((0, 3)), 0.9, r"shape \(0, 3\)"),
+        (np.ones(3) / 3, 0.9, r"shape \(3,\)"),
+        (np.ones((2, 3)), 0.9, "sum to 1"),
+        (np.full((2, 3), np.nan), 0.9, "sum to 1"),
+        (np.array([[-0.5, 1.5]]), 0.9, "sum to 1"),
+        (np.ones((2, 1)), 0.0, "share is 0.0"),
+        (np.ones((2, 1)), 1.1, "share is 1.1"),
+    ],
+)
+def test_bad_predictions_are_refused(p, share, message):
+    with pytest.raises(InputError, match=message):
+        likely_classes(p, share)
+
+
+@given(
+    st.lists(st.booleans(), min_size=6, max_size=6).filter(any),
+    st.integers(0, 10**6),
+    st.floats(0.5, 8.0),
+)
+def test_a_mask_is_the_softmax_over_the_classes_chosen(mask, seed, temperature):
+    logits = np.float32(20 * np.random.default_rng(seed).standard_normal((4, 6)))
+    weights = class_weights(np.array(mask), 6)
+    found = np.asarray(jax.nn.softmax(class_logits(logits, weights, temperature)))
+    expected = softmax(np.float64(logits[:, mask]) / temperature)
+    np.testing.assert_allclose(found[:, mask], expected, atol=1e-5)
+    assert not found[:, np.logical_not(mask)].any()
+
+
+def test_a_weight_of_two_counts_a_class_twice():
+    logits = np.random.default_rng(0).standard_normal((4, 3))
+    found = jax.nn.softmax(class_logits(np.float32(logits), np.float32([1, 2, 0]), 2.0))
+    twice = softmax(logits[:, [0, 1, 1]] / 2)
+    np.testing.assert_allclose(found[:, 0], twice[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(found[:, 1], twice[:, 1] + twice[:, 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (np.ones(4, bool), r"shape \(4,\), expected \(3,\)"),
+        (np.zeros(3, bool), "one of them above 0"),
+        (np.array([1.0, -1.0, 1.0]), "0 or more"),
+        (np.array([1.0, np.inf, 1.0]), "0 or more"),
+        (np.array([1.0, np.nan, 1.0]), "0 or more"),
+    ],
+)
+def test_bad_classes_are_refused(classes, message):
+    with pytest.raises(InputError, match=message):
+        class_weights(classes, 3)
+
+
+def test_predictions_need_no_labels():
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((7, 2, 2, 1)).astype(np.float32)
+    kernel = rng.standard_normal((4, 3)).astype(np.float32)
+    source = MemorySource(images, np.full(7, -1), ["a", "b", "c"])
+
+    def linear(config, params, images):
+        return images.reshape(len(images), -1) @ params
+
+    network, preprocess = Teacher(None, kernel, linear), Preprocess(2, (0.0,), (1.0,), channels=1)
+    indices = np.array([6, 0, 3, 3, 1])
+    found = predict(network, source, indices, preprocess, 2)
+    expected = softmax(np.float64(images[indices].reshape(5, 4)) @ kernel)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert likely_classes(found).shape == (3,)
+    with pytest.raises(InputError, match="at least one image"):
+        predict(network, source, indices[:0], preprocess, 2)

@@ -1,0 +1,431 @@
+"""Features, likely classes, layer-wise rates, moving averages and training without labels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.data.sources import MemorySource
+from tapvit_jax.errors import InputError
+from tapvit_jax.models import backbone
+from tapvit_jax.models.params import flatten
+from tapvit_jax.models.registry import Model
+from tapvit_jax.models.vit import vit_config
+from tapvit_jax.prune.mask import Plan, param_masks, unit_masks
+from tapvit_jax.prune.reshape import reshape, reshape_tree
+from tapvit_jax.prune.units import unit_table
+from tapvit_jax.sharding import data_mesh
+from tapvit_jax.train import finetune
+from tapvit_jax.train.evaluate import evaluate_indices
+from tapvit_jax.train.features import apply_with_features, feature_loss
+from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
+from tapvit_jax.train.step import initial_rest, layer_factors, learning_rate
+from tests.conftest import realistic, tiny_swin
+
+CLASSES = 5
+COUNT = 12
+PREPROCESS = Preprocess(8, (0.0,) * 3, (1.0,) * 3)
+CONFIG = vit_config(
+    image_size=8,
+    patch_size=4,
+    num_classes=CLASSES,
+    depth=2,
+    num_heads=2,
+    embed_dim=8,
+    mlp_ratio=1.0,
+)
+LIKELY = np.array([True, False, True, True, False])
+ALL = TrainConfig(
+    epochs=3,
+    batch_size=4,
+    learning_rate=3e-3,
+    min_rate=0.1,
+    warmup_epochs=0.5,
+    layer_decay=0.6,
+    weight_decay=0.1,
+    label_smoothing=0.1,
+    distill=0.5,
+    temperature=3.0,
+    feature_distill=0.7,
+    feature_blocks=(0, -1),
+    ema=0.8,
+    checkpoint_epochs=1,
+)
+
+
+def make_params(seed, config=CONFIG):
+    shapes = backbone.param_shapes(config)
+    return realistic(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes), seed)
+
+
+def make_data(labels=None):
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((COUNT + 9, 8, 8, 3)).astype(np.float32)
+    drawn = rng.integers(0, CLASSES, len(images))
+    source = MemorySource(images, drawn if labels is None else labels, list("abcde"))
+    return TrainData(source, PREPROCESS, np.arange(COUNT), np.arange(COUNT, len(images)))
+
+
+def make_plan():
+    rng = np.random.default_rng(3)
+    table = unit_table(CONFIG)
+    return Plan(
+        CONFIG, {g.key: rng.random(g.shape) < 0.6 for g in table if g.kind in ("mlp", "vo")}
+    )
+
+
+PLAN = make_plan()
+MASKS = param_masks(CONFIG, unit_masks(PLAN))
+TEACHER = Teacher(CONFIG, make_params(5))
+
+
+def tune(options=ALL, data=None, **changes):
+    arguments = {"seed": 1, "teacher": TEACHER, "classes": LIKELY} | changes
+    start = arguments.pop("model", Model(CONFIG, make_params(0)))
+    return train(start.config, start.params, data or make_data(), options, **arguments)
+
+
+def assert_trees_close(found, expected, **tolerance):
+    found, expected = flatten(found), flatten(expected)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        # The softmax does not see the keys' biases: their gradients are rounding, nothing else.
+        if path[-2:] != ("k", "bias"):
+            np.testing.assert_allclose(found[path], leaf, err_msg="/".join(path), **tolerance)
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """What train() measured after every epoch, as NumPy arrays."""
+    kept, measure = [], finetune._OneRun.measure
+
+    def spy(self, state, alive):
+        kept.append(jax.tree.map(np.array, state))
+        return measure(self, state, alive)
+
+    monkeypatch.setattr(finetune._OneRun, "measure", spy)
+    return kept
+
+
+def test_all_options_equal_a_loop_by_hand(states):
+    # The whole set is one batch, so that the order does not matter.
+    options = dataclasses.replace(ALL, epochs=4, batch_size=COUNT)
+    data = make_data()
+    result = tune(options)
+
+    images = jnp.asarray(data.source.images[:COUNT])
+    hard = np.eye(CLASSES)[data.source.labels[:COUNT]] * 0.9 + 0.1 / CLASSES
+    chosen = np.flatnonzero(LIKELY)
+    last, first = CONFIG, CONFIG.first_blocks(1)
+
+    def soft(logits):
+        return jax.nn.log_softmax(logits[:, chosen] / 3.0)
+
+    def network(params):
+        behind = [backbone.apply_blocks(config, params, images) for config in (first, last)]
+        return backbone.apply(CONFIG, params, images), behind
+
+    teacher_logits, teacher_features = network(TEACHER.params)
+
+    def loss(params):
+        logits, features = network(params)
+        found = 0.5 * -(hard * jax.nn.log_softmax(logits)).sum(axis=1).mean()
+        p = jnp.exp(soft(teacher_logits))
+        found += 0.5 * 9.0 * -(p * soft(logits)).sum(axis=1).mean()
+        for s, t in zip(features, teacher_features, strict=True):
+            error = ((s - t) ** 2).sum(axis=(1, 2)) / (t**2).sum(axis=(1, 2))
+            found += 0.7 * error.mean() / 2
+        return found
+
+    def factor(path, update):
+        exponents = {"blocks_1": 1, "blocks_0": 2, "norm": 0, "head": 0}
+        return update * 0.6 ** exponents.get(path[0].key, 3)
+
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    # Half an epoch of warm-up is no step at all here: Python rounds it to even.
+    rates = optax.cosine_decay_schedule(3e-3, 4, alpha=0.1)
+    chain = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rates, weight_decay=0.1, mask=kernels)
+    )
+    params = jax.tree.map(jnp.asarray, make_params(0))
+    moments, average = chain.init(params), jax.tree.map(np.float64, make_params(0))
+    gradient = jax.jit(jax.value_and_grad(loss))
+    for t in range(1, 5):
+        value, found = gradient(params)
+        updates, moments = chain.update(found, moments, params)
+        updates = jax.tree_util.tree_map_with_path(factor, updates)
+        params = optax.apply_updates(params, updates)
+        d = min(0.8, (1 + t) / (10 + t))
+        average = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, average, params)
+        assert result.record[t]["train_loss"] == pytest.approx(float(value), rel=1e-4)
+        assert_trees_close(states[t]["params"], params, atol=2e-5)
+        assert_trees_close(states[t]["rest"]["ema"], average, atol=2e-5)
+    moved = np.abs(params["head"]["kernel"] - make_params(0)["head"]["kernel"]).max()
+    assert moved > 5e-3
+
+
+def test_the_average_is_what_is_evaluated_and_kept(states):
+    data = make_data()
+    result = tune()
+    assert result.best_epoch > 0
+    for state, row in zip(states, result.record, strict=True):
+        found = evaluate_indices(
+            CONFIG, state["rest"]["ema"], data.source, data.validation, PREPROCESS, 4
+        )
+        assert (row["top1"], row["loss"]) == pytest.approx((found.top1, found.loss), rel=1e-6)
+    for path, leaf in flatten(result.params).items():
+        average = flatten(states[result.best_epoch]["rest"]["ema"])[path]
+        np.testing.assert_array_equal(leaf, average)
+    at_best = states[result.best_epoch]
+    assert (at_best["params"]["head"]["kernel"] != result.params["head"]["kernel"]).any()
+
+
+def test_masked_entries_stay_zero_and_equal_the_reshaped_model(states):
+    model = Model(CONFIG, make_params(0))
+    tune(model=model, masks=MASKS)
+    tune(model=reshape(model, PLAN))
+    masked, reshaped = states[3], states[7]
+    pruned = {path: np.asarray(mask) == 0 for path, mask in flatten(MASKS).items()}
+    assert any(mask.any() for mask in pruned.values())
+    for state in states[:4]:
+        for tree in (state["params"], state["best"], state["rest"]["ema"]):
+            for path, leaf in flatten(tree).items():
+                assert not leaf[np.broadcast_to(pruned[path], leaf.shape)].any(), path
+    for name in ("params", "ema"):
+        found, expected = (
+            tree["params"] if name == "params" else tree["rest"]["ema"]
+            for tree in (masked, reshaped)
+        )
+        assert_trees_close(reshape_tree(PLAN, found), expected, atol=1e-4)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_a_run_interrupted_within_an_epoch_ends_bit_for_bit_the_same(
+    tmp_path, monkeypatch, devices
+):
+    options = dataclasses.replace(ALL, checkpoint_epochs=9, checkpoint_steps=2)
+    mesh = None if devices is None else data_mesh(jax.devices()[:devices])
+    expected = tune(options, masks=MASKS, mesh=mesh)
+    step, taken = finetune._OneRun.step, []
+
+    def counted(self, state, batch, epoch, i, alive):
+        taken.append((epoch, i))
+        if len(taken) == 6:
+            raise StopError
+        return step(self, state, batch, epoch, i, alive)
+
+    monkeypatch.setattr(finetune._OneRun, "step", counted)
+    with pytest.raises(StopError):
+        tune(options, masks=MASKS, mesh=mesh, checkpoints=tmp_path / "run")
+    found = tune(options, masks=MASKS, mesh=mesh, checkpoints=tmp_path / "run")
+    # Three steps an epoch, a checkpoint behind every second of all: the fourth is the last whole.
+    assert taken[6] == (2, 1)
+    assert found.record == expected.record
+    for path, leaf in flatten(expected.params).items():
+        np.testing.assert_array_equal(flatten(found.params)[path], leaf)
+
+
+def test_devices_share_a_batch(states):
+    tune(mesh=data_mesh(jax.devices()[:2]))
+    tune()
+    assert_trees_close(states[3]["rest"]["ema"], states[7]["rest"]["ema"], atol=1e-4)
+
+
+FREE = dataclasses.replace(ALL, distill=1.0, choose="teacher")
+
+
+def test_training_without_labels_measures_against_the_teacher(states):
+    unlabelled = make_data(labels=np.full(COUNT + 9, -1))
+    free, labelled = tune(FREE, unlabelled), tune(FREE)
+    assert free.record == labelled.record
+    assert len({row["loss"] for row in free.record}) == len(free.record)
+
+    images = unlabelled.source.images[unlabelled.validation]
+    teacher = np.asarray(backbone.apply(CONFIG, TEACHER.params, images))[:, LIKELY]
+    log_t = np.asarray(jax.nn.log_softmax(teacher))
+    for state, row in zip(states, free.record, strict=False):
+        logits = np.asarray(backbone.apply(CONFIG, state["rest"]["ema"], images))[:, LIKELY]
+        log_p = np.asarray(jax.nn.log_softmax(logits))
+        kl = (np.exp(log_t) * (log_t - log_p)).sum(axis=1).mean()
+        assert row["loss"] == pytest.approx(kl, rel=1e-4)
+        assert row["top1"] == pytest.approx((log_p.argmax(1) == log_t.argmax(1)).mean())
+
+
+def test_a_student_like_its_teacher_agrees_and_learns_nothing():
+    options = TrainConfig(
+        epochs=1, batch_size=4, distill=1.0, feature_distill=1.0, choose="teacher"
+    )
+    result = tune(options, teacher=Teacher(CONFIG, make_params(0)), classes=None)
+    assert result.record[0]["top1"] == 1.0
+    assert result.record[0]["loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_missing_labels_are_refused_where_they_are_read():
+    labels = np.append(np.zeros(COUNT, int), np.full(9, -1))
+    with pytest.raises(InputError, match="evaluation needs labels"):
+        tune(dataclasses.replace(FREE, choose="labels"), make_data(labels))
+    with pytest.raises(InputError, match="training on labels needs labels"):
+        tune(dataclasses.replace(FREE, distill=0.9), make_data(labels - 1))
+
+
+def by_part(tree):
+    """The values of every part of a network; they must all be alike."""
+    found = {}
+    for path, value in flatten(tree).items():
+        found.setdefault(path[0], set()).add(round(value, 6))
+    assert all(len(values) == 1 for values in found.values())
+    return {name: values.pop() for name, values in found.items()}
+
+
+def test_layer_factors_of_a_vit():
+    config = dataclasses.replace(CONFIG, distilled=True)
+    assert by_part(layer_factors(config, make_params(0, config), 0.5)) == {
+        "patch_embed": 0.125,
+        "pos_embed": 0.125,
+        "cls_token": 0.125,
+        "dist_token": 0.125,
+        "blocks_0": 0.25,
+        "blocks_1": 0.5,
+        "norm": 1.0,
+        "head": 1.0,
+        "head_dist": 1.0,
+    }
+    config = dataclasses.replace(CONFIG, pool="mean", class_token=False)
+    assert by_part(layer_factors(config, make_params(0, config), 0.5))["fc_norm"] == 1.0
+
+
+def test_layer_factors_of_a_swin():
+    config = tiny_swin()
+    assert by_part(layer_factors(config, make_params(0, config), 0.5)) == {
+        "patch_embed": 0.0625,
+        "patch_norm": 0.0625,
+        "blocks_0": 0.125,
+        "blocks_1": 0.25,
+        "blocks_2": 0.5,
+        "norm": 1.0,
+        "head": 1.0,
+    }
+    assert any(path[:2] == ("blocks_2", "merge") for path in flatten(make_params(0, config)))
+
+
+def test_layer_factors_do_not_depend_on_pruned_blocks():
+    params = {k: v for k, v in make_params(0).items() if k != "blocks_1"}
+    assert by_part(layer_factors(CONFIG, params, 0.5))["blocks_0"] == 0.25
+
+
+@pytest.mark.parametrize("kind", ["vit", "mean", "distilled", "swin"])
+@pytest.mark.parametrize("blocks", [None, (0,), (-1, 1)])
+def test_features_come_with_the_logits(kind, blocks):
+    changes = {"mean": {"pool": "mean"}, "distilled": {"distilled": True}}.get(kind, {})
+    config = tiny_swin() if kind == "swin" else dataclasses.replace(CONFIG, **changes)
+    params, images = make_params(0, config), make_data().source.images[:3]
+    logits, features = jax.jit(apply_with_features, static_argnums=(0, 3))(
+        config, params, images, blocks
+    )
+    np.testing.assert_allclose(logits, backbone.apply(config, params, images), atol=1e-5)
+    if blocks is None:
+        expected = [backbone.pooled(config, params, images)]
+    else:
+        counts = sorted({i % len(config.blocks) + 1 for i in blocks})
+        expected = [backbone.apply_blocks(config.first_blocks(n), params, images) for n in counts]
+    for found, wanted in zip(features, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert not np.asarray(feature_loss(features, features)).any()
+
+
+def test_feature_loss_by_hand():
+    student = [np.array([[3.0, 1.0], [0.0, 0.0]]), np.array([[[1.0]], [[2.0]]])]
+    teacher = [np.array([[1.0, 1.0], [2.0, 1.0]]), np.array([[[2.0]], [[2.0]]])]
+    found = feature_loss(student, teacher)
+    np.testing.assert_allclose(found, [(4 / 2 + 1 / 4) / 2, (5 / 5 + 0) / 2])
+
+
+def linear(config, params, images):
+    return images.reshape(len(images), -1)[:, :CLASSES] @ params["kernel"]
+
+
+LINEAR = {"kernel": np.eye(CLASSES, dtype=np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"feature_blocks": (0, 2)}, {}, "2 is no block of the student, expected -2 to 1"),
+        ({"feature_blocks": (-3,)}, {}, "-3 is no block"),
+        (
+            {},
+            {"teacher": Teacher(None, LINEAR, linear)},
+            "the teacher is a NoneType, expected a ViT or a Swin",
+        ),
+        (
+            {},
+            {"model": Model(None, LINEAR), "forward": linear},
+            "the student is a NoneType, expected a ViT or a Swin",
+        ),
+        (
+            {},
+            {"teacher": Teacher(tiny_swin(), make_params(0, tiny_swin()))},
+            r"student have shapes \(\(5, 8\), \(5, 8\)\), of the teacher",
+        ),
+        (
+            {"feature_distill": 0.0},
+            {"model": Model(None, LINEAR), "forward": linear},
+            "layer_decay: the network is a NoneType",
+        ),
+        ({}, {"teacher": None}, "^distill > 0 needs a teacher"),
+        ({"distill": 0.0}, {"teacher": None}, "^feature_distill > 0 needs a teacher"),
+        (
+            {"distill": 0.0, "feature_distill": 0.0, "choose": "teacher"},
+            {"teacher": None},
+            "^choose='teacher' needs a teacher",
+        ),
+        ({"distill": 0.0}, {}, "classes: nothing uses them"),
+        ({}, {"classes": np.ones(4, bool)}, r"classes has shape \(4,\), expected \(5,\)"),
+    ],
+)
+def test_recipes_that_do_not_fit_are_refused(options, changes, message):
+    with pytest.raises(InputError, match=message):
+        tune(dataclasses.replace(ALL, **options), **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"min_rate": 1.1},
+        {"layer_decay": 0.0},
+        {"layer_decay": 1.1},
+        {"feature_distill": -1.0},
+        {"feature_distill": float("inf")},
+        {"feature_blocks": ()},
+        {"feature_blocks": [0]},
+        {"feature_blocks": (0.5,)},
+        {"ema": 0.0},
+        {"ema": 1.0},
+        {"choose": "loss"},
+    ],
+)
+def test_bad_options_are_refused(changes):
+    with pytest.raises(InputError, match=next(iter(changes))):
+        TrainConfig(**changes)
+
+
+def test_the_cosine_ends_at_the_lowest_rate():
+    lengths = jnp.asarray([100, 20], jnp.float32)
+    options = TrainConfig(learning_rate=1e-2, min_rate=0.2)
+    for step, expected in {0: 0.05, 20: 1.0, 60: 0.6, 100: 0.2, 120: 0.2}.items():
+        found = learning_rate(options, jnp.asarray(step), lengths)
+        np.testing.assert_allclose(found, 1e-2 * expected, rtol=1e-5)
+
+
+def test_no_average_is_carried_when_none_is_asked_for():
+    assert "ema" not in initial_rest(TrainConfig(), {"a": np.zeros(2)}, 1)
