@@ -3,11 +3,11 @@
 Needs requirements-peers.txt (`make peers`); nothing else of the package does.
 """
 
-import copy
+import contextlib
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -53,7 +53,8 @@ PEERS: tuple[str, ...] = tuple(_PEERS)
 """Rows of the comparison: a method, and "_whole" where the residual width is left alone."""
 
 _BATCH = 64
-_THREADS = 2  # sums, hence ties, do not depend on how many cores there are
+# Small matrices: two threads take longer than one, many times longer on a busy machine.
+_THREADS = 1
 # What the ratio is tried at, gentlest first. Costs need not fall with the ratio: Torch-Pruning
 # leaves a layer alone that it would have to remove altogether.
 _GRID = (*(i / 20 for i in range(20)), 0.96, 0.97, 0.98, 0.99)
@@ -153,22 +154,12 @@ def torch_pruning(
     network = _timm_network(model)
     if _METHODS[method].needs_gradients:
         _accumulate_gradients(network, images, labels)
-
-    def prune(ratio: float) -> _Trial:
-        pruned = _prune(network, model.config, ratio, method, embedding, seed)
-        config = _config(pruned, model.config)
-        return _Trial(ratio, pruned, config, cost(config))
-
-    found = _search(prune, limits, f"torch-pruning {method}, embedding {embedding}")
-    found.network.zero_grad(set_to_none=True)
-    return PeerModel(found.network, _ours(found, model), found.cost, found.ratio)
-
-
-class _Trial(NamedTuple):
-    ratio: float
-    network: Any
-    config: TransformerConfig
-    cost: Cost
+    with _seeded(seed):
+        pruner = _Pruner(network, model.config, method, embedding)
+    name = f"torch-pruning {method}, embedding {embedding}"
+    ratio = _search(pruner.config_at, limits, name)
+    config = pruner.prune(ratio)
+    return PeerModel(network, _ours(network, config, model), cost(config), ratio)
 
 
 def _check(
@@ -256,90 +247,133 @@ def _ignored(network: Any, embedding: str) -> list[Any]:
     return [m for m in kept if not isinstance(m, torch.nn.Identity)]
 
 
-def _prune(
-    dense: Any,
-    config: TransformerConfig,
-    ratio: float,
-    method: str,
-    embedding: str,
-    seed: int,
-) -> Any:
-    import torch_pruning as tp
-
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     torch, _ = import_timm()
-    network = copy.deepcopy(dense)
-    # Copies of parameters have no gradients.
-    for parameter, original in zip(network.parameters(), dense.parameters(), strict=True):
-        parameter.grad = None if original.grad is None else original.grad.clone()
-    size = config.image_size
-    names = ("pos_embed", "cls_token", "dist_token", "gamma", "bias_table")
-    unwrapped = [(p, p.ndim - 1) for name, p in network.named_parameters() if name.endswith(names)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pruner = tp.pruner.BasePruner(
+        yield
+
+
+class _Pruner:
+    """Torch-Pruning on one network: says what any ratio would leave, and prunes once.
+
+    Groups and scores do not depend on the ratio and are computed once.
+    """
+
+    def __init__(self, network: Any, dense: TransformerConfig, method: str, embedding: str):
+        import torch_pruning as tp
+
+        torch, _ = import_timm()
+        self._network, self._dense = network, dense
+        size, channels = dense.image_size, dense.in_channels
+        unwrapped = ("pos_embed", "cls_token", "dist_token", "gamma", "bias_table")
+        parameters = network.named_parameters()
+        self._pruner = tp.pruner.BasePruner(
             network,
-            (torch.zeros(1, config.in_channels, size, size),),
-            importance=getattr(tp.importance, _METHODS[method].importance)(),
+            (torch.zeros(1, channels, size, size),),
+            importance=_Once(getattr(tp.importance, _METHODS[method].importance)()),
             global_pruning=True,
             isomorphic=_METHODS[method].isomorphic,
-            pruning_ratio=ratio,
             ignored_layers=_ignored(network, embedding),
             num_heads={module.qkv: module.num_heads for module in _attentions(network)},
             # The defaults are dicts that all pruners of a process share.
             in_channel_groups={},
             out_channel_groups={},
-            unwrapped_parameters=unwrapped,
+            unwrapped_parameters=[(p, p.ndim - 1) for n, p in parameters if n.endswith(unwrapped)],
         )
-        pruner.step()
-    for module in _attentions(network):
-        module.head_dim = module.qkv.out_features // (3 * module.num_heads)
-        module.attn_dim = module.num_heads * module.head_dim
-        module.scale = module.head_dim**-0.5
-    return network
+        graph = self._pruner.DG
+        groups = list(graph.get_all_groups(self._pruner.ignored_layers))
+        graph.get_all_groups = lambda **_: iter(groups)
+        # The random method draws its scores here.
+        self.config_at(0.5)
+
+    def _step(self, ratio: float) -> Iterator[Any]:
+        self._pruner.reset()
+        self._pruner.per_step_pruning_ratio = [0.0, ratio]
+        return self._pruner.step(interactive=True)
+
+    def config_at(self, ratio: float) -> TransformerConfig:
+        """The widths that a ratio would leave; nothing is pruned yet."""
+        removed: dict[Any, int] = {}
+        for group in self._step(ratio):
+            for dependency, indices in group:
+                if self._pruner.DG.is_out_channel_pruning_fn(dependency.handler):
+                    removed[dependency.target.module] = len(indices)
+        return _config(self._network, self._dense, removed)
+
+    def prune(self, ratio: float) -> TransformerConfig:
+        """Prune the network itself, and say what it is now."""
+        for group in self._step(ratio):
+            group.prune()
+        self._network.zero_grad(set_to_none=True)
+        for module in _attentions(self._network):
+            module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+            module.attn_dim = module.num_heads * module.head_dim
+            module.scale = module.head_dim**-0.5
+        return _config(self._network, self._dense, {})
 
 
-def _config(network: Any, dense: TransformerConfig) -> TransformerConfig:
-    """The widths that a pruned timm network has."""
+class _Once:
+    """An importance that scores every group once."""
+
+    def __init__(self, importance: Callable[[Any], Any]):
+        self._importance = importance
+        self._scores: dict[Any, Any] = {}
+
+    def __call__(self, group: Any) -> Any:
+        root = group[0].dep
+        key = (root.target.module, root.handler)
+        if key not in self._scores:
+            self._scores[key] = self._importance(group)
+        return self._scores[key]
+
+
+def _config(
+    network: Any, dense: TransformerConfig, removed: Mapping[Any, int]
+) -> TransformerConfig:
+    """The widths of a timm network once so many outputs of its layers are removed."""
     blocks = []
     for block in _blocks(network):
-        dim = block.attn.qkv.out_features // (3 * block.attn.num_heads)
-        blocks.append(BlockConfig(block.attn.num_heads, dim, dim, block.mlp.fc1.out_features))
-    width = network.patch_embed.proj.out_channels
+        qkv, fc1, heads = block.attn.qkv, block.mlp.fc1, block.attn.num_heads
+        dim = (qkv.out_features - removed.get(qkv, 0)) // (3 * heads)
+        blocks.append(BlockConfig(heads, dim, dim, fc1.out_features - removed.get(fc1, 0)))
+    patches = network.patch_embed.proj
+    width = patches.out_channels - removed.get(patches, 0)
     return dataclasses.replace(dense, blocks=tuple(blocks), embed_dim=width)
 
 
-def _ours(found: _Trial, dense: Model) -> Model:
-    state = {name: tensor.numpy() for name, tensor in found.network.state_dict().items()}
-    leaves = flatten(from_timm(found.config, state, "torch-pruning"))
+def _ours(network: Any, config: TransformerConfig, dense: Model) -> Model:
+    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    leaves = flatten(from_timm(config, state, "torch-pruning"))
     # timm scales by the dims that are left, we by those of the dense model: queries make up for it.
-    for i, block in enumerate(_blocks(found.network)):
-        factor = np.float32(block.attn.scale * found.config.block_spec(i).head_dim ** 0.5)
+    for i, block in enumerate(_blocks(network)):
+        factor = np.float32(block.attn.scale * config.block_spec(i).head_dim ** 0.5)
         for path in [path for path in leaves if path[:3] == (f"blocks_{i}", "attn", "q")]:
             leaves[path] = leaves[path] * factor
-    params = jax.tree.map(jnp.asarray, unflatten(leaves))
-    return dense.replace(config=found.config, params=params)
+    return dense.replace(config=config, params=jax.tree.map(jnp.asarray, unflatten(leaves)))
 
 
-def _search(prune: Callable[[float], _Trial], limits: Limits, name: str) -> _Trial:
+def _search(config_at: Callable[[float], TransformerConfig], limits: Limits, name: str) -> float:
     """The first ratio of the grid that meets the limits, then halving between it and the last."""
-    low, found, tried = 0.0, None, []
+    low, high, tried = 0.0, None, []
     for ratio in _GRID:
-        trial = prune(ratio)
-        if within(trial.cost, limits):
-            found = trial
+        found = cost(config_at(ratio))
+        if within(found, limits):
+            high = ratio
             break
-        tried.append(trial.cost)
+        tried.append(found)
         low = ratio
-    if found is None:
+    if high is None:
         nearest = min(tried, key=lambda c: max(getattr(c, unit) / limits[unit] for unit in limits))
         reached = ", ".join(
             f"{unit} {getattr(nearest, unit)} of at most {limit}" for unit, limit in limits.items()
         )
         raise InputError(f"{name}: the budget is out of reach; the smallest reached: {reached}")
-    for _ in range(_HALVINGS if found.ratio else 0):
-        trial = prune((low + found.ratio) / 2)
-        if within(trial.cost, limits):
-            found = trial
+    for _ in range(_HALVINGS if high else 0):
+        middle = (low + high) / 2
+        if within(cost(config_at(middle)), limits):
+            high = middle
         else:
-            low = trial.ratio
-    return found
+            low = middle
+    return high

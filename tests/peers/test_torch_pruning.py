@@ -40,9 +40,6 @@ def scaled_model(tiny_config):
     """As DeiT-III: layer scales, and no positions for the class token."""
     config = dataclasses.replace(tiny_config, layer_scale=True, prefix_positions=False)
     params = realistic(backbone.init(config, jax.random.key(3)), 3)
-    for i in range(len(config.blocks)):
-        for name in ("ls1", "ls2"):
-            params[f"blocks_{i}"][name]["gamma"] += np.float32(0.8)
     return Model(config, params, history={"architecture": "deit3_small_patch16_224"})
 
 
