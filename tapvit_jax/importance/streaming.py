@@ -1,0 +1,170 @@
+"""Statistics of a model over batches: one jitted program a batch, sums that stay on the devices.
+
+A statistic is a pure function of one batch and a way to merge its results. Every device of this
+process takes whole batches of its own; nothing is read back, and nothing travels between devices or
+processes, before the end.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from tapvit_jax import distributed
+from tapvit_jax.errors import InputError
+from tapvit_jax.importance.neurons import group_batches, labelled, stack_group, unpack_batch
+from tapvit_jax.models import backbone
+from tapvit_jax.models.backbone import TransformerConfig
+from tapvit_jax.models.params import Params
+from tapvit_jax.models.registry import Model
+from tapvit_jax.sharding import AXIS, data_mesh, replicate
+
+Sums = Any
+"""A pytree of arrays."""
+
+
+def add(total: Sums, new: Sums, weight: Float[Array, ""]) -> Sums:
+    """The plain sum; weight 0 leaves a batch out."""
+    return jax.tree.map(lambda a, b: a + weight * b, total, new)
+
+
+def as_found(total: Sums) -> Sums:
+    """What `add` collects is a sum already."""
+    return total
+
+
+class Statistic(NamedTuple):
+    """What to collect. All three functions are pure and compare by identity, for jit.
+
+    Attributes:
+      of_batch: (config, params, images, labels, key) -> a pytree of float32 arrays.
+      merge: (total, of a batch, weight 0 or 1) -> total; begins with zeros.
+      sums: on the host, in float64: what `merge` collected as sums that may be added up.
+    """
+
+    of_batch: Callable[[TransformerConfig, Params, Array, Array, Array], Sums]
+    merge: Callable[[Sums, Sums, Array], Sums] = add
+    sums: Callable[[Sums], Sums] = as_found
+
+
+def sum_over_batches(
+    model: Model,
+    batches: Iterable[Any],
+    statistic: Statistic,
+    *,
+    seed: int = 0,
+    max_batches: int = 50,
+    needs_labels: bool = False,
+    mesh: Mesh | None = None,
+) -> Sums:
+    """Sum a statistic over batches, devices and processes.
+
+    Args:
+      model: the model that is looked at.
+      batches: as in `neuron_importance`: of several processes, each brings its own.
+      statistic: what to collect.
+      seed: a key made from it and from the batch's number goes into every batch.
+      max_batches: batches of all processes beyond these are not read.
+      needs_labels: whether batches without labels are refused.
+      mesh: devices of this process that share the batches; by default all.
+
+    Returns:
+      The sums in float64, the same in every process.
+
+    Raises:
+      InputError: no batch with images in any process, or labels missing.
+
+    Source: ours.
+    """
+    key = jax.random.key(seed)
+    usable = _usable_batches(batches, max_batches, needs_labels)
+    devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
+    first = list(itertools.islice(usable, len(devices)))
+    mesh = data_mesh(devices[: max(1, len(first))])
+    params = replicate(model.params, mesh)
+    shapes = _shapes(model.config, statistic)
+    total: Sums = None
+    for group in group_batches(itertools.chain(first, usable), mesh.size):
+        if total is None:
+            total = _zeros(shapes, mesh)
+        stacked = stack_group(group, mesh)
+        total = _add_batches(model.config, statistic, mesh, params, total, *stacked, key)
+    if not any(distributed.gather(np.array(total is not None))):
+        raise InputError("unit importance needs at least one batch with images")
+    if total is None:
+        total = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape)), shapes)
+    found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(total))
+    found = jax.tree.map(lambda leaf: leaf.sum(axis=0), statistic.sums(found))
+    return distributed.sum_over_processes(found)
+
+
+def _usable_batches(
+    batches: Iterable[Any], max_batches: int, needs_labels: bool
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number among the batches of all processes, images and labels of every batch with images."""
+    index, processes = distributed.process_index(), distributed.process_count()
+    most = len(range(index, max_batches, processes))
+    for i, batch in enumerate(itertools.islice(batches, most)):
+        images, labels = unpack_batch(batch)
+        if len(images) == 0:
+            continue
+        if needs_labels and not labelled(labels):
+            raise InputError("the criterion needs batches with labels")
+        labels = np.zeros(len(images), np.int32) if labels is None else labels
+        yield index + i * processes, images, labels
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _add_batches(
+    config: TransformerConfig,
+    statistic: Statistic,
+    mesh: Mesh,
+    params: Params,
+    total: Sums,
+    images: Float[Array, "v b s s ch"],
+    labels: Int[Array, "v b"],
+    numbers: Int[Array, "v"],
+    weights: Float[Array, "v"],
+    key: Array,
+) -> Sums:
+    """Merge every device's batch into its own total."""
+
+    def on_device(params, total, images, labels, numbers, weights, key):
+        key = jax.random.fold_in(key, numbers[0])
+        found = statistic.of_batch(config, params, images[0], labels[0], key)
+        return statistic.merge(total, found, weights[0])
+
+    rows, whole = PartitionSpec(AXIS), PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(whole, rows, rows, rows, rows, rows, whole),
+        out_specs=rows,
+        # Checked, gradients of what all devices have in common would be summed over the devices.
+        check_vma=False,
+    )(params, total, images, labels, numbers, weights, key)
+
+
+def _shapes(config: TransformerConfig, statistic: Statistic) -> Sums:
+    """Shapes of a statistic, which depend neither on the batch size nor on the images."""
+    side, channels = config.image_size, config.in_channels
+    return jax.eval_shape(
+        functools.partial(statistic.of_batch, config),
+        backbone.param_shapes(config),
+        jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+        jax.random.key(0),
+    )
+
+
+def _zeros(shapes: Sums, mesh: Mesh) -> Sums:
+    rows = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=rows), shapes
+    )
