@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -110,6 +110,13 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
     if not found:
         raise InputError("no method is named, expected at least one")
     return found
+
+
+def recovery(method: Method) -> Any:
+    """The closed-form recovery of a method."""
+    from tapvit_jax.prune.recover import RecoverConfig
+
+    return RecoverConfig(method=method.recover)
 
 
 def image_sets(job: Job, device: int, kind: str) -> ImageSets:
