@@ -151,7 +151,8 @@ def torch_pruning(
     """
     _check(model, images, labels, method, embedding)
     limits = budget.limits(model.config)
-    network = _timm_network(model)
+    with _seeded(seed):  # timm draws weights, which are then replaced
+        network = _timm_network(model)
     if _METHODS[method].needs_gradients:
         _accumulate_gradients(network, images, labels)
     with _seeded(seed):
