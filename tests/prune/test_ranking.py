@@ -122,17 +122,18 @@ def test_isomorphic_ranks_every_kind_on_its_own():
             for key, ratio in alone.items():
                 assert rule(t)[key] == pytest.approx(ratio)
     # Ranked together, the large scores win.
-    half = global_rule(SWIN, units)(0.5)
-    assert half == {key: float(key.endswith("mlp")) for key in half}
+    half = counts(SWIN, global_rule(SWIN, units)(0.5))
+    sizes = {group.key: group.shape[-1] for group in unit_table(SWIN) if group.shape}
+    assert half == {key: sizes[key] if key.endswith("mlp") else 0 for key in half}
     # Divided by their mean, they are of one size again.
-    half = global_rule(SWIN, units, normalize=True)(0.5)
-    assert all(0 < ratio < 1 for ratio in half.values())
+    half = counts(SWIN, global_rule(SWIN, units, normalize=True)(0.5))
+    assert all(0 < count < sizes[key] for key, count in half.items())
 
 
 def test_normalised_kinds_without_scores_are_left_alone():
     units = {key: np.zeros(4) for key in MLP_UNITS}
     rule = global_rule(MLP_ONLY, units, normalize=True, kinds=["mlp"])
-    assert rule(0.5) == {"blocks_0/mlp": 0.5, "blocks_1/mlp": 0.5}
+    assert counts(MLP_ONLY, rule(0.5)) == {"blocks_0/mlp": 2, "blocks_1/mlp": 2}
 
 
 def test_coupled_dims_keep_one_count():
