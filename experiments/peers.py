@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -58,6 +58,7 @@ _THREADS = 1
 # What the ratio is tried at, gentlest first. Costs need not fall with the ratio: Torch-Pruning
 # leaves a layer alone that it would have to remove altogether.
 _GRID = (*(i / 20 for i in range(20)), 0.96, 0.97, 0.98, 0.99)
+_REFINED = 41
 _HALVINGS = 9
 
 
@@ -356,21 +357,35 @@ def _ours(network: Any, config: TransformerConfig, dense: Model) -> Model:
 
 
 def _search(config_at: Callable[[float], TransformerConfig], limits: Limits, name: str) -> float:
-    """The first ratio of the grid that meets the limits, then halving between it and the last."""
-    low, high, tried = 0.0, None, []
-    for ratio in _GRID:
+    """The first ratio of the grid that meets the limits, then halving between it and the last.
+
+    Where none does, the grid is refined around the one that came closest.
+    """
+
+    def excess(ratio: float) -> float:
         found = cost(config_at(ratio))
-        if within(found, limits):
-            high = ratio
-            break
-        tried.append(found)
-        low = ratio
-    if high is None:
-        nearest = min(tried, key=lambda c: max(getattr(c, unit) / limits[unit] for unit in limits))
+        return max(getattr(found, unit) / max(limit, 1) for unit, limit in limits.items())
+
+    def scan(ratios: Sequence[float]) -> dict[float, float]:
+        tried: dict[float, float] = {}
+        for ratio in ratios:
+            tried[ratio] = excess(ratio)
+            if tried[ratio] <= 1:
+                break
+        return tried
+
+    tried = scan(_GRID)
+    if min(tried.values()) > 1:
+        nearest = _GRID.index(min(tried, key=tried.__getitem__))
+        ends = _GRID[max(nearest - 1, 0)], _GRID[min(nearest + 1, len(_GRID) - 1)]
+        tried = scan(np.linspace(*ends, _REFINED).tolist())
+    if min(tried.values()) > 1:
+        smallest = cost(config_at(min(tried, key=tried.__getitem__)))
         reached = ", ".join(
-            f"{unit} {getattr(nearest, unit)} of at most {limit}" for unit, limit in limits.items()
+            f"{unit} {getattr(smallest, unit)} of at most {limit}" for unit, limit in limits.items()
         )
         raise InputError(f"{name}: the budget is out of reach; the smallest reached: {reached}")
+    low, high = [0.0, *tried][-2:]
     for _ in range(_HALVINGS if high else 0):
         middle = (low + high) / 2
         if within(cost(config_at(middle)), limits):
