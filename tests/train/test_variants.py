@@ -155,16 +155,15 @@ EVERYTHING = dataclasses.replace(
     feature_distill=0.5,
     ema=0.8,
     choose="teacher",
+    checkpoint_epochs=9,
+    checkpoint_steps=3,
 )
 
 
 def restricted_variants():
-    """As `make_variants`, three of them with likely classes of their own."""
-    classes = [np.array([True, True, False]), None, np.float32([0.5, 2, 1]), np.eye(3)[1] == 0]
-    return [
-        dataclasses.replace(variant, classes=found)
-        for variant, found in zip(make_variants(), classes, strict=True)
-    ]
+    """Two runs, one with masks and likely classes, one with neither."""
+    _, masked, plain, _ = make_variants()
+    return [dataclasses.replace(masked, classes=np.array([True, False, True])), plain]
 
 
 def test_variants_with_every_option_end_as_sequential_runs(tmp_path, monkeypatch):
@@ -181,7 +180,6 @@ def test_variants_with_every_option_end_as_sequential_runs(tmp_path, monkeypatch
     assert {result.best_epoch for result in found} != {0}
 
     # And interrupted within an epoch, bit for bit.
-    options = dataclasses.replace(EVERYTHING, checkpoint_epochs=9, checkpoint_steps=3)
     step, taken = module._ManyRuns.step, []
 
     def counted(self, state, batch, epoch, i, alive):
@@ -192,8 +190,8 @@ def test_variants_with_every_option_end_as_sequential_runs(tmp_path, monkeypatch
 
     monkeypatch.setattr(module._ManyRuns, "step", counted)
     with pytest.raises(StopError):
-        together(variants, options, checkpoints=tmp_path / "run")
-    again = together(variants, options, checkpoints=tmp_path / "run")
+        together(variants, EVERYTHING, checkpoints=tmp_path / "run")
+    again = together(variants, EVERYTHING, checkpoints=tmp_path / "run")
     assert taken[8] == (2, 2)
     for one, other in zip(again, found, strict=True):
         assert one.record == other.record
