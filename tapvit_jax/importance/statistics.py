@@ -86,7 +86,8 @@ def _tap_moments(taps: Taps) -> dict[str, Moments]:
         found["vo"] = _moments(out.reshape(out.shape[0] * out.shape[1], *out.shape[2:]))
     if "mlp" in taps:
         hidden = taps["mlp"]
-        found["mlp"] = _moments(hidden.reshape(-1, hidden.shape[-1]))
+        # No -1: a width of zero has no size to infer from.
+        found["mlp"] = _moments(hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]))
     return found
 
 
