@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.config import ExperimentConfig
 from experiments.job import Job
-from experiments.methods import PEER, SETS, Method, recovery
+from experiments.methods import PEER, RECOVERIES, SETS, Method
 from tapvit_jax.convert.weights import fingerprint
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash
@@ -169,8 +169,7 @@ def seed_config(config: ExperimentConfig, grid: Grid, seed: int) -> ExperimentCo
 def _content(config: ExperimentConfig, method: Method, epochs: int) -> dict[str, Any]:
     """What a method and its fine-tuning add to a cell's identity."""
     content = {"method": to_plain(method), "prune": to_plain(method.prune(config.prune))}
-    if method.recover != "none":
-        content["recover"] = to_plain(recovery(method))
+    content["recover"] = to_plain(RECOVERIES[method.recover])
     if epochs:
         content["recipe"] = to_plain(recipe(config, epochs))
         content["recover_on"] = config.recover_on

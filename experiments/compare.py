@@ -37,7 +37,7 @@ from experiments.cells import (
 )
 from experiments.config import ExperimentConfig, identity
 from experiments.job import UNITS, Found, ImageSets, Job, on_main
-from experiments.methods import DEFAULT_METHODS, PEER, SETS, find_methods, image_sets, recovery
+from experiments.methods import DEFAULT_METHODS, PEER, RECOVERIES, SETS, find_methods, image_sets
 from experiments.peers import PEERS, available
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
@@ -234,9 +234,7 @@ class Comparison:
         method, budget = self.grid.methods[cell.method], parse_budget(cell.budget)
         title = f"{cell.method}, {cell.set}"
         if method.widths == PEER:
-            # As many images as our criteria read at most.
-            most = job.config.prune.neurons.max_batches * job.config.prune.batch_size
-            return None, job.peer(title, sets.metric[:most], method.criterion, budget)
+            return None, job.peer(title, sets.metric, method.criterion, budget)
         prune = method.prune(job.config.prune)
         # Before any work: a budget that cannot be met is refused now.
         check_budget(job.dense_config, budget, prune.allocate)
@@ -245,9 +243,7 @@ class Comparison:
         if method.widths != "uniform":
             layers = job.layer_scores(title, sets.metric, units, prune)
         plan = job.plan_from(units, layers, prune.allocate, budget)
-        if method.recover == "none":
-            return plan, job.pruned(plan)
-        return plan, job.compensate(title, plan, sets, recovery(method))
+        return plan, job.compensate(title, plan, sets, RECOVERIES[method.recover])
 
     def _finetuned(
         self, job: Job, cell: Cell, sets: ImageSets, plan: Found | None, start: Found

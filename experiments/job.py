@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -53,6 +53,7 @@ from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks
+from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.stages import Artefact, Stages, all_succeed
 from tapvit_jax.structs import to_plain
@@ -60,9 +61,6 @@ from tapvit_jax.train.evaluate import evaluate_indices
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 from tapvit_jax.train.variants import Variant, train_variants
 from tapvit_jax.versions import library_versions
-
-if TYPE_CHECKING:
-    from tapvit_jax.prune.recover import RecoverConfig
 
 SELECTED, ORACLE = "selected", "oracle"
 
@@ -543,18 +541,20 @@ class Job:
         """The masked model without any recovery."""
         return Found(plan.key, apply_masks(self.dense, plan.value))
 
-    def compensate(
-        self, title: str, plan: Found, sets: ImageSets, options: "RecoverConfig"
-    ) -> Found:
+    def compensate(self, title: str, plan: Found, sets: ImageSets, options: RecoverConfig) -> Found:
         """The masked model, in dense shapes, after closed-form recovery on the metric dataset."""
         if options.method == "none":
             return self.pruned(plan)
 
         def compute(step, scratch):
-            from tapvit_jax.prune.recover import recover
-
-            found = self._even_batches(sets.metric, _BATCH)
-            return _to_arrays(recover(self.dense, plan.value, found, config=options).params), {}
+            found = recover(
+                self.dense,
+                plan.value,
+                self._even_batches(sets.metric, _BATCH),
+                config=options,
+                on_share=step.advance,
+            )
+            return _to_arrays(found.params), {}
 
         inputs = {
             "plan": plan.key,

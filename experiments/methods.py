@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -14,17 +14,28 @@ from tapvit_jax.importance.neurons import Method as Composite
 from tapvit_jax.importance.neurons import NeuronConfig
 from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.prune.allocate import AllocateConfig
+from tapvit_jax.prune.recover import RecoverConfig
 
 SETS = {
     SELECTED: "chosen by the device's mixture",
     "random": "as many random public images",
-    "pool": "the whole public pool",
+    "pool": "the public pool, as many images of it as criteria read at most",
     ORACLE: "the device's own private-train images (simulation only: no cloud has them)",
 }
 """Metric sets by name, and what they are."""
 
 PEER = "peer"
-RECOVERIES = ("none", "mean", "ridge")
+RECOVERIES = {
+    "none": RecoverConfig("none"),
+    "mean": RecoverConfig("mean"),
+    "ridge": RecoverConfig(),
+    "parallel": RecoverConfig(order="parallel"),
+    "kept": RecoverConfig(attention="kept"),
+    "headless": RecoverConfig(head=False),
+    "corp": RecoverConfig(order="parallel", attention="kept", head=False),
+}
+"""Closed-form recoveries by name: ours is "ridge", "corp" all that CORP does, others between."""
+
 _WIDTHS = ("sensitivity", "softmax", "uniform")
 
 
@@ -36,7 +47,7 @@ class Method:
       criterion: name in `CRITERIA`, or of an external peer.
       widths: "sensitivity" or "softmax" (see `AllocateConfig`); "uniform", the same share of every
         layer; "published", all of TAP-ViTs' rules; "peer" leaves everything to the peer.
-      recover: closed-form recovery behind it: "none", "mean" or "ridge".
+      recover: closed-form recovery behind it, a name in `RECOVERIES`.
     """
 
     criterion: str
@@ -58,7 +69,7 @@ class Method:
             layers = LayerConfig.as_published()
             layers = dataclasses.replace(layers, max_batches=base.layers.max_batches)
             allocate = AllocateConfig.as_published()
-        else:
+        elif self.widths != PEER:
             rule = "softmax" if self.widths == "uniform" else self.widths
             allocate = dataclasses.replace(allocate, widths=rule)
         return PruneConfig(neurons, layers, allocate, base.batch_size)
@@ -78,7 +89,7 @@ def _methods() -> dict[str, Method]:
 
 
 METHODS = _methods()
-"""Methods by name: CRITERION[_softmax|_uniform][_mean|_ridge], and "ours", the defaults."""
+"""Methods by name: CRITERION[_softmax|_uniform][_RECOVERY], and "ours", the defaults."""
 
 DEFAULT_METHODS = (
     *("ours", "tap", "tap_mean", "tap_published", "tap_published_ridge"),
@@ -104,27 +115,22 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
             found[name] = METHODS[name]
         else:
             raise InputError(
-                f"method is {name!r}, expected ours or CRITERION[_softmax|_uniform][_mean|_ridge] "
-                f"with a criterion of {', '.join((*CRITERIA, *peers))}"
+                f"method is {name!r}, expected ours or CRITERION[_softmax|_uniform][_RECOVERY]; "
+                f"criteria are {', '.join((*CRITERIA, *peers))}; recoveries {', '.join(RECOVERIES)}"
             )
     if not found:
         raise InputError("no method is named, expected at least one")
     return found
 
 
-def recovery(method: Method) -> Any:
-    """The closed-form recovery of a method."""
-    from tapvit_jax.prune.recover import RecoverConfig
-
-    return RecoverConfig(method=method.recover)
-
-
 def image_sets(job: Job, device: int, kind: str) -> ImageSets:
-    """A device's images of one of `SETS`."""
+    """A device's images of one of `SETS`; no more metric images than criteria read at most."""
     found = job.image_sets(device, kind)
     if kind == "pool":
         # Sorted by class, the first batches would hold few classes. One order for all devices, so
         # that they share its scores.
         order = np.random.default_rng([job.seed, len(job.parts.devices)])
         found = dataclasses.replace(found, metric=order.permutation(found.metric))
-    return found
+    prune = job.config.prune
+    most = prune.neurons.max_batches * prune.batch_size
+    return dataclasses.replace(found, metric=found.metric[:most])

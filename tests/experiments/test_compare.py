@@ -39,7 +39,7 @@ from tests.experiments import tiny_sweep
 
 ROOT = Path(__file__).parents[2]
 IMPOSSIBLE = "macs=0.0001"
-NAMES = ("magnitude_l2", "random_uniform")
+NAMES = ("magnitude_l2", "random_uniform_ridge")
 
 
 def tiny():
@@ -265,7 +265,7 @@ def compiled():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, compiled):
-    """Two methods, two sets, two devices, and a budget that cannot be met."""
+    """Two methods, one of them recovered, two sets and devices, and an impossible budget."""
     workdir = tmp_path_factory.mktemp("compare") / "work"
     found = Comparison(
         tiny(), grid(budgets=("macs=0.6", IMPOSSIBLE)), workdir, command="told", quiet=True
@@ -281,6 +281,7 @@ def test_what_cells_share_is_computed_once(finished):
     # Two methods on two sets of two devices; uniform widths need no layer scores. Two models are
     # evaluated for every plan, the dense ones once a device.
     assert (made["units"], made["layers"], made["plan"]) == (8, 4, 8)
+    assert made["compensate"] == 4
     assert made["evaluate"] == 8 + 2 and "recover" not in made
 
 
@@ -302,7 +303,7 @@ def test_the_report_stands_on_its_own(finished):
     workdir = finished[0].workdir
     page, text = ((workdir / f"compare.{s}").read_text() for s in ("html", "md"))
     assert page.count("<svg") == 5 and "<script" not in page and "src=" not in page
-    for word in ("magnitude_l2", "random_uniform", "Mean rank", "Metric sets", "Cells that failed"):
+    for word in (*NAMES, "Mean rank", "Metric sets", "Cells that failed"):
         assert word in page and word in text
     assert "smallest feasible" in text and "    told" in text
 
@@ -342,7 +343,8 @@ def test_a_grown_grid_computes_only_what_is_new(finished):
     again = Comparison(tiny(), shared, found.workdir, quiet=True)
     assert again.run() == {}
     # The dense model of the config's seed serves both; the second seed has images of its own.
-    assert counts(again) == {"units": 2, "plan": 2, "evaluate": 2}
+    # The first seed's plans are there, but were not evaluated without recovery.
+    assert counts(again) == {"units": 2, "plan": 2, "evaluate": 4}
 
 
 def test_another_config_is_refused_by_field(finished):
