@@ -175,7 +175,8 @@ def _markdown_cell(text: str) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", _MINUS)
+    # Adding zero makes a plain zero of what rounds to minus zero.
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", _MINUS)
 
 
 def _mean_text(found: Mapping[str, Any], show: Callable[[float], str] = "{:.1f}".format) -> str:

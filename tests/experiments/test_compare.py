@@ -490,6 +490,12 @@ def test_metric_sets_are_paired_over_devices():
     assert table["gap_closed"]["share"] == pytest.approx(6 / 10.15)
 
 
+def test_no_difference_rounds_to_minus_zero():
+    found = [row("a", 70.04, dense_top1=70.05), row("b", 68.85, dense_top1=70.05)]
+    _, to_dense, *_ = comparison.tables(comparison.summarize(found, "a"))
+    assert [cells[1][:4] for cells in to_dense.rows] == ["+0.0", "−1.2"]  # noqa: RUF001
+
+
 def test_tables_say_what_is_not_there_and_escape_what_is():
     found = [row("a|<b>", 70.0), row("c", 60.0), row("c", 50.0, budget="macs=0.25")]
     for table in comparison.tables(comparison.summarize(found, "c")):
