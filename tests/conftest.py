@@ -12,6 +12,8 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", __file__.removesuffix("tests/conftest.py") + ".pytest_cache/jax"
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Tests compile far more than they compute.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import dataclasses
 

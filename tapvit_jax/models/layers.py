@@ -146,6 +146,7 @@ class Attention(nn.Module):
             if spec.shift:
                 logits = logits + shift_mask(spec.grid, spec.window, spec.shift)[:, None]
         attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        taps["attention"] = attention
         out = jnp.swapaxes(attention @ v, -2, -3)
         taps["vo"] = out
         out = _apply_gate(_apply_gate(out, gates, "vo"), gates, "head")
@@ -234,7 +235,8 @@ class Block(nn.Module):
     """Pre-norm transformer block; a branch that was pruned away is the identity.
 
     Taps: "mlp" (b, n, f) after GELU; "vo" (b, n, h, v), the heads' outputs before the projection;
-    "q" and "k" (b, n, h, k). With windows, the last three have (w, m) in place of n.
+    "q" and "k" (b, n, h, k); "attention" (b, h, n, n), a row of weights for every query. With
+    windows, all but the first have (w, m) in place of n, and "attention" is (b, w, h, m, m).
     """
 
     spec: BlockSpec

@@ -1,0 +1,182 @@
+"""Second moments of features and targets, streamed in float32, and ridge regression from them.
+
+Letters: r rows, f features, t targets.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tapvit_jax import distributed
+
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, np.inf)
+"""Ridge penalties that are tried, as multiples of the mean eigenvalue; infinity changes nothing."""
+
+# Without held-out rows to choose by.
+_DEFAULT_PENALTY = 1e-2
+_TINY = 1e-30
+
+
+class Moments(NamedTuple):
+    """Weighted sums over rows of features x and targets y, centred.
+
+    Attributes:
+      weight: sum of the rows' weights.
+      mean_x: weighted mean of the features.
+      mean_y: weighted mean of the targets.
+      xx: sum of w (x - mean)(x - mean)^T.
+      xy: sum of w (x - mean)(y - mean)^T.
+    """
+
+    weight: Float[Array, ""]
+    mean_x: Float[Array, "f"]
+    mean_y: Float[Array, "t"]
+    xx: Float[Array, "f f"]
+    xy: Float[Array, "f t"]
+
+    def select(self, kept: Int[np.ndarray, "k"]) -> "Moments":
+        """The moments of some of the features."""
+        rows = self.xx[kept][:, kept]
+        return self._replace(mean_x=self.mean_x[kept], xx=rows, xy=self.xy[kept])
+
+    def project(self, basis: Float[np.ndarray, "f k"]) -> "Moments":
+        """The moments of linear combinations of the features."""
+        xx = basis.T @ self.xx @ basis
+        return self._replace(mean_x=self.mean_x @ basis, xx=xx, xy=basis.T @ self.xy)
+
+    def with_linear_target(self, weights: Float[np.ndarray, "f t"]) -> "Moments":
+        """The same features, with x @ weights for targets."""
+        return self._replace(mean_y=self.mean_x @ weights, xy=self.xx @ weights)
+
+
+def no_moments(features: int, targets: int) -> Moments:
+    """The moments of no rows."""
+    shapes = ((), (features,), (targets,), (features, features), (features, targets))
+    return Moments(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+
+
+def row_moments(
+    x: Float[Array, "r f"], y: Float[Array, "r t"], weights: Float[Array, "r"]
+) -> Moments:
+    """Moments of some rows. Pure and traceable; statistics are float32 whatever the rows are."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    weight = weights.sum()
+    shares = weights / jnp.maximum(weight, _TINY)
+    mean_x, mean_y = shares @ x, shares @ y
+    x, y = x - mean_x, y - mean_y
+    weighted = (x * weights[:, None]).T
+    return Moments(weight, mean_x, mean_y, weighted @ x, weighted @ y)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the rows of both, without loss to cancellation. Serves JAX and NumPy arrays."""
+    weight = a.weight + b.weight
+    share = b.weight / (weight + _TINY)
+    dx, dy = b.mean_x - a.mean_x, b.mean_y - a.mean_y
+    scale = a.weight * share
+    return Moments(
+        weight,
+        a.mean_x + share * dx,
+        a.mean_y + share * dy,
+        a.xx + b.xx + scale * dx[:, None] * dx,
+        a.xy + b.xy + scale * dx[:, None] * dy,
+    )
+
+
+def merge_all(parts: Sequence[Moments]) -> Moments:
+    """Moments of the rows of all parts."""
+    return functools.reduce(merge, parts)
+
+
+def on_host(moments: Moments) -> Moments:
+    """Float64 moments of all devices (the leading axis) and processes, the same on each."""
+    found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(moments))
+    whole = merge_all([Moments(*leaves) for leaves in zip(*found, strict=True)])
+    if distributed.process_count() == 1:
+        return whole
+    outer = whole.weight * whole.mean_x[:, None]
+    sums = Moments(
+        whole.weight,
+        whole.weight * whole.mean_x,
+        whole.weight * whole.mean_y,
+        whole.xx + outer * whole.mean_x,
+        whole.xy + outer * whole.mean_y,
+    )
+    sums = distributed.sum_over_processes(sums)
+    mean_x, mean_y = sums.mean_x / sums.weight, sums.mean_y / sums.weight
+    outer = sums.mean_x[:, None]
+    return Moments(sums.weight, mean_x, mean_y, sums.xx - outer * mean_x, sums.xy - outer * mean_y)
+
+
+class Ridge:
+    """Ridge regression on features whose moments come in one part or, to choose by, in two.
+
+        minimise sum w |x A + b - y|^2 + penalty s |A - centre|^2,   s = mean eigenvalue of xx
+
+    The penalty is the one of `PENALTIES` with the least squared error on the other part, both ways.
+    Dead and duplicate features, or fewer rows than features, leave A where the centre is. Source:
+    ours.
+    """
+
+    def __init__(self, folds: Sequence[Moments]):
+        self._total = merge_all(folds)
+        self._halves = [fold for fold in folds if fold.weight > 0]
+        held_out = self._halves if len(self._halves) == 2 else []
+        self._bases = [_eigen(fold.xx) for fold in held_out]
+        self._basis = _eigen(self._total.xx)
+
+    def solve(
+        self, folds: Sequence[Moments], centre: Float[np.ndarray, "f t"]
+    ) -> tuple[Float[np.ndarray, "f t"], Float[np.ndarray, "t"]]:
+        """A and b for the targets of `folds`, whose features are those of this object."""
+        halves = [fold for fold in folds if fold.weight > 0]
+        penalty = _DEFAULT_PENALTY
+        if self._bases:
+            first, second = halves
+            errors = [
+                _held_out_errors(*job, centre)
+                for job in ((self._bases[0], first, second), (self._bases[1], second, first))
+            ]
+            penalty = PENALTIES[int(np.argmin(np.sum(errors, axis=0)))]
+        total = merge_all(folds)
+        weights = centre + _shrunk(self._basis, total.xy - total.xx @ centre, penalty)
+        return weights, total.mean_y - total.mean_x @ weights
+
+
+def _eigen(xx: Float[np.ndarray, "f f"]) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = np.linalg.eigh(xx)
+    return np.maximum(values, 0.0), vectors
+
+
+def _shrunk(
+    basis: tuple[np.ndarray, np.ndarray], xy: Float[np.ndarray, "f t"], penalty: float
+) -> Float[np.ndarray, "f t"]:
+    values, vectors = basis
+    scale = values.mean() if values.size else 0.0
+    if np.isinf(penalty) or scale <= 0:
+        return np.zeros_like(xy)
+    return vectors @ ((vectors.T @ xy) / (values + penalty * scale)[:, None])
+
+
+def _held_out_errors(
+    basis: tuple[np.ndarray, np.ndarray],
+    fitted: Moments,
+    other: Moments,
+    centre: Float[np.ndarray, "f t"],
+) -> list[float]:
+    """Squared error on the other part for every penalty, up to a constant."""
+    own = fitted.xy - fitted.xx @ centre
+    residual = other.xy - other.xx @ centre
+    errors = []
+    for penalty in PENALTIES:
+        change = _shrunk(basis, own, penalty)
+        weights = centre + change
+        gap = other.mean_y - fitted.mean_y - (other.mean_x - fitted.mean_x) @ weights
+        error = (change * (other.xx @ change - 2 * residual)).sum()
+        errors.append(float(error + other.weight * np.square(gap).sum()))
+    return errors
