@@ -157,10 +157,16 @@ def _shrunk(
     basis: tuple[np.ndarray, np.ndarray], xy: Float[np.ndarray, "f t"], penalty: float
 ) -> Float[np.ndarray, "f t"]:
     values, vectors = basis
+    return vectors @ _divided(values, vectors.T @ xy, penalty)
+
+
+def _divided(
+    values: Float[np.ndarray, "f"], xy: Float[np.ndarray, "f t"], penalty: float
+) -> Float[np.ndarray, "f t"]:
     scale = values.mean() if values.size else 0.0
     if np.isinf(penalty) or scale <= 0:
         return np.zeros_like(xy)
-    return vectors @ ((vectors.T @ xy) / (values + penalty * scale)[:, None])
+    return xy / (values + penalty * scale)[:, None]
 
 
 def _held_out_errors(
@@ -170,13 +176,17 @@ def _held_out_errors(
     centre: Float[np.ndarray, "f t"],
 ) -> list[float]:
     """Squared error on the other part for every penalty, up to a constant."""
-    own = fitted.xy - fitted.xx @ centre
-    residual = other.xy - other.xx @ centre
+    values, vectors = basis
+    own = vectors.T @ (fitted.xy - fitted.xx @ centre)
+    # Everything in the basis in which the penalty only divides.
+    curvature = vectors.T @ other.xx @ vectors
+    residual = vectors.T @ (other.xy - other.xx @ centre)
+    step = other.mean_x - fitted.mean_x
+    miss = other.mean_y - fitted.mean_y - step @ centre
+    step = step @ vectors
     errors = []
     for penalty in PENALTIES:
-        change = _shrunk(basis, own, penalty)
-        weights = centre + change
-        gap = other.mean_y - fitted.mean_y - (other.mean_x - fitted.mean_x) @ weights
-        error = (change * (other.xx @ change - 2 * residual)).sum()
-        errors.append(float(error + other.weight * np.square(gap).sum()))
+        change = _divided(values, own, penalty)
+        error = (change * (curvature @ change - 2 * residual)).sum()
+        errors.append(float(error + other.weight * np.square(miss - step @ change).sum()))
     return errors

@@ -161,9 +161,11 @@ def _recover_block(
         folds = streams.attention_moments(part | {"attn": whole})
         values = keep["vo"] & keep["head"][:, None]
         scale = _layer_scale(dense, "ls1")
-        solved = solve_values(dense["attn"], folds, values, ridge, low_rank, scale)
+        solved, branch = solve_values(dense["attn"], folds, values, ridge, low_rank, scale)
         part = part | {"attn": part["attn"] | solved}
-    streams.pass_attention(part)
+        streams.pass_attention(*branch)
+    else:
+        streams.pass_no_attention()
     if "mlp" in dense and keep["mlp_branch"]:
         folds = streams.hidden_moments(part | {"mlp": dense["mlp"]})
         solved = solve_mlp(dense["mlp"], folds, keep["mlp"], ridge, _layer_scale(dense, "ls2"))
@@ -210,7 +212,7 @@ def solve_values(
     ridge: bool = True,
     low_rank: bool = True,
     scale: Float[np.ndarray, "d"] | float = 1.0,
-) -> Params:
+) -> tuple[Params, tuple[Float[np.ndarray, "hv d"], Float[np.ndarray, "d"]]]:
     """Values and projection with as many dims a head as are kept.
 
     Args:
@@ -222,6 +224,10 @@ def solve_values(
       low_rank: give each head the subspace that its part of the projection needs most,
         T = W V_r with V the right singular vectors of C^(1/2) W.
       scale: layer scale behind the branch.
+
+    Returns:
+      The parameters, and the kernel and bias that take the outputs of the heads with all their
+      values to the stream.
     """
     heads, dims = keep.shape
     dense = np.asarray(attn["proj"]["kernel"], np.float64).reshape(heads * dims, -1) * scale
@@ -247,7 +253,8 @@ def solve_values(
     kernel = np.zeros_like(dense)
     kernel[slots] = found
     solved = _unscaled(kernel, bias, attn["proj"], scale)
-    return _float32({"v": values, "proj": solved})
+    branch = _float32((turn @ found, bias))
+    return _float32({"v": values, "proj": solved}), branch
 
 
 def _value_basis(
@@ -380,6 +387,8 @@ class _Streams:
         # What the dense model has behind the block's attention branch and behind the block.
         self._middle: list[Array] = []
         self._behind: list[Array] = []
+        self._heads: list[Array] = []
+        self._part: Params = {}
         self._block = 0
         self._parallel = False
 
@@ -395,7 +404,7 @@ class _Streams:
     def begin(self, i: int, parallel: bool) -> Params:
         """Enter a block; returns its dense parameters. In parallel, it sees what dense ones see."""
         self._block, self._parallel = i, parallel
-        part = block_params(self._dense, i)
+        part = self._part = block_params(self._dense, i)
         passed = [_pass_block(self._spec, part, x) for x in self._target]
         self._middle, self._behind = [mid for mid, _ in passed], [out for _, out in passed]
         if parallel:
@@ -415,17 +424,35 @@ class _Streams:
 
     def attention_moments(self, part: Params) -> list[Moments]:
         """Of all heads' outputs, and what the attention branch should add to the stream."""
-        return self._moments(_head_outputs, part, self._found, self._middle)
+        found = [_head_outputs(self._spec, part, x) for x in self._found]
+        self._found, self._heads = [before for before, _ in found], [heads for _, heads in found]
+        return self._moments(self._heads, self._found, self._middle)
 
-    def pass_attention(self, part: Params) -> None:
-        """Take the recovered stream through the block's attention branch."""
-        self._found = [_pass_attention(self._spec, part, x) for x in self._found]
+    def pass_attention(
+        self, kernel: Float[np.ndarray, "hv d"], bias: Float[np.ndarray, "d"]
+    ) -> None:
+        """Take the recovered stream through the attention branch, from its heads' outputs."""
+        pairs = zip(self._found, self._heads, strict=True)
+        self._found = [_add_branch(x, heads, kernel, bias) for x, heads in pairs]
+        self._heads = []
+        self._rejoin()
+
+    def pass_no_attention(self) -> None:
+        """Take the recovered stream past an attention branch that is not there."""
+        self._found = [_merge_patches(self._spec, self._part, x) for x in self._found]
+        self._rejoin()
+
+    def _rejoin(self) -> None:
         if self._parallel:
             self._found = list(self._middle)
 
     def hidden_moments(self, part: Params) -> list[Moments]:
         """Of all hidden units, and what the MLP should add to the stream."""
-        return self._moments(_hidden_units, part, self._found, self._behind)
+        weights = _token_weights(self._config, self._block)
+        sums = None
+        for x, target, real in zip(self._found, self._behind, self._real, strict=True):
+            sums = _add_hidden(self._spec, self._mesh.size, part, x, target, real, weights, sums)
+        return _checked(sums)
 
     def pass_mlp(self, part: Params) -> None:
         """Take both streams out of the block."""
@@ -447,18 +474,12 @@ class _Streams:
         return _float32({"kernel": kernel, "bias": bias})
 
     def _moments(
-        self,
-        features: Callable[[BlockSpec, Params, Array], tuple[Array, Array]],
-        part: Params,
-        streams: Sequence[Array],
-        targets: Sequence[Array],
+        self, features: Sequence[Array], streams: Sequence[Array], targets: Sequence[Array]
     ) -> list[Moments]:
         weights = _token_weights(self._config, self._block)
         sums = None
-        for x, target, real in zip(streams, targets, self._real, strict=True):
-            sums = _add_features(
-                self._spec, self._mesh.size, features, part, x, target, real, weights, sums
-            )
+        for x, before, target, real in zip(features, streams, targets, self._real, strict=True):
+            sums = _add_rows(self._mesh.size, x, target - before, real[:, None] * weights, sums)
         return _checked(sums)
 
 
@@ -469,6 +490,7 @@ def _checked(sums: tuple[Moments, ...]) -> list[Moments]:
     return folds
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _add_rows(
     devices: int,
     x: Float[Array, "b n f"],
@@ -495,11 +517,10 @@ def _is_moments(value: Any) -> bool:
     return isinstance(value, Moments)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _add_features(
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _add_hidden(
     spec: BlockSpec,
     devices: int,
-    features: Callable[[BlockSpec, Params, Array], tuple[Array, Array]],
     part: Params,
     x: Float[Array, "b n d"],
     target: Float[Array, "b n d"],
@@ -507,19 +528,30 @@ def _add_features(
     weights: Float[Array, "n"],
     sums: tuple[Moments, ...] | None,
 ) -> tuple[Moments, ...]:
-    before, found = features(spec, part, x)
-    return _add_rows(devices, found, target - before, real[:, None] * weights, sums)
+    """Add the moments of an MLP's hidden units, which take too much memory to keep."""
+    hidden = apply_block_with_taps(_behind_attention(spec), part, x)[1]["mlp"]
+    return _add_rows(devices, hidden, target - x, real[:, None] * weights, sums)
 
 
-def _head_outputs(spec: BlockSpec, part: Params, x: Array) -> tuple[Array, Array]:
-    taps = apply_block_with_taps(_only(spec, "attn"), part, x)[1]["vo"]
-    joined = taps.reshape(*taps.shape[:-2], -1)
-    before = apply_block(_only(spec, None), part, x)
-    return before, from_windows(joined, spec) if spec.window else joined
+@functools.partial(jax.jit, static_argnums=0)
+def _head_outputs(
+    spec: BlockSpec, part: Params, x: Array
+) -> tuple[Float[Array, "b n d"], Float[Array, "b n hv"]]:
+    """The stream in front of the attention branch, behind patch merging, and what its heads say."""
+    heads = apply_block_with_taps(_only(spec, "attn"), part, x)[1]["vo"]
+    joined = heads.reshape(*heads.shape[:-2], -1)
+    joined = from_windows(joined, spec) if spec.window else joined
+    return apply_block(_only(spec, None), part, x), joined
 
 
-def _hidden_units(spec: BlockSpec, part: Params, x: Array) -> tuple[Array, Array]:
-    return x, apply_block_with_taps(_behind_attention(spec), part, x)[1]["mlp"]
+@jax.jit
+def _add_branch(x: Array, heads: Array, kernel: Array, bias: Array) -> Array:
+    return x + (heads.astype(jnp.float32) @ kernel + bias).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merge_patches(spec: BlockSpec, part: Params, x: Array) -> Array:
+    return apply_block(_only(spec, None), part, x)
 
 
 def _only(spec: BlockSpec, branch: str | None) -> BlockSpec:
@@ -535,11 +567,6 @@ def _behind_attention(spec: BlockSpec) -> BlockSpec:
 def _pass_block(spec: BlockSpec, part: Params, x: Array) -> tuple[Array, Array]:
     middle = apply_block(_only(spec, "attn"), part, x)
     return middle, apply_block(_behind_attention(spec), part, middle)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _pass_attention(spec: BlockSpec, part: Params, x: Array) -> Array:
-    return apply_block(_only(spec, "attn"), part, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -580,10 +607,12 @@ def _logit_sums(
     def by_device(a: Array, behind: int) -> Array:
         return a.reshape(devices, -1, *a.shape[a.ndim - behind :]).astype(jnp.float32)
 
+    def gram(a: Array, weighted: Array) -> Array:
+        return jnp.einsum("vbnhk,vbnhl->vhkl", a, weighted)
+
     q, k = (by_device(taps[name], 3) for name in ("q", "k"))
-    attention, rows = by_device(taps["attention"], 3), by_device(rows, 1)
+    attention, rows = by_device(taps["attention"], 3), by_device(rows, 1)[..., None, None]
     attended = jnp.einsum("vbhnm,vbmhk->vbnhk", attention, k)
-    received = jnp.einsum("vbhnm,vbn->vbmh", attention, rows)
-    keys = jnp.einsum("vbmhk,vbmh,vbmhl->vhkl", k, received, k)
-    keys = keys - jnp.einsum("vbnhk,vbn,vbnhl->vhkl", attended, rows, attended)
-    return jnp.einsum("vbnhk,vbn,vbnhl->vhkl", q, rows, q), keys
+    received = (attention * rows[:, :, None, :, 0]).sum(axis=3).swapaxes(2, 3)[..., None]
+    keys = gram(k, received * k) - gram(attended, rows * attended)
+    return gram(q, rows * q), keys
