@@ -7,11 +7,12 @@ The public face, one line each, in the order of use:
     features = tap.pool_features(extractor, source, indices, directory)     # out of core, cached
     logp   = tap.log_likelihood([gmm, ...], features)
     chosen = tap.select([gmm, ...], features, count=640)
-    units  = tap.neuron_importance(model, batches, method="tap")
+    units  = tap.unit_importance(model, batches, method="tap")              # any of tap.CRITERIA
     layers = tap.layer_importance(model, batches, units, sparsity=(0.5, 0.7, 0.9))
     plan   = tap.allocate(model, units, layers, tap.Budget(macs=0.5))
     masked = tap.apply_masks(model, plan)
-    small  = tap.reshape(model, plan)
+    better = tap.recover(model, plan, batches)                              # closed form
+    small  = tap.reshape(better, plan)
     states = tap.train_variants(config, [tap.Variant(params, train, validation), ...], ...)
     tap.save(small, directory); tap.load(directory)
     tap.export_onnx(small, path, images=images); tap.export_stablehlo(...); tap.export_timm(...)
@@ -22,6 +23,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.export.onnx import export_onnx
 from tapvit_jax.export.stablehlo import export_stablehlo, load_stablehlo
 from tapvit_jax.export.timm import export_timm
+from tapvit_jax.importance.criteria import CRITERIA, CriterionConfig, unit_importance
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
 from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
 from tapvit_jax.models.presets import list_models
@@ -37,13 +39,17 @@ from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import Cost, cost
 from tapvit_jax.prune.latency import LatencyModel, fit_latency
 from tapvit_jax.prune.mask import Plan, apply_masks
+from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.train.classes import likely_classes
 from tapvit_jax.train.variants import Variant, train_variants
 
 __all__ = [
+    "CRITERIA",
     "AllocateConfig",
     "Budget",
     "Cost",
+    "CriterionConfig",
     "Extractor",
     "ExtractorConfig",
     "Gmm",
@@ -55,6 +61,7 @@ __all__ = [
     "Model",
     "NeuronConfig",
     "Plan",
+    "RecoverConfig",
     "RoundTo",
     "SelectConfig",
     "Variant",
@@ -66,6 +73,7 @@ __all__ = [
     "export_timm",
     "fit_latency",
     "layer_importance",
+    "likely_classes",
     "list_models",
     "load",
     "load_stablehlo",
@@ -73,9 +81,11 @@ __all__ = [
     "log_likelihood",
     "neuron_importance",
     "pool_features",
+    "recover",
     "reshape",
     "save",
     "save_timm",
     "select",
     "train_variants",
+    "unit_importance",
 ]

@@ -77,26 +77,45 @@ def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
     assert "dense:" in printed
     assert "pruned:" in printed
     assert "top-1 on" in printed
+    for stage in ("dense, ", "pruned, ", "recovered in closed form, ", "fine-tuned"):
+        assert f" % {stage}" in printed
     small, dense = tap.load(tmp_path / "small"), tap.load(work / "dense")
     share = tap.cost(small.config).macs / tap.cost(dense.config).macs
     assert 0.45 <= share <= 0.5
     assert small.preprocess == PREPROCESS
     assert small.history["budget"] == "macs=0.5"
+    assert (small.history["criterion"], small.history["recovery"]) == ("tap", "ridge")
     call("evaluate", "--model", tmp_path / "small", "--images", work / "private")
     assert "top-1" in capsys.readouterr().out
 
 
 def test_payload_can_be_given_instead_of_a_selection(work, tmp_path, capsys):
     prune(work, tmp_path / "small", "--payload", work / "device.gmm",
-          "--extractor", work / "extractor", "--method", "taylor", "--label-free")  # fmt: skip
-    assert "agreement with the dense model" in capsys.readouterr().out
-    assert tap.load(tmp_path / "small").name == "dense-pruned"
+          "--extractor", work / "extractor", "--method", "magnitude_l2",
+          "--recover", "mean", "--label-free")  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "agreement with the dense model" in printed and "100.0 % dense, " in printed
+    small = tap.load(tmp_path / "small")
+    assert small.name == "dense-pruned"
+    assert (small.history["criterion"], small.history["recovery"]) == ("magnitude_l2", "mean")
 
 
-def test_published_method(work, tmp_path):
+def test_published_method_without_any_recovery(work, tmp_path, capsys):
     prune(work, tmp_path / "small", "--payload", work / "device.gmm",
-          "--extractor", work / "extractor", "--method", "tap_published")  # fmt: skip
-    assert tap.cost(tap.load(tmp_path / "small").config).macs > 0
+          "--extractor", work / "extractor", "--method", "tap_published",
+          "--recover", "none", "--recover-epochs", "0")  # fmt: skip
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("pruned") and "recovered in closed form" not in printed
+    dense, small = tap.load(work / "dense"), tap.load(tmp_path / "small")
+    found = small.params["head"]["kernel"]
+    np.testing.assert_array_equal(found, dense.params["head"]["kernel"])
+
+
+def test_criteria_that_need_labels_are_refused_without_them(work, tmp_path):
+    with pytest.raises(tap.InputError, match="--method fisher needs the labels of the pool, but"):
+        prune(work, tmp_path / "small", "--payload", work / "device.gmm",
+              "--extractor", work / "extractor", "--method", "fisher", "--label-free")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_selections_are_deterministic(work, tmp_path):

@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from jaxtyping import Int
 
 from tapvit_jax.commands.common import (
     Command,
@@ -28,21 +28,22 @@ from tapvit_jax.commands.devices import (
     read_selection,
     select_images,
 )
-from tapvit_jax.data.base import UNLABELLED, ImageSource
-from tapvit_jax.data.pipeline import batches
+from tapvit_jax.data.base import ImageSource
 from tapvit_jax.errors import InputError
 from tapvit_jax.export.latency import compare_latency
 from tapvit_jax.files import check_directory
-from tapvit_jax.importance.neurons import Method, NeuronConfig
+from tapvit_jax.importance.criteria import CRITERIA, CriterionConfig, unit_importance
+from tapvit_jax.importance.layers import LayerScores, layer_importance
+from tapvit_jax.importance.neurons import Scores
 from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model
 from tapvit_jax.pipeline import (
     PruneConfig,
     allocate_measured,
-    evaluate_model,
+    even_batch_size,
     plan_masks,
     reshape_checked,
-    score,
+    scoring_batches,
 )
 from tapvit_jax.progress import Progress
 from tapvit_jax.proxy.features import Extractor, build_extractor
@@ -51,6 +52,10 @@ from tapvit_jax.prune.allocate import RoundTo, allocate, check_budget
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.latency import LatencyModel
+from tapvit_jax.prune.mask import apply_masks
+from tapvit_jax.prune.recover import Method as RecoverMethod
+from tapvit_jax.prune.recover import recover
+from tapvit_jax.train.evaluate import evaluate_indices
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
 
@@ -74,20 +79,35 @@ def register(command: Command) -> None:
         "from the model and the pool",
     )
     c.add_argument("--latency-table", help="what bench-latency wrote, for budgets on latency")
-    c.add_argument("--method", choices=get_args(Method), default="tap")
+    labels = ", ".join(name for name, found in CRITERIA.items() if found.needs_labels)
+    c.add_argument(
+        "--method",
+        choices=tuple(CRITERIA),
+        default="tap",
+        help=f"criterion that ranks the units, tap by default; with a labelled pool only: {labels}",
+    )
     c.add_argument("--round-to", default="1", help="multiple of widths, such as 8 or mlp=64,qk=8")
-    c.add_argument("--recover-epochs", type=int, default=5, help="fine-tuning; 0 for none")
+    c.add_argument(
+        "--recover",
+        choices=get_args(RecoverMethod),
+        default="ridge",
+        help="closed-form recovery before any fine-tuning: least squares in the layers behind what "
+        "is pruned (ridge, the default), its mean folded into their biases (mean), or none",
+    )
+    c.add_argument(
+        "--recover-epochs", type=int, default=5, help="fine-tuning after that; 0 for none"
+    )
     c.add_argument(
         "--label-free", action="store_true", help="ignore the pool's labels: distil only"
     )
-    c.add_argument("--learning-rate", type=float, default=1e-4)
+    c.add_argument("--learning-rate", type=float, default=1e-4, help="of the fine-tuning")
     add_selection_options(c)
     c.add_argument("--out", required=True, help="directory of the smaller model")
     add_image_options(c)
 
 
 def prune(args: argparse.Namespace) -> None:
-    """Choose images for a device, score, plan, reshape and recover its model."""
+    """Choose images for a device, score, plan, recover, fine-tune and reshape its model."""
     check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
     if (args.selection is None) == (args.payload is None):
         raise InputError("prune needs either --selection or --payload")
@@ -105,13 +125,16 @@ def prune(args: argparse.Namespace) -> None:
         split=args.split,
         skip_corrupt=args.skip_corrupt,
     )
-    progress = Progress(4.0 + args.recover_epochs)
+    progress = Progress(5.0 + args.recover_epochs)
     with progress.step("select", 1):
         metric, finetune = _chosen_images(args, model, pool)
+    source, labelled = pool.source, not args.label_free and labels_fit(model, pool.source)
+    labelled = labelled and bool((source.labels[finetune] >= 0).all())
+    if CRITERIA[args.method].needs_labels and not labelled:
+        why = "--label-free is given" if args.label_free else f"{args.pool} has none that fit"
+        raise InputError(f"--method {args.method} needs the labels of the pool, but {why}")
     with progress.step("score units and layers", 2) as step:
-        units, layers = score(
-            model, pool.source, metric, config, seed=args.seed, on_share=step.advance
-        )
+        units, layers = _scores(args, model, source, metric, config, step.advance)
     with progress.step("plan", 0):
         if budget.needs_latency:
             plan, measured = allocate_measured(
@@ -126,32 +149,41 @@ def prune(args: argparse.Namespace) -> None:
         else:
             plan, measured = allocate(model, units, layers, budget, config=config.allocate), None
     training, validation = hold_out(finetune, args.seed)
-    source, labelled = pool.source, not args.label_free and labels_fit(model, pool.source)
-    labelled = labelled and bool((source.labels[finetune] >= 0).all())
-    if not labelled:
-        # The dense model's answers stand in for labels: it teaches, and it chooses the epoch.
-        source = source.with_labels(_answers(model, source, validation))
-    with progress.step("recover", args.recover_epochs + 1) as step:
+    with progress.step("recover in closed form", 1) as step:
+        # What is printed at the end is of images that nothing was fitted to.
+        fitted = metric[~np.isin(metric, validation)]
+        size = even_batch_size(len(fitted), config.batch_size)
+        solved = recover(
+            model,
+            plan,
+            scoring_batches(source, fitted, preprocess, size),
+            args.recover,
+            on_share=step.advance,
+        )
+    teacher = Teacher(model.config, model.params)
+    with progress.step("fine-tune", args.recover_epochs + 1) as step:
         options = TrainConfig(
             epochs=args.recover_epochs,
             learning_rate=args.learning_rate,
             distill=0.5 if labelled else 1.0,
+            choose="labels" if labelled else "teacher",
         )
-        recovered = train(
+        tuned = train(
             model.config,
-            model.params,
+            solved.params,
             TrainData(source, preprocess, training, validation),
             options,
             seed=args.seed,
             masks=plan_masks(plan),
-            teacher=Teacher(model.config, model.params),
+            teacher=teacher,
             on_epoch=lambda *_: step.advance(1.0 / options.epochs),
         )
     progress.close()
     small, difference = reshape_checked(
-        model.replace(params=recovered.params), plan, source.load(metric[:32], preprocess)
+        solved.replace(params=tuned.params), plan, source.load(metric[:32], preprocess)
     )
-    history = {**small.history, "budget": str(budget), "method": args.method, "seed": args.seed}
+    history = {**small.history, "budget": str(budget), "criterion": args.method}
+    history |= {"recovery": args.recover, "recover_epochs": args.recover_epochs, "seed": args.seed}
     history |= {} if measured is None else {"latency": measured}
     small = small.replace(name=f"{model.name}-pruned", history=history)
     store.save(small, args.out)
@@ -163,13 +195,29 @@ def prune(args: argparse.Namespace) -> None:
             f"(predicted {measured['predicted_ms']:.2f})"
         )
     print(f"largest difference between masked and reshaped logits: {difference:.1e} of the scale")
-    before = evaluate_model(model, source, validation).top1
-    after = evaluate_model(small, source, validation).top1
+    models = {"dense": model, "pruned": apply_masks(model, plan)}
+    if args.recover != "none":
+        models["recovered in closed form"] = solved
+    if args.recover_epochs:
+        models["fine-tuned"] = small
+    reference = None if labelled else teacher
+    shares = [
+        f"{100 * _top1(found, source, validation, reference):.1f} % {name}"
+        for name, found in models.items()
+    ]
     compared = "top-1" if labelled else "agreement with the dense model"
     print(
-        f"{compared} on {len(validation)} of the chosen public images, held out from fine-tuning: "
-        f"{100 * before:.1f} % dense, {100 * after:.1f} % pruned"
+        f"{compared} on {len(validation)} of the chosen public images, which neither recovery nor "
+        f"fine-tuning was fitted to: {', '.join(shares)}"
     )
+
+
+def _top1(model: Model, source: ImageSource, indices: np.ndarray, teacher: Teacher | None) -> float:
+    """Accuracy; with a teacher, how often its answer is given."""
+    found = evaluate_indices(
+        model.config, model.params, source, indices, preprocess_of(model), 256, teacher=teacher
+    )
+    return found.top1
 
 
 def _measure(latency: LatencyModel, dense: Model, pruned: Model) -> tuple[float, float]:
@@ -180,11 +228,29 @@ def _measure(latency: LatencyModel, dense: Model, pruned: Model) -> tuple[float,
 
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:
-    config = PruneConfig(neurons=NeuronConfig.of_method(args.method))
-    if args.method == "tap_published":
-        config = PruneConfig.as_published()
+    published = args.method == "tap_published"
+    config = PruneConfig.as_published() if published else PruneConfig()
     steps = dataclasses.replace(config.allocate, round_to=RoundTo.parse(args.round_to))
     return dataclasses.replace(config, allocate=steps)
+
+
+def _scores(
+    args: argparse.Namespace,
+    model: Model,
+    source: ImageSource,
+    metric: np.ndarray,
+    config: PruneConfig,
+    on_share: Callable[[float], None],
+) -> tuple[Scores, LayerScores]:
+    size = even_batch_size(len(metric), config.batch_size)
+
+    def metric_batches() -> Iterator[dict[str, np.ndarray]]:
+        return scoring_batches(source, metric, preprocess_of(model), size)
+
+    options = CriterionConfig(max_batches=config.neurons.max_batches)
+    units = unit_importance(model, metric_batches(), args.method, seed=args.seed, config=options)
+    on_share(0.2)
+    return units, layer_importance(model, metric_batches(), units, config=config.layers)
 
 
 def _chosen_images(
@@ -220,13 +286,3 @@ def _extractor(args: argparse.Namespace, model: Model, pool: Images) -> Extracto
     return build_extractor(
         DEFAULT_EXTRACTOR, pool.source, pool.indices, preprocess_of(model), model=model
     )
-
-
-def _answers(model: Model, source: ImageSource, indices: np.ndarray) -> Int[np.ndarray, "n"]:
-    """The model's classes for some images; -1 for all others."""
-    labels = np.full(len(source), UNLABELLED, np.int32)
-    for batch in batches(source, indices, preprocess_of(model), 256):
-        answers = np.asarray(model.apply(batch["image"]).argmax(axis=-1))
-        real = batch["mask"] > 0
-        labels[batch["index"][real]] = answers[real]
-    return labels
