@@ -108,7 +108,8 @@ def on_host(moments: Moments) -> Moments:
         whole.xy + outer * whole.mean_y,
     )
     sums = distributed.sum_over_processes(sums)
-    mean_x, mean_y = sums.mean_x / sums.weight, sums.mean_y / sums.weight
+    weight = np.maximum(sums.weight, _TINY)
+    mean_x, mean_y = sums.mean_x / weight, sums.mean_y / weight
     outer = sums.mean_x[:, None]
     return Moments(sums.weight, mean_x, mean_y, sums.xx - outer * mean_x, sums.xy - outer * mean_y)
 
