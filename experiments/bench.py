@@ -28,7 +28,7 @@ from tapvit_jax.runtime import run_program
 from tapvit_jax.versions import library_versions
 
 REPEATS = 3
-MODULES = ("scoring", "pool", "variants", "sweep", "data", "latency")
+MODULES = ("scoring", "recover", "pool", "variants", "sweep", "data", "latency")
 # Where a benchmark that the runner starts leaves what it prints as JSON lines.
 _RECORD = "TAPVIT_BENCH_RECORD"
 
