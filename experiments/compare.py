@@ -243,7 +243,8 @@ class Comparison:
         if method.widths != "uniform":
             layers = job.layer_scores(title, sets.metric, units, prune)
         plan = job.plan_from(units, layers, prune.allocate, budget)
-        return plan, job.compensate(title, plan, sets, RECOVERIES[method.recover])
+        options, size = RECOVERIES[method.recover], prune.batch_size
+        return plan, job.compensate(title, plan, sets.metric, options, size)
 
     def _finetuned(
         self, job: Job, cell: Cell, sets: ImageSets, plan: Found | None, start: Found

@@ -17,6 +17,7 @@ from tapvit_jax.proxy.features import ExtractorConfig
 from tapvit_jax.proxy.gmm import GmmConfig
 from tapvit_jax.proxy.select import SelectConfig
 from tapvit_jax.prune.budget import Budget
+from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.structs import from_plain, to_plain
 from tapvit_jax.train.finetune import TrainConfig
 
@@ -89,7 +90,8 @@ class ExperimentConfig:
       seed: every random choice follows from it.
       budgets: one per device, such as "macs=0.5" or "macs=0.4,params=0.5"; used in turn.
       extractor_train: recipe of the embedding network, for extractor kind "embedding".
-      recover: fine-tuning after pruning.
+      compensate: closed-form recovery after pruning, from which fine-tuning starts.
+      recover: fine-tuning.
       recover_on: fine-tune the "masked" model (one compiled program for all devices) or the
         "reshaped" one (fewer operations, but every device compiles its own).
       recover_together: in a sweep, so many units that share the dense model and the recipe are
@@ -111,6 +113,7 @@ class ExperimentConfig:
     extractor_train: TrainConfig = TrainConfig()
     gmm: GmmConfig = GmmConfig()
     prune: PruneConfig = PruneConfig()
+    compensate: RecoverConfig = RecoverConfig()
     recover: TrainConfig = TrainConfig()
     recover_on: Literal["masked", "reshaped"] = "masked"
     recover_together: int = 1
@@ -173,6 +176,11 @@ def grid(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
 
     What a config file's `sweep()` returns: a list of overrides, one mapping of names to values for
     every unit. Names are "device", "budget", "criterion", "recovery", or dotted fields of the
-    config such as "seed" and "prune.neurons.loss".
+    config such as "seed" and "prune.neurons.loss". A "recovery" is
+
+        "none"           nothing
+        "mean", "ridge"  that closed form, all else as in `compensate`, and no fine-tuning
+        "finetune"       the closed form as in `compensate`, then fine-tuning (the default)
+        "finetune_only"  fine-tuning from the pruned model
     """
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

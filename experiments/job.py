@@ -69,8 +69,8 @@ UNITS = {"data": 1, "dense": 60, "extractor": 10, "device": 1, "select": 3, "sco
 UNITS |= {"peer": 30, "compensate": 2, "recover": 10, "latency": 3, "report": 3}
 
 # What the methods of a job are told rather than read from its config.
-_OF_UNITS = ("name", "budgets", "prune", "recover", "recover_on", "recover_together")
-_OF_UNITS += ("comparisons", "latency_batch")
+_OF_UNITS = ("name", "budgets", "prune", "compensate", "recover", "recover_on")
+_OF_UNITS += ("recover_together", "comparisons", "latency_batch")
 
 _BATCH = 256
 
@@ -541,16 +541,25 @@ class Job:
         """The masked model without any recovery."""
         return Found(plan.key, apply_masks(self.dense, plan.value))
 
-    def compensate(self, title: str, plan: Found, sets: ImageSets, options: RecoverConfig) -> Found:
+    def compensate(
+        self,
+        title: str,
+        plan: Found,
+        metric: Int[np.ndarray, "m"],
+        options: RecoverConfig,
+        batch_size: int,
+    ) -> Found:
         """The masked model, in dense shapes, after closed-form recovery on the metric dataset."""
         if options.method == "none":
             return self.pruned(plan)
+        # Every process needs a batch of its own.
+        most = max(1, min(batch_size, len(metric) // distributed.process_count()))
 
         def compute(step, scratch):
             found = recover(
                 self.dense,
                 plan.value,
-                self._even_batches(sets.metric, _BATCH),
+                self._even_batches(metric, most),
                 config=options,
                 on_share=step.advance,
             )
@@ -559,8 +568,9 @@ class Job:
         inputs = {
             "plan": plan.key,
             "dense": self._dense.key,
-            **self._images_key(sets.metric),
+            **self._images_key(metric),
             "recover": to_plain(options),
+            "batch_size": most,
         }
         found = self._stage(
             "compensate", f"{title}: closed-form recovery", UNITS["compensate"], inputs, compute

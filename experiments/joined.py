@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from experiments import figures
-from experiments.tables import amount, document, text_cell, to_table
+from experiments.tables import STAGES, STAGES_NOTE, amount, document, text_cell, to_table
 from tapvit_jax.files import write_json, write_text
 from tapvit_jax.runtime import one_line
 
@@ -22,6 +22,7 @@ Record = dict[str, Any]
 _NOT_SERIES = ("unit", "device", "seed", "budget")
 _CONFIDENCE = 0.95
 _COSTS = ("macs", "params", "ms")
+_TOP1 = tuple(f"{stage}_top1" for stage in STAGES)
 
 
 def records(results: Mapping[str, Any], source: str) -> list[Record]:
@@ -52,7 +53,7 @@ def _record(row: Mapping[str, Any], place: Mapping[str, Any]) -> Record:
         found[key] = round(row["latency_ms"][name]["median"], 4)
     for name in _COSTS:
         found[f"{name}_percent"] = round(100 * found[name] / found[f"dense_{name}"], 3)
-    for name in ("dense", "pruned", "recovered"):
+    for name in STAGES:
         found[f"{name}_top1"] = round(100 * row[name], 3)
     return found
 
@@ -88,7 +89,7 @@ def averages(found: Sequence[Record]) -> list[Record]:
     rows = []
     for (series, budget), members in groups.items():
         row: Record = {"series": series, "budget": budget, "units": len(members)}
-        for name in ("dense_top1", "pruned_top1", "recovered_top1"):
+        for name in _TOP1:
             row[name], row[f"{name}_interval"] = _mean([member[name] for member in members])
         for name in _COSTS:
             for column in (name, f"{name}_percent"):
@@ -142,8 +143,8 @@ def page(found: Sequence[Record], title: str) -> str:
     parts = [
         f"<h1>{name}: {len(found)} units</h1>",
         f"<p>{devices} device{'s' * (devices > 1)}, {seeds} seed{'s' * (seeds > 1)}. All "
-        "accuracies are top-1 on the devices' own test images, after recovery unless said "
-        "otherwise. Latency is that of JAX on the machine that computed the unit.</p>",
+        f"accuracies are top-1 on the devices' own test images. {STAGES_NOTE} The drawings show "
+        "the last. Latency is that of JAX on the machine that computed the unit.</p>",
         "<h2>Averaged over devices and seeds</h2>",
         f"<p>Bars: {100 * _CONFIDENCE:.0f} % intervals of the mean. Rings and the grey steps: the "
         "Pareto front, which nothing both cheaper and at least as accurate beats. Dashed: the "
@@ -173,7 +174,7 @@ def _averages_table(rows: Sequence[Record]) -> str:
     groups = [
         ("", ["series", "budget", "units"]),
         ("% of the dense model's", ["MACs", "params", "latency"]),
-        ("top-1, %", ["dense", "pruned", "recovered"]),
+        ("top-1, %", list(STAGES)),
         ("on the Pareto front of", ["MACs", "params", "latency"]),
     ]
     body = []
@@ -181,7 +182,7 @@ def _averages_table(rows: Sequence[Record]) -> str:
         cells = [text_cell(html.escape(one_line(row[n]))) for n in ("series", "budget")]
         cells.append(str(row["units"]))
         cells += [f"{row[f'{name}_percent']:.1f}" for name in _COSTS]
-        for name in ("dense_top1", "pruned_top1", "recovered_top1"):
+        for name in _TOP1:
             interval = row[f"{name}_interval"]
             spread = "" if interval is None else f"<br><small>± {interval:.1f}</small>"
             cells.append(f"{row[name]:.1f}{spread}")
@@ -195,7 +196,7 @@ def _units_table(found: Sequence[Record], fields: Sequence[str]) -> str:
         ("", ["unit", *fields, "device", "seed", "budget"]),
         ("pruned model", ["MACs", "params", "ms"]),
         ("% of the dense model's", ["MACs", "params", "latency"]),
-        ("top-1, %", ["dense", "pruned", "recovered"]),
+        ("top-1, %", list(STAGES)),
     ]
     body = []
     for record in found:
@@ -205,8 +206,8 @@ def _units_table(found: Sequence[Record], fields: Sequence[str]) -> str:
         cells.append(text_cell(html.escape(record["budget"])))
         cells += [amount(record["macs"]), amount(record["params"])]
         cells += [f"{record['ms']:.2f}", *(f"{record[f'{n}_percent']:.1f}" for n in _COSTS)]
-        cells += [f"{record[f'{n}_top1']:.1f}" for n in ("dense", "pruned")]
-        cells.append(f"<strong>{record['recovered_top1']:.1f}</strong>")
+        cells += [f"{record[name]:.1f}" for name in _TOP1]
+        cells[-1] = f"<strong>{cells[-1]}</strong>"
         body.append(cells)
     return to_table("All units", groups, body, text_heads=(*fields, "budget"))
 
@@ -219,7 +220,7 @@ class LiveTable:
       widths: widest value of each.
     """
 
-    _MEASURED = ("MACs %", "params %", "dense %", "pruned %", "recovered %")
+    _MEASURED = ("MACs %", "params %", *(f"{stage} %" for stage in STAGES))
 
     def __init__(self, fields: Sequence[str], widths: Sequence[int]):
         self._fields = fields
@@ -244,7 +245,7 @@ class LiveTable:
         if row is None:
             return "  ".join([*cells, f"failed: {one_line(reason)}" if reason else "elsewhere"])
         shares = [100 * row["cost"][n] / row["dense_cost"][n] for n in ("macs", "params")]
-        values = [*shares, *(100 * row[n] for n in ("dense", "pruned", "recovered"))]
+        values = [*shares, *(100 * row[stage] for stage in STAGES)]
         for title, value in zip(self._MEASURED, values, strict=True):
             cells.append(f"{value:.1f}".rjust(len(title)))
         return "  ".join(cells)

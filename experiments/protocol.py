@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from experiments.config import complete, grid
 from tapvit_jax.errors import InputError
 from tapvit_jax.pipeline import PruneConfig
+from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.finetune import TrainConfig
 
@@ -97,6 +98,7 @@ def _as_published() -> dict[str, Any]:
         "gmm": {"covariance_type": "full", "components": tuple(range(2, 11)), "min_members": 1},
         "select": {"method": "top", "metric_count": 640, "finetune_count": 6400},
         "prune": to_plain(PruneConfig.as_published()),
+        "compensate": to_plain(RecoverConfig("none")),
         "recover": to_plain(TrainConfig.as_published()),
         "comparisons": (),
     }

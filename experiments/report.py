@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import figures, joined
 from experiments.figures import TITLES
-from experiments.tables import amount, document, text_cell, to_table
+from experiments.tables import STAGES, STAGES_NOTE, amount, document, text_cell, to_table
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import read_json, write_text
 from tapvit_jax.runtime import one_line, run_program
@@ -57,7 +57,7 @@ def record(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         found[unit] = row["cost"][unit]
         found[f"{unit}_percent"] = round(100 * row["cost"][unit] / dense[unit], 3)
     found["dense_top1"] = _percent(row["dense"])
-    for stage in ("pruned", "recovered"):
+    for stage in STAGES[1:]:
         found[f"{stage}_top1"] = _percent(variants["selected"][stage])
     for name in results["config"]["comparisons"]:
         found[f"recovered_{name}_top1"] = _percent(variants[name]["recovered"])
@@ -78,7 +78,8 @@ def table(results: dict[str, Any]) -> str:
     """The result table as aligned text."""
     comparisons = results["config"]["comparisons"]
     head = ["device", "classes", "payload", "budget", "params", "MACs"]
-    head += ["dense %", "pruned %", "recovered %", *(f"{TITLES[c]} %" for c in comparisons)]
+    head += [f"{stage} %" for stage in STAGES]
+    head += [*(f"{TITLES[c]} %" for c in comparisons)]
     head += ["dense ms", "pruned ms"]
     lines = [head]
     for row in results["devices"]:
@@ -89,7 +90,7 @@ def table(results: dict[str, Any]) -> str:
         cells += [f"{row['payload_bytes']:,} B", row["budget"]]
         for unit in ("params", "macs"):
             cells.append(f"{amount(found[unit])} ({found[f'{unit}_percent']:.1f} %)")
-        stages = ["dense", "pruned", "recovered", *(f"recovered_{c}" for c in comparisons)]
+        stages = [*STAGES, *(f"recovered_{c}" for c in comparisons)]
         cells += [f"{found[f'{stage}_top1']:.1f}" for stage in stages]
         cells += [f"{found[name]:.2f}" for name in ("dense_ms", "pruned_ms")]
         lines.append(cells)
@@ -158,7 +159,9 @@ def _summary(results: dict[str, Any]) -> str:
     def mean(values: list[float]) -> str:
         return f"{100 * float(np.mean(values)):.1f} %"
 
-    recovered = mean([row["variants"]["selected"]["recovered"] for row in rows])
+    pruned, compensated, recovered = (
+        mean([row["variants"]["selected"][stage] for row in rows]) for stage in STAGES[1:]
+    )
     dense = mean([row["dense"] for row in rows])
     worst = min(row["variants"]["selected"]["recovered"] - row["dense"] for row in rows)
     others = "".join(
@@ -174,7 +177,8 @@ def _summary(results: dict[str, Any]) -> str:
     sizes, cost = results["sizes"], results["dense"]
     return (
         f"{len(rows)} device{'s' * (len(rows) > 1)}. Mean accuracy on the devices' own test "
-        f"images: dense {dense}, pruned and recovered {recovered}{others}. {loss}<br>"
+        f"images: dense {dense}, pruned {pruned}, compensated in closed form {compensated}, "
+        f"fine-tuned {recovered}{others}. {loss}<br>"
         f"Public pool: {sizes['public_pool']:,} images of {len(results['class_names'])} classes; "
         f"public validation: {sizes['public_validation']:,}. Dense model: {cost['params']:,} "
         f"parameters, {cost['macs']:,} MACs."
@@ -196,7 +200,7 @@ def _result_table(results: dict[str, Any]) -> str:
     comparisons = results["config"]["comparisons"]
     groups = [
         ("", ["device", "classes", "test images", "payload, bytes", "budget", "params", "MACs"]),
-        ("top-1, %", ["dense", "pruned", "recovered"]),
+        ("top-1, %", list(STAGES)),
         ("top-1, %, recovered with", [TITLES[c] for c in comparisons]),
         ("latency, ms", ["dense", "pruned"]),
     ]
@@ -209,8 +213,8 @@ def _result_table(results: dict[str, Any]) -> str:
         for unit in ("params", "macs"):
             share = f"{found[f'{unit}_percent']:.1f} %"
             cells.append(f"{amount(found[unit])}<br><small>{share}</small>")
-        cells += [f"{found['dense_top1']:.1f}", f"{found['pruned_top1']:.1f}"]
-        cells.append(f"<strong>{found['recovered_top1']:.1f}</strong>")
+        cells += [f"{found[f'{stage}_top1']:.1f}" for stage in STAGES]
+        cells[-1] = f"<strong>{cells[-1]}</strong>"
         cells += [f"{found[f'recovered_{c}_top1']:.1f}" for c in comparisons]
         for name in ("dense", "pruned"):
             times = row["latency_ms"][name]
@@ -222,7 +226,8 @@ def _result_table(results: dict[str, Any]) -> str:
         "steps with those public images in place of the selected ones. "
     )
     note = (
-        f"<p>Percentages under params and MACs: of the dense model. {compared * bool(comparisons)}"
+        f"<p>{STAGES_NOTE} Percentages under params and MACs: of the dense model. "
+        f"{compared * bool(comparisons)}"
         f"Latency: median (and 10th to 90th percentile) of the forward pass of "
         f"{results['config']['latency_batch']} images in JAX on this machine "
         f"({_escape(results['backend'])}).</p>"

@@ -15,6 +15,7 @@ from typing import Any
 from experiments import arguments, report
 from experiments.config import ExperimentConfig, identity
 from experiments.job import SELECTED, UNITS, Job, described, keep_ratios, on_main
+from experiments.methods import image_sets
 from tapvit_jax import distributed
 from tapvit_jax.files import file_lock, remove_leftovers, write_json
 from tapvit_jax.models import store
@@ -61,7 +62,7 @@ class Experiment:
         devices, variants = config.data.partition.num_devices, 1 + len(config.comparisons)
         total = sum(UNITS[name] for name in ("data", "dense", "extractor", "select", "report"))
         total += devices * (UNITS["device"] + UNITS["latency"])
-        total += devices * variants * (UNITS["score"] + UNITS["recover"])
+        total += devices * variants * sum(UNITS[n] for n in ("score", "compensate", "recover"))
         self.progress = Progress(total, self.quiet)
         self.job = job = Job(config, self.stages, workdir / "payloads", self.progress)
         for device in range(len(job.parts.devices)):
@@ -83,13 +84,17 @@ class Experiment:
         budget, test = config.budget(d), split.private_test
         variants = {}
         for variant in (SELECTED, *config.comparisons):
-            title, sets = f"device {d}, {variant}", job.image_sets(d, variant)
+            title, sets = f"device {d}, {variant}", image_sets(job, d, variant)
             plan = job.plan(title, sets, config.prune, budget)
+            compensated = job.compensate(
+                title, plan, sets.metric, config.compensate, config.prune.batch_size
+            )
             recovered, best_epoch = job.recover(
-                title, d, plan, sets, config.recover, config.recover_on
+                title, d, plan, sets, config.recover, config.recover_on, compensated
             )
             variants[variant] = {
                 "pruned": job.top1(job.pruned(plan), test),
+                "compensated": job.top1(compensated, test),
                 "recovered": job.top1(recovered, test),
                 "best_epoch": best_epoch,
             }
@@ -98,7 +103,13 @@ class Experiment:
                 small, difference = job.reshaped(d, plan, recovered.value, config.recover_on)
         small = small.replace(
             name=f"{config.name}-device{d}",
-            history={**small.history, "budget": str(budget), "device": d},
+            history={
+                **small.history,
+                "budget": str(budget),
+                "device": d,
+                "recovery": config.compensate.method,
+                "recover_epochs": config.recover.epochs,
+            },
         )
         directory = self.workdir / "models" / f"device_{d}"
         on_main(lambda: store.save(small, directory))

@@ -40,6 +40,7 @@ from tapvit_jax.progress import Progress
 from tapvit_jax.prune.allocate import check_budget
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.recover import Method as RecoverMethod
 from tapvit_jax.runtime import one_line, run_program, set_up_jax
 from tapvit_jax.stages import Stages, all_succeed, claim_workdir, from_main
 from tapvit_jax.structs import from_plain, to_plain
@@ -47,7 +48,15 @@ from tapvit_jax.structs import from_plain, to_plain
 State = Literal["done", "failed", "running", "missing"]
 
 DEFAULT_BUDGETS = ("macs=0.7", "macs=0.5", "macs=0.35")
-RECOVERIES = ("none", "finetune")
+RECOVERIES: dict[str, tuple[RecoverMethod | None, bool]] = {
+    "none": ("none", False),
+    "mean": ("mean", False),
+    "ridge": ("ridge", False),
+    "finetune": (None, True),
+    "finetune_only": ("none", True),
+}
+"""Recoveries by name: the closed form, None as configured, and whether fine-tuning follows."""
+
 _OWN_NAMES = ("device", "budget", "criterion", "recovery")
 
 
@@ -69,7 +78,7 @@ class Unit:
       number: its place in the grid.
       overrides: what the grid says of it.
       config: the base config with the overrides; `budgets` holds the one budget.
-      recovery: "none" or "finetune".
+      recovery: a name in `RECOVERIES`; `config.compensate` follows it.
       partners: numbers of the units that are fine-tuned with it in one program, itself included.
       key: hash of everything its result depends on; the same wherever it stands in a grid.
     """
@@ -86,6 +95,11 @@ class Unit:
     def budget(self) -> Budget:
         """What the device can afford."""
         return self.config.budget(0)
+
+    @property
+    def finetuned(self) -> bool:
+        """Whether it is fine-tuned."""
+        return RECOVERIES[self.recovery][1]
 
 
 def default_grid(config: ExperimentConfig) -> list[dict[str, Any]]:
@@ -130,6 +144,9 @@ def _unit(base: ExperimentConfig, number: int, overrides: Mapping[str, Any]) -> 
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     recovery = _named(where, "recovery", overrides.get("recovery", "finetune"), RECOVERIES)
+    method = RECOVERIES[recovery][0] or config.compensate.method
+    compensate = dataclasses.replace(config.compensate, method=method)
+    config = dataclasses.replace(config, compensate=compensate)
     identified = {"config": identity(config), "device": device, "recovery": recovery}
     key = content_hash(identified)
     return Unit(number, to_plain(overrides), config, device, recovery, (number,), key)
@@ -154,7 +171,7 @@ def _with_partners(units: list[Unit]) -> list[Unit]:
     """Join units that are fine-tuned in one program; only the grid decides which."""
     groups: dict[str, list[Unit]] = {}
     for unit in units:
-        if unit.recovery == "finetune" and unit.config.recover_together > 1:
+        if unit.finetuned and unit.config.recover_together > 1:
             alike = [Job.shared_key(unit.config), to_plain(unit.config.recover)]
             alike.append(unit.config.recover_together)
             groups.setdefault(content_hash(alike), []).append(unit)
@@ -327,12 +344,12 @@ class Sweep:
         job, d, title = self._job_of(unit), unit.device, f"unit {unit.number}"
         split, config = job.parts.devices[d], unit.config
         sets, plan = self._plan(job, unit)
-        pruned = job.pruned(plan)
-        if unit.recovery == "none":
-            recovered, best_epoch, on = pruned, 0, "masked"
-        else:
+        compensated = self._compensated(job, unit, plan, sets)
+        if unit.finetuned:
             recovered, best_epoch = self._recovered(job, unit, plan, sets)
             on = config.recover_on
+        else:
+            recovered, best_epoch, on = compensated, 0, "masked"
         small, difference = job.reshaped(d, plan, recovered.value, on)
         return {
             "device": d,
@@ -346,7 +363,8 @@ class Sweep:
             "cost": dataclasses.asdict(cost(small.config)),
             "dense_cost": dataclasses.asdict(cost(job.dense.config)),
             "dense": job.dense_top1(d),
-            "pruned": job.top1(pruned, split.private_test),
+            "pruned": job.top1(job.pruned(plan), split.private_test),
+            "compensated": job.top1(compensated, split.private_test),
             "recovered": job.top1(recovered, split.private_test),
             "best_epoch": best_epoch,
             "reshape_difference": difference,
@@ -361,11 +379,16 @@ class Sweep:
         sets = job.image_sets(unit.device)
         return sets, job.plan(f"unit {unit.number}", sets, prune, budget)
 
+    def _compensated(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> Found:
+        options, size = unit.config.compensate, unit.config.prune.batch_size
+        return job.compensate(f"unit {unit.number}", plan, sets.metric, options, size)
+
     def _recovered(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> tuple[Found, int]:
         title, options = f"unit {unit.number}", unit.config.recover
         if unit.config.recover_together == 1:
-            return job.recover(title, unit.device, plan, sets, options, unit.config.recover_on)
-        members, place = [], 0
+            on, start = unit.config.recover_on, self._compensated(job, unit, plan, sets)
+            return job.recover(title, unit.device, plan, sets, options, on, start)
+        members, starts, place = [], [], 0
         for number in unit.partners:
             partner = self.units[number]
             if number == unit.number:
@@ -377,8 +400,9 @@ class Sweep:
             except InputError:
                 # It cannot be pruned, whoever asks, and fails on its own.
                 continue
+            starts.append(self._compensated(job, partner, found[1], found[0]))
             members.append((partner.device, found[1], found[0]))
-        return job.recover_together(title, members, place, options)
+        return job.recover_together(title, members, place, options, starts)
 
     def _job_of(self, unit: Unit) -> Job:
         key = Job.shared_key(unit.config)
@@ -417,8 +441,8 @@ class Sweep:
 
 
 def _weight(unit: Unit) -> float:
-    recover = UNITS["recover"] if unit.recovery == "finetune" else 0
-    return UNITS["score"] + recover + UNITS["latency"]
+    recover = UNITS["recover"] if unit.finetuned else 0
+    return UNITS["score"] + UNITS["compensate"] + recover + UNITS["latency"]
 
 
 def _shared_weight(config: ExperimentConfig) -> float:

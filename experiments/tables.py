@@ -2,6 +2,13 @@
 
 from collections.abc import Sequence
 
+STAGES = ("dense", "pruned", "compensated", "recovered")
+"""The models of one device whose accuracies stand side by side."""
+STAGES_NOTE = (
+    "<em>Pruned</em>: without any recovery; <em>compensated</em>: after the closed form; "
+    "<em>recovered</em>: after fine-tuning too, where there is any."
+)
+
 _TEXT = ' class="text"'
 
 _STYLE = """

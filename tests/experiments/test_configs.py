@@ -45,6 +45,7 @@ def test_as_published_is_the_authors_recipe():
     config = read(tiny_imagenet.get_config("deit_small,,,as_published"))
     assert config.prune == PruneConfig.as_published()
     assert config.recover == TrainConfig.as_published()
+    assert config.compensate.method == "none"
     assert config.select.method == "top"
     assert config.gmm.covariance_type == "full"
 

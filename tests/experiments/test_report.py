@@ -33,7 +33,7 @@ def results(devices=3, classes=14, comparisons=("pool", "random"), distances=Tru
             "cost": {"params": 4_100_000 + d, "macs": 650_000_000, "encoder_params": 4_000_000},
             "dense": 0.8125,
             "variants": {
-                name: {"pruned": share(), "recovered": share(), "best_epoch": 3}
+                name: {**{stage: share() for stage in report.STAGES[1:]}, "best_epoch": 3}
                 for name in ("selected", *comparisons)
             },
             "latency_ms": {"dense": times, "pruned": times | {"median": 4.0}},
@@ -120,13 +120,13 @@ def test_text_table_is_aligned():
     assert len(lines) == 2 + 11
     # The rule shows where the columns lie; every cell keeps to its own.
     spans = [match.span() for match in re.finditer("-+", lines[1])]
-    assert len(spans) == 13
+    assert len(spans) == 14
     for line in lines:
         between = [line[a:b] for (_, a), (b, _) in itertools.pairwise(spans)]
         assert set(between) == {"  "} and line.isprintable()
     cells = [[line[a:b] for a, b in spans] for line in lines]
-    head = "device,classes,payload,budget,params,MACs,dense %,pruned %,recovered %,whole pool %,"
-    head += "random subset %,dense ms,pruned ms"
+    head = "device,classes,payload,budget,params,MACs,dense %,pruned %,compensated %,recovered %,"
+    head += "whole pool %,random subset %,dense ms,pruned ms"
     assert ",".join(cell.strip() for cell in cells[0]) == head
     for row in cells[2:]:
         for i, cell in enumerate(row):
@@ -166,8 +166,10 @@ def test_csv_holds_plain_numbers(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.csv"]
     rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text("utf-8"))))
     head = "device classes test_images payload_bytes budget params params_percent macs "
-    head += "macs_percent dense_top1 pruned_top1 recovered_top1 recovered_pool_top1 "
-    assert " ".join(rows[0]) == head + "recovered_random_top1 dense_ms pruned_ms"
+    head += "macs_percent dense_top1 pruned_top1 compensated_top1 recovered_top1 "
+    assert (
+        " ".join(rows[0]) == head + "recovered_pool_top1 recovered_random_top1 dense_ms pruned_ms"
+    )
     for row, device in zip(rows, found["devices"], strict=True):
         assert row["classes"].count(";") == len(device["classes"]) - 1
         assert row["budget"] == device["budget"]
@@ -177,6 +179,9 @@ def test_csv_holds_plain_numbers(tmp_path):
         for variant, column in (("selected", ""), ("pool", "_pool"), ("random", "_random")):
             expected = 100 * device["variants"][variant]["recovered"]
             assert math.isclose(numbers[f"recovered{column}_top1"], expected, abs_tol=1e-3)
+        for stage in report.STAGES[1:]:
+            expected = 100 * device["variants"]["selected"][stage]
+            assert math.isclose(numbers[f"{stage}_top1"], expected, abs_tol=1e-3)
         assert numbers["pruned_ms"] == 4
 
 
@@ -192,9 +197,10 @@ def test_csv_and_page_do_without_comparisons_and_distances(tmp_path):
 
 def test_page_shows_every_device(page):
     bodies = [row for row in page.rows if row and row[0] in ("0", "1", "2")]
-    assert len(bodies) == 2 * 3 and {len(row) for row in bodies} == {6, 14}
+    assert len(bodies) == 2 * 3 and {len(row) for row in bodies} == {6, 15}
     for row, device in zip(bodies[:3], results()["devices"], strict=True):
-        assert row[9] == f"{100 * device['variants']['selected']['recovered']:.1f}"
+        shown = [device["variants"]["selected"][stage] for stage in ("compensated", "recovered")]
+        assert row[9:11] == [f"{100 * share:.1f}" for share in shown]
         assert row[-2:] == [f"{9.5 + device['device']:.2f}8.2–12.0", "4.008.2–12.0"]  # noqa: RUF001
     assert [row[-2:] for row in bodies[3:]] == [["0.125", "0.500"]] * 3
     text = " ".join(page.text)
@@ -213,7 +219,7 @@ def test_headings_cover_their_columns(page):
             spans[-1] += int(attrs["colspan"])
         if tag == "th" and "rowspan" in attrs:
             spans[-1] += 1
-    assert tables == 2 and spans == [14, 6]
+    assert tables == 2 and spans == [15, 6]
 
 
 def test_page_loads_nothing(page, source):

@@ -22,6 +22,7 @@ from tapvit_jax import files
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import WriteError, file_lock
 from tapvit_jax.importance.neurons import NeuronConfig
+from tapvit_jax.prune.recover import RecoverConfig
 from tests.experiments import tiny_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -81,13 +82,30 @@ def test_overrides_reach_the_config():
     assert config.data == tiny().data
 
 
+def test_recoveries_choose_the_closed_form_and_fine_tuning():
+    config = dataclasses.replace(tiny(), compensate=RecoverConfig("mean", order="parallel"))
+    expected = {
+        "none": ("none", False),
+        "mean": ("mean", False),
+        "ridge": ("ridge", False),
+        "finetune": ("mean", True),
+        "finetune_only": ("none", True),
+    }
+    found = units(grid({"device": (0,), "recovery": tuple(expected)}), config)
+    for unit, (method, finetuned) in zip(found, expected.values(), strict=True):
+        assert unit.config.compensate == RecoverConfig(method, order="parallel")
+        assert unit.finetuned == finetuned
+    (default,) = units([{"device": 0}], config)
+    assert default.key == found[3].key
+
+
 def test_units_that_differ_have_different_keys_and_others_the_same():
     base = {"device": 0, "budget": "macs=0.5"}
     differing = [
         base,
         base | {"device": 1},
         base | {"budget": "macs=0.4"},
-        base | {"recovery": "none"},
+        *({**base, "recovery": name} for name in ("none", "mean", "ridge", "finetune_only")),
         base | {"criterion": "taylor"},
         base | {"seed": 3},
         base | {"prune.batch_size": 32},
@@ -190,7 +208,8 @@ def test_more_budgets_compute_no_shared_stage_again(finished):
         **dict.fromkeys(("gmm", "evaluate"), 2),
     }
     # Four plans and models more, one of them recovered; nothing that comes before a budget.
-    assert counts(second) == {"plan": 4, "latency": 4, "evaluate": 5, "recover": 1}
+    expected = {"plan": 4, "latency": 4, "evaluate": 6, "compensate": 1, "recover": 1}
+    assert counts(second) == expected
 
 
 def test_a_failing_unit_stops_no_other_and_says_why(finished, capsys):
@@ -211,8 +230,9 @@ def test_units_keep_their_budgets_and_recovery_is_what_was_asked(finished):
     for row in results:
         assert row["cost"]["macs"] <= row["limits"]["macs"]
     for row in results[:5]:
-        assert row["recovered"] == row["pruned"] and row["best_epoch"] == 0
+        assert row["recovered"] == row["compensated"] == row["pruned"] and row["best_epoch"] == 0
     assert results[5]["cost"] == results[2]["cost"] and results[5]["pruned"] == results[2]["pruned"]
+    assert len({results[5][stage] for stage in ("pruned", "compensated", "recovered")}) == 3
     assert results[5]["recovered"] != results[2]["recovered"] and results[5]["best_epoch"] > 0
 
 
@@ -368,7 +388,8 @@ def test_killed_at_random_moments_the_results_are_the_same_bits(tmp_path, compil
 def record(**values):
     base = {"source": "a", "unit": 0, "device": 0, "seed": 0, "budget": "macs=0.5"}
     base |= {"macs": 50, "dense_macs": 100, "params": 5, "dense_params": 10, "ms": 1.0}
-    base |= {"dense_ms": 2.0, "dense_top1": 90.0, "pruned_top1": 50.0, "recovered_top1": 80.0}
+    base |= {"dense_ms": 2.0, "dense_top1": 90.0, "pruned_top1": 50.0}
+    base |= {"compensated_top1": 70.0, "recovered_top1": 80.0}
     base |= values
     shares = {f"{n}_percent": 100 * base[n] / base[f"dense_{n}"] for n in ("macs", "params", "ms")}
     return base | shares
