@@ -230,9 +230,11 @@ def solve_values(
       values to the stream.
     """
     heads, dims = keep.shape
-    dense = np.asarray(attn["proj"]["kernel"], np.float64).reshape(heads * dims, -1) * scale
+    dense = np.asarray(attn["proj"]["kernel"], np.float64)
+    dense = dense.reshape(heads * dims, dense.shape[-1]) * scale
     total = merge_all(folds)
-    basis, centre, slots = [], [], []
+    # A model that was pruned before may have no heads.
+    basis, centre, slots = [np.zeros((heads * dims, 0))], [dense[:0]], []
     values = {name: np.zeros_like(leaf) for name, leaf in attn["v"].items()}
     for h in range(heads):
         rows, kept = slice(h * dims, (h + 1) * dims), np.flatnonzero(keep[h])
@@ -289,12 +291,11 @@ def _unscaled(
     scale: Float[np.ndarray, "d"] | float,
 ) -> Params:
     """A layer's parameters in front of its layer scale; a scale of zero hides what they are."""
-    shape = np.shape(dense["kernel"])
-    if np.ndim(scale):
-        seen = scale != 0
-        kernel = np.where(seen, kernel / np.where(seen, scale, 1.0), 0.0)
-        bias = np.where(seen, bias / np.where(seen, scale, 1.0), dense["bias"])
-    return {"kernel": kernel.reshape(shape), "bias": bias}
+    seen = np.not_equal(scale, 0.0)
+    divisor = np.where(seen, scale, 1.0)
+    kernel = np.where(seen, kernel / divisor, 0.0)
+    bias = np.where(seen, bias / divisor, dense["bias"])
+    return {"kernel": kernel.reshape(np.shape(dense["kernel"])), "bias": bias}
 
 
 def solve_queries_keys(
@@ -344,8 +345,10 @@ def solve_queries_keys(
 
 
 def _jittered(gram: Float[np.ndarray, "k k"]) -> Float[np.ndarray, "k k"]:
-    size = len(gram)
-    return gram + (_JITTER * np.trace(gram) / size + np.finfo(np.float32).tiny) * np.eye(size)
+    # What float32 leaves of linearly dependent dims may be further below zero than the jitter.
+    values, vectors = np.linalg.eigh(gram)
+    values = np.maximum(values, 0.0)
+    return (vectors * (values + _JITTER * values.mean() + np.finfo(np.float32).tiny)) @ vectors.T
 
 
 def _float32(tree: Params) -> Params:
@@ -371,15 +374,17 @@ class _Streams:
         self._dense: Params = {}
         self._real: list[Array] = []
         self._target: list[Array] = []
+        seen = 0
         for batch in batches:
             images, _ = unpack_batch(batch)
             if len(images) == 0:
                 continue
             if not self._real:
-                self._mesh = data_mesh(devices[: len(images)])
+                self._mesh = data_mesh(devices[: (len(images) + 1) // 2])
                 self._dense = replicate(model.params, self._mesh)
-            rows, count = shard_rows(images, self._mesh)
-            self._real.append(shard_rows(np.ones(count, np.float32), self._mesh)[0])
+            rows, real = self._place(images, seen)
+            seen += len(images)
+            self._real.append(real)
             self._target.append(_embed(self._config, self._dense, rows))
         if not all(distributed.gather(np.array(bool(self._real)))):
             raise InputError("recovery needs at least one batch of images in every process")
@@ -391,6 +396,18 @@ class _Streams:
         self._part: Params = {}
         self._block = 0
         self._parallel = False
+
+    def _place(self, images: Any, seen: int) -> tuple[Array, Array]:
+        """Images on the devices, and which rows are images and not padding.
+
+        Even and odd ones, counted over all batches, lie on even and odd rows of every device: what
+        is chosen on held-out images depends neither on the devices nor on the batches.
+        """
+        before, count = seen % 2, len(images)
+        behind = -(before + count) % (2 * self._mesh.size)
+        real = np.pad(np.ones(count, np.float32), (before, behind))
+        images = np.pad(images, [(before, behind)] + [(0, 0)] * (np.ndim(images) - 1))
+        return shard_rows(images, self._mesh)[0], shard_rows(real, self._mesh)[0]
 
     @property
     def _spec(self) -> BlockSpec:
@@ -420,7 +437,9 @@ class _Streams:
             found = run(part, x, real, weights)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         own = jax.tree.map(lambda a: np.asarray(a, np.float64).sum(axis=0), jax.device_get(total))
-        return distributed.sum_over_processes(own)
+        sums = distributed.sum_over_processes(own)
+        _check_finite(sums)
+        return sums
 
     def attention_moments(self, part: Params) -> list[Moments]:
         """Of all heads' outputs, and what the attention branch should add to the stream."""
@@ -485,9 +504,13 @@ class _Streams:
 
 def _checked(sums: tuple[Moments, ...]) -> list[Moments]:
     folds = [on_host(fold) for fold in sums]
-    if not all(np.isfinite(leaf).all() for fold in folds for leaf in fold):
-        raise InputError("recovery: activations on the metric dataset are not finite")
+    _check_finite(folds)
     return folds
+
+
+def _check_finite(tree: Any) -> None:
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
+        raise InputError("recovery: activations on the metric dataset are not finite")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -501,8 +524,9 @@ def _add_rows(
     """Add moments of even and of odd images, each device its own: nothing travels between them."""
 
     def rows(a: Array, fold: int) -> Array:
-        a = a.reshape(devices, -1, *a.shape[1:])[:, fold::2]
-        return a.reshape(devices, -1, *a.shape[3:])
+        # Shapes in full: without units there is nothing to work a missing one out from.
+        a = a.reshape(devices, len(a) // devices, *a.shape[1:])[:, fold::2]
+        return a.reshape(devices, a.shape[1] * a.shape[2], *a.shape[3:])
 
     found = tuple(
         jax.vmap(row_moments)(rows(x, fold), rows(y, fold), rows(weights, fold))
@@ -540,7 +564,8 @@ def _head_outputs(
     """The stream in front of the attention branch, behind patch merging, and what its heads say."""
     heads = apply_block_with_taps(_only(spec, "attn"), part, x)[1]["vo"]
     joined = heads.reshape(*heads.shape[:-2], -1)
-    joined = from_windows(joined, spec) if spec.window else joined
+    joined = from_windows(joined, spec) if spec.window and joined.size else joined
+    joined = joined.reshape(len(x), spec.tokens, joined.shape[-1])
     return apply_block(_only(spec, None), part, x), joined
 
 

@@ -1,0 +1,433 @@
+"""Closed-form recovery against least squares on explicit activations."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tapvit_jax import distributed
+from tapvit_jax.errors import InputError
+from tapvit_jax.models import backbone
+from tapvit_jax.models.params import flatten
+from tapvit_jax.models.registry import Model
+from tapvit_jax.prune import moments
+from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
+from tapvit_jax.prune.moments import Moments
+from tapvit_jax.prune.recover import (
+    RecoverConfig,
+    recover,
+    solve_mlp,
+    solve_queries_keys,
+    solve_values,
+)
+from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.prune.units import unit_table
+from tapvit_jax.sharding import data_mesh
+from tests.conftest import realistic, tiny_swin
+
+ONE = data_mesh(jax.local_devices()[:1])
+ROWS, EMBED, HIDDEN, HEADS, DIMS = 60, 5, 8, 2, 4
+
+
+def recovered(model, plan, batches, method=None, **options):
+    """On one device: a program for several takes longer to compile than all else here."""
+    return recover(model, plan, batches, method, mesh=ONE, **options)
+
+
+def images_of(count, seed=3):
+    return np.random.default_rng(seed).standard_normal((count, 8, 8, 3)).astype(np.float32)
+
+
+# The layers' solvers, without a model.
+
+
+@pytest.fixture
+def no_penalty(monkeypatch):
+    monkeypatch.setattr(moments, "PENALTIES", (0.0,))
+
+
+def folds_of(x, y):
+    """Moments of even and of odd rows in float64."""
+
+    def exact(x, y):
+        mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+        centred = (x - mean_x).T
+        return Moments(len(x), mean_x, mean_y, centred @ (x - mean_x), centred @ (y - mean_y))
+
+    return [exact(x[fold::2], y[fold::2]) for fold in (0, 1)]
+
+
+def least_squares(x, y):
+    """Weights and bias."""
+    found = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)[0]
+    return found[:-1], found[-1]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_mlp_is_solved_by_least_squares(no_penalty, rng, scaled):
+    hidden, target = rng.standard_normal((ROWS, HIDDEN)) + 1, rng.standard_normal((ROWS, EMBED))
+    draw = rng.standard_normal
+    mlp = {
+        "fc1": {"kernel": draw((EMBED, HIDDEN)), "bias": draw(HIDDEN)},
+        "fc2": {"kernel": draw((HIDDEN, EMBED)), "bias": draw(EMBED)},
+    }
+    # What a layer scale of zero hides is left alone.
+    scale = np.array([0.1, -2.0, 0.0, 1.0, 3.0]) if scaled else 1.0
+    keep = np.arange(HIDDEN) % 3 != 1
+    found = solve_mlp(mlp, folds_of(hidden, target), keep, scale=scale)
+    kernel, bias = least_squares(hidden[:, keep], target)
+    seen = np.broadcast_to(scale, EMBED) != 0
+    np.testing.assert_allclose(
+        (found["fc2"]["kernel"] * scale)[keep][:, seen], kernel[:, seen], 1e-4
+    )
+    np.testing.assert_allclose((found["fc2"]["bias"] * scale)[seen], bias[seen], 1e-4)
+    np.testing.assert_allclose(found["fc2"]["bias"][~seen], mlp["fc2"]["bias"][~seen], 1e-6)
+    for leaf in (found["fc1"]["kernel"].T, found["fc1"]["bias"], found["fc2"]["kernel"]):
+        np.testing.assert_array_equal(leaf[~keep], 0)
+    np.testing.assert_allclose(found["fc1"]["kernel"][:, keep], mlp["fc1"]["kernel"][:, keep], 1e-6)
+    mean = solve_mlp(mlp, folds_of(hidden, target), keep, ridge=False)["fc2"]
+    np.testing.assert_allclose(mean["kernel"], mlp["fc2"]["kernel"] * keep[:, None], 1e-6)
+    made = hidden @ mean["kernel"] + mean["bias"]
+    np.testing.assert_allclose(made.mean(axis=0), target.mean(axis=0), atol=1e-5)
+
+
+def attention_of(rng, heads=HEADS):
+    draw = rng.standard_normal
+    return {
+        "v": {"kernel": draw((EMBED, heads, DIMS)), "bias": draw((heads, DIMS))},
+        "proj": {"kernel": draw((heads, DIMS, EMBED)), "bias": draw(EMBED)},
+    }
+
+
+def values_of(attn, x):
+    """What heads say that attend to one token each."""
+    return np.einsum("rd,dhv->rhv", x, attn["v"]["kernel"]) + attn["v"]["bias"]
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_values_are_solved_by_least_squares(no_penalty, rng, low_rank):
+    attn, x = attention_of(rng), rng.standard_normal((ROWS, EMBED))
+    target = rng.standard_normal((ROWS, EMBED))
+    outputs = values_of(attn, x).reshape(ROWS, -1)
+    # Few enough of them to be linearly independent.
+    keep = np.array([[True, False, True, False], [False, False, False, True]])
+    found, (kernel, bias) = solve_values(
+        attn, folds_of(outputs, target), keep, low_rank=low_rank, scale=0.5
+    )
+    changed = values_of(found, x)
+    np.testing.assert_array_equal(changed[:, ~keep], 0)
+    np.testing.assert_array_equal(found["proj"]["kernel"][~keep], 0)
+    if not low_rank:
+        np.testing.assert_allclose(changed[:, keep], values_of(attn, x)[:, keep], 1e-4)
+    weights, constant = least_squares(changed[:, keep], target)
+    expected = changed[:, keep] @ weights + constant
+    made = changed.reshape(ROWS, -1) @ found["proj"]["kernel"].reshape(-1, EMBED)
+    made = 0.5 * (made + found["proj"]["bias"])
+    np.testing.assert_allclose(made, expected, atol=1e-4)
+    np.testing.assert_allclose(outputs @ kernel + bias, expected, atol=1e-4)
+
+
+def test_low_rank_values_lose_the_least_that_a_head_can(no_penalty, rng):
+    attn, x = attention_of(rng, heads=1), rng.standard_normal((ROWS, EMBED))
+    outputs = values_of(attn, x)[:, 0]
+    target = outputs @ attn["proj"]["kernel"][0]
+    folds, keep = folds_of(outputs, target), np.array([[False, True, True, False]])
+    error = {}
+    for low_rank in (False, True):
+        _, (kernel, bias) = solve_values(attn, folds, keep, low_rank=low_rank)
+        error[low_rank] = np.linalg.norm(outputs @ kernel + bias - target)
+    tail = np.linalg.svd(target - target.mean(axis=0), compute_uv=False)[2:]
+    np.testing.assert_allclose(error[True], np.linalg.norm(tail), 1e-4)
+    assert error[False] > 1.05 * error[True]
+
+
+def logit_error(found, queries, keys):
+    """Over all pairs of a query and a key, for heads whose queries and keys are their inputs."""
+    made = [rows @ found[name]["kernel"][:, 0] for name, rows in (("q", queries), ("k", keys))]
+    return np.linalg.norm(made[0] @ made[1].T - queries @ keys.T)
+
+
+def test_low_rank_logits_lose_the_tail_of_the_singular_values(rng):
+    queries, keys = rng.standard_normal((2, ROWS, DIMS)) @ rng.standard_normal((2, DIMS, DIMS))
+    attn = {name: {"kernel": np.eye(DIMS)[:, None]} for name in ("q", "k")}
+    grams = (queries.T @ queries)[None], (keys.T @ keys)[None]
+    keep = np.array([[True, False, False, True]])
+    found = solve_queries_keys(attn, *grams, keep)
+    tail = np.linalg.svd(queries @ keys.T, compute_uv=False)[2:]
+    np.testing.assert_allclose(logit_error(found, queries, keys), np.linalg.norm(tail), 1e-3)
+    for name in ("q", "k"):
+        np.testing.assert_array_equal(found[name]["kernel"][:, ~keep], 0)
+    # Both are as long as each other, dim by dim.
+    lengths = [np.linalg.norm(found[name]["kernel"][:, 0, keep[0]], axis=0) for name in ("q", "k")]
+    np.testing.assert_allclose(*lengths, 1e-4)
+
+    kept = solve_queries_keys(attn, *grams, keep, low_rank=False)
+    direct = np.linalg.lstsq(keys[:, keep[0]], keys, rcond=None)[0]
+    expected = np.linalg.norm(queries @ (keys[:, keep[0]] @ direct - keys).T)
+    np.testing.assert_allclose(logit_error(kept, queries, keys), expected, 1e-3)
+    np.testing.assert_array_equal(kept["k"]["kernel"][:, 0], np.diag(keep[0]))
+    assert expected > 1.05 * np.linalg.norm(tail)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_heads_kept_whole_or_not_at_all_need_no_solving(rng, low_rank):
+    attn = {
+        name: {"kernel": rng.standard_normal((EMBED, 3, DIMS)), "bias": np.ones((3, DIMS))}
+        for name in ("q", "k")
+    }
+    keep = np.array([[True] * DIMS, [False] * DIMS, [True, True, False, False]])
+    # Queries and keys that are always zero.
+    dead = np.zeros((3, DIMS, DIMS))
+    found = solve_queries_keys(attn, dead, dead, keep, low_rank)
+    for name, leaves in found.items():
+        for leaf, array in leaves.items():
+            assert np.isfinite(array).all()
+            np.testing.assert_array_equal(array[..., 0, :], np.float32(attn[name][leaf][..., 0, :]))
+            np.testing.assert_array_equal(array[..., 1, :], 0)
+
+
+# Whole models.
+
+VARIANTS = {
+    "cls": {},
+    "mean": {"pool": "mean", "qkv_bias": False},
+    "distilled": {"distilled": True, "layer_scale": True},
+    "swin": None,
+}
+CONFIGS = {
+    "ridge": RecoverConfig(),
+    "kept": RecoverConfig(attention="kept", order="parallel"),
+    "mean": RecoverConfig("mean"),
+}
+
+
+def make(variant, config):
+    if variant == "swin":
+        config = tiny_swin()
+    else:
+        config = dataclasses.replace(config, **VARIANTS[variant])
+    shapes = backbone.param_shapes(config)
+    return Model(config, realistic(jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes), 2))
+
+
+def uneven_plan(config):
+    """Ragged heads, then a pruned head and even ones, then a branch that is gone."""
+    rng = np.random.default_rng(1)
+    keep = {}
+    for group in unit_table(config):
+        if group.kind == "mlp":
+            keep[group.key] = (
+                rng.permutation(group.size) < (0.4, 0.7, 0.2)[group.block] * group.size
+            )
+        elif group.kind in ("qk", "vo"):
+            # In the first block some heads are whole and some have no dims.
+            most = (np.arange(group.shape[0]) % 2 if group.block == 0 else 0.6) * group.shape[1]
+            ranks = rng.permuted(np.tile(np.arange(group.shape[1]), (group.shape[0], 1)), axis=1)
+            keep[group.key] = ranks < np.reshape(most + (group.kind == "qk"), (-1, 1))
+        elif group.kind == "head" and group.block == 1:
+            keep[group.key] = np.arange(group.size) > 0
+        elif group.kind == "attn_branch":
+            keep[group.key] = np.array(group.block < 2)
+    keep["blocks_1/mlp_branch"] = np.array(False)
+    return Plan(config, keep)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_config):
+    return make("cls", tiny_config)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def case(request, tiny_config):
+    model = make(request.param, tiny_config)
+    return model, uneven_plan(model.config), images_of(24)
+
+
+def assert_same(found, expected):
+    found, expected = flatten(found), flatten(expected)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg="/".join(path))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recovered_model_is_a_masked_one_and_reshapes(case, name):
+    model, plan, images = case
+    found = recovered(model, plan, [images], config=CONFIGS[name])
+    masks = param_masks(model.config, unit_masks(plan))
+    assert_same(jax.tree.map(np.multiply, found.params, masks), found.params)
+    small, logits = reshape(found, plan), np.asarray(found.apply(images))
+    assert np.isfinite(logits).all()
+    np.testing.assert_allclose(small.apply(images), logits, atol=1e-4 * np.abs(logits).max())
+
+
+def dense_error(model, found, images):
+    """Root mean square, on the scale of the dense logits."""
+    dense = np.asarray(model.apply(images))
+    return np.linalg.norm(found.apply(images) - dense) / np.linalg.norm(dense - dense.mean(axis=0))
+
+
+def halved(config):
+    """The first half of every kind of dims and units."""
+    keep = {}
+    for group in unit_table(config):
+        if group.kind in ("mlp", "qk", "vo"):
+            half = np.arange(group.shape[-1]) < group.shape[-1] // 2
+            keep[group.key] = np.broadcast_to(half, group.shape)
+    return Plan(config, keep)
+
+
+def test_better_recovery_is_nearer_to_the_dense_model(tiny):
+    plan = uneven_plan(tiny.config)
+    # Images that vary along three directions.
+    rng = np.random.default_rng(4)
+    images = np.tensordot(rng.standard_normal((24, 3)), images_of(3), 1).astype(np.float32)
+    error = {
+        name: dense_error(tiny, recovered(tiny, plan, [images], name), images)
+        for name in ("none", "mean", "ridge")
+    }
+    assert error["ridge"] < 0.7 * error["mean"] < 0.6 * error["none"], error
+
+
+def test_parallel_recovery_leaves_the_head(tiny):
+    plan, images = halved(tiny.config), images_of(24)
+    found = recovered(tiny, plan, [images], config=RecoverConfig(order="parallel"))
+    assert_same(found.params["head"], tiny.params["head"])
+    # A block sees the dense stream whatever is done to the blocks in front of it.
+    only_last = Plan(plan.config, {key: m for key, m in plan.keep.items() if "blocks_2" in key})
+    alone = recovered(tiny, only_last, [images], config=RecoverConfig(order="parallel"))
+    for path, leaf in flatten(alone.params["blocks_2"]).items():
+        np.testing.assert_allclose(flatten(found.params["blocks_2"])[path], leaf, atol=1e-5)
+    assert_same(
+        {n: alone.params[n] for n in ("blocks_0", "blocks_1")},
+        {n: tiny.params[n] for n in ("blocks_0", "blocks_1")},
+    )
+
+
+@pytest.mark.parametrize("attention", ["low_rank", "kept"])
+def test_units_that_others_determine_go_without_loss(tiny, attention):
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(np.array, tiny.params)
+    mix = rng.standard_normal((3, 2, 4, 4)) / 2
+    for i in range(3):
+        fc1 = params[f"blocks_{i}"]["mlp"]["fc1"]
+        for leaf in fc1.values():
+            leaf[..., 16:] = leaf[..., :16]
+        attn = params[f"blocks_{i}"]["attn"]
+        for turn, name in enumerate(("q", "k", "v")):
+            for leaf in attn[name].values():
+                leaf[..., 4:] = np.einsum("...hk,hkl->...hl", leaf[..., :4], mix[turn])
+    model = tiny.replace(params=params)
+    plan, images = halved(model.config), images_of(24)
+    found = recovered(model, plan, [images], config=RecoverConfig(attention=attention))
+    assert dense_error(model, found, images) < 1e-3
+    # Not because the units were of no use.
+    assert dense_error(model, apply_masks(model, plan), images) > 0.3
+
+
+def test_a_head_like_another_goes_without_loss(tiny):
+    params = jax.tree.map(np.array, tiny.params)
+    for i in range(3):
+        for name in ("q", "k", "v"):
+            for leaf in params[f"blocks_{i}"]["attn"][name].values():
+                leaf[..., 1, :] = leaf[..., 0, :]
+    model, images = tiny.replace(params=params), images_of(24)
+    plan = Plan(model.config, {f"blocks_{i}/head": np.array([True, False]) for i in range(3)})
+    assert dense_error(model, recovered(model, plan, [images]), images) < 1e-3
+    assert dense_error(model, apply_masks(model, plan), images) > 0.3
+
+
+def test_nothing_pruned_is_nothing_changed(case):
+    model, _, images = case
+    found = recovered(model, Plan(model.config, {}), [images])
+    assert_same(found.params, model.params)
+    assert found.config == model.config
+
+
+def test_no_recovery_is_masking(case):
+    model, plan, images = case
+    assert_same(recovered(model, plan, [images], "none").params, apply_masks(model, plan).params)
+
+
+def test_blocks_in_front_of_the_first_pruned_one_stay(tiny):
+    plan = Plan(tiny.config, {"blocks_1/mlp": np.arange(32) < 9})
+    shares = []
+    found = recovered(tiny, plan, [images_of(24)], on_share=shares.append)
+    for name in ("patch_embed", "blocks_0", "norm"):
+        assert_same(found.params[name], tiny.params[name])
+    np.testing.assert_allclose(shares, np.full(3, 1 / 3))
+    assert found.history["recovered"]["method"] == "ridge"
+
+
+def test_a_model_that_lost_heads_can_be_recovered_again(tiny):
+    images = images_of(24)
+    keep = {"blocks_0/head": np.zeros(2, bool), "blocks_1/mlp": np.zeros(32, bool)}
+    small = reshape(tiny, Plan(tiny.config, keep | {"blocks_1/attn_branch": np.array(False)}))
+    plan = Plan(small.config, {"blocks_0/mlp": np.arange(32) < 12})
+    found = recovered(small, plan, [images])
+    assert dense_error(small, found, images) < dense_error(small, apply_masks(small, plan), images)
+
+
+def test_devices_batches_and_processes_change_nothing(tiny, monkeypatch):
+    plan, images = halved(tiny.config), images_of(24)
+    alone = np.asarray(recovered(tiny, plan, [images]).apply(images))
+    parts = [images[:7], images[7:7], images[7:]]
+    found = {
+        "devices": recover(tiny, plan, [images]),
+        "batches": recovered(tiny, plan, parts),
+        "padding": recovered(
+            tiny, plan, [{"image": images[[*range(24), 0, 1]], "mask": np.arange(26) < 24}]
+        ),
+    }
+    # Two processes with the same images have what one has, twice.
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda array: np.stack([array, array]))
+    found["processes"] = recovered(tiny, plan, [images])
+    for name, other in found.items():
+        np.testing.assert_allclose(
+            other.apply(images), alone, atol=1e-4 * np.abs(alone).max(), err_msg=name
+        )
+
+
+def test_a_process_without_images_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda array: np.stack([array, ~array]))
+    with pytest.raises(InputError, match="images in every process"):
+        recovered(tiny, uneven_plan(tiny.config), [images_of(24)])
+
+
+@pytest.mark.parametrize("batches", [[], [np.zeros((0, 8, 8, 3), np.float32)]])
+def test_no_images_are_refused(tiny, batches):
+    with pytest.raises(InputError, match="at least one batch of images"):
+        recovered(tiny, uneven_plan(tiny.config), batches)
+
+
+@pytest.mark.parametrize("kind", ["qk", "vo", "mlp"])
+def test_images_that_are_not_finite_are_refused(tiny, kind):
+    images = images_of(24)
+    images[3, 0, 0, 0] = np.nan
+    key = f"blocks_0/{kind}"
+    plan = Plan(tiny.config, {key: halved(tiny.config).keep[key]})
+    with pytest.raises(InputError, match="not finite"):
+        recovered(tiny, plan, [images])
+
+
+def test_a_plan_for_another_model_is_refused(tiny):
+    with pytest.raises(InputError, match="another config"):
+        recovered(tiny, Plan(tiny_swin(), {}), [images_of(2)])
+
+
+@pytest.mark.parametrize("field", ["method", "order", "attention"])
+def test_unknown_choices_are_refused(field):
+    with pytest.raises(InputError, match=field):
+        RecoverConfig(**{field: "best"})
+
+
+def test_an_unknown_method_is_refused(tiny):
+    with pytest.raises(InputError, match="method"):
+        recovered(tiny, uneven_plan(tiny.config), [images_of(2)], "best")
