@@ -36,11 +36,11 @@ def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
                 "arguments": {"patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4},
                 "weights": weights,
             },
-            "extractor": {"kind": "backbone", "depth": 8, "dim": 16},
+            "extractor": {"kind": "pooled", "dim": 32},
             "gmm": {"components": tuple(range(1, 11))},
             # A probe costs a third of a forward pass: 128 images settle which layers matter.
             "prune": {"layers": {"max_batches": 2}},
-            "select": {"method": "importance", "metric_count": 640, "finetune_count": 1600},
+            "select": {"method": "top", "metric_count": 640, "finetune_count": 1600},
             "budgets": ("macs=0.5", "macs=0.35", "macs=0.5,params=0.45", "macs=0.25"),
             "recover": {
                 "epochs": 10,
