@@ -17,6 +17,7 @@ from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.moments import Moments
 from tapvit_jax.prune.recover import (
     RecoverConfig,
+    _logit_sums,
     recover,
     solve_mlp,
     solve_queries_keys,
@@ -264,10 +265,38 @@ def test_a_recovered_model_is_a_masked_one_and_reshapes(case, name):
     model, plan, images = case
     found = recovered(model, plan, [images], config=CONFIGS[name])
     masks = param_masks(model.config, unit_masks(plan))
-    assert_same(jax.tree.map(np.multiply, found.params, masks), found.params)
+    pruned = jax.tree.map(
+        lambda leaf, mask: np.asarray(leaf) * np.asarray(mask), found.params, masks
+    )
+    assert_same(pruned, found.params)
     small, logits = reshape(found, plan), np.asarray(found.apply(images))
     assert np.isfinite(logits).all()
     np.testing.assert_allclose(small.apply(images), logits, atol=1e-4 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("variant", ["cls", "swin"])
+def test_logits_count_by_who_attends_to_what(tiny_config, variant):
+    """Sums over every query, against its own keys' mean under its own attention."""
+    model = make(variant, tiny_config)
+    i, real = 1, np.float32(np.arange(COUNT) != 5)
+    spec, part = model.config.block_spec(i), model.params[f"blocks_{i}"]
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((COUNT, spec.tokens, spec.embed_dim)).astype(np.float32)
+    # Windows are not told apart by their tokens: all of them count the same.
+    weights = np.float32(rng.random(spec.tokens) < 0.5) if variant == "cls" else np.ones(64)
+    found = _logit_sums(spec, 1, part, x, real, np.float32(weights))
+    taps = jax.jit(lambda x: backbone.apply_block_with_taps(spec, part, x)[1])(x)
+    taps = {name: np.float64(tap[real > 0]) for name, tap in taps.items()}
+    attention = taps["attention"].reshape(-1, *taps["attention"].shape[-3:])
+    q, k = (taps[name].reshape(-1, *taps[name].shape[-3:]) for name in ("q", "k"))
+    rows = weights[: q.shape[1]]
+    for h in range(q.shape[2]):
+        expected = np.einsum("bnk,bnl,n->kl", q[:, :, h], q[:, :, h], rows)
+        np.testing.assert_allclose(found[0][0, h], expected, atol=1e-4 * np.abs(expected).max())
+        mean = np.einsum("bnm,bmk->bnk", attention[:, h], k[:, :, h])
+        around = k[:, None, :, h] - mean[:, :, None]
+        expected = np.einsum("bnm,bnmk,bnml,n->kl", attention[:, h], around, around, rows)
+        np.testing.assert_allclose(found[1][0, h], expected, atol=1e-4 * np.abs(expected).max())
 
 
 def dense_error(model, found, images):
