@@ -187,7 +187,13 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
     for name, (write, model, mode, extractor) in RUNS.items():
         write(tmp_path / name, rng)
         plain = MODULES[name].get_config(f"{model},{tmp_path / name},,{mode}")
-        results = Experiment(read(small(plain, **extractor)), tmp_path / f"run-{name}", True).run()
+        plain = small(plain, **extractor)
+        if name == "cifar100":
+            plain.recover.feature_distill = 0.1
+        if name == "imagenet":
+            # Compiling the closed form for every block's shape takes as long as all else.
+            plain.compensate.method = "none"
+        results = Experiment(read(plain), tmp_path / f"run-{name}", True).run()
         assert len(results["devices"]) == 2
         for row in results["devices"]:
             assert row["cost"]["encoder_params"] <= row["limits"]["encoder_params"]
