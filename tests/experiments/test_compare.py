@@ -252,13 +252,11 @@ KEPT = ("jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Programs of seconds need no optimised code, and all are kept for the next run."""
+    """All programs are kept for the next run."""
     before = {name: getattr(jax.config, name) for name in KEPT}
-    jax.config.update("jax_disable_most_optimizations", True)
     for name in KEPT:
         jax.config.update(name, 0)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in before.items():
         jax.config.update(name, value)
 

@@ -170,7 +170,7 @@ def test_partners_follow_from_the_grid():
 
 
 OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-OPTIONS += ("jax_persistent_cache_min_entry_size_bytes",)
+OPTIONS += ("jax_persistent_cache_min_entry_size_bytes", "jax_disable_most_optimizations")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,6 @@ def compiled(tmp_path_factory):
     directory = tmp_path_factory.mktemp("compiled")
     tiny_sweep.compile_once(directory)
     yield directory
-    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in before.items():
         jax.config.update(name, value)
 

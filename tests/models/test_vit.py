@@ -77,7 +77,7 @@ def test_taps(tiny_model, images):
     for block in taps.values():
         shapes = {kind: tap.shape for kind, tap in block.items()}
         dims = dict.fromkeys(("q", "k", "vo"), (6, tokens, *heads))
-        assert shapes == dims | {"mlp": (6, tokens, 32)}
+        assert shapes == dims | {"mlp": (6, tokens, 32), "attention": (6, 2, tokens, tokens)}
     q, k = (np.float64(taps["blocks_0"][name]) for name in ("q", "k"))
     attention = np.exp(np.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(8))
     attention /= attention.sum(axis=-1, keepdims=True)
@@ -87,6 +87,7 @@ def test_taps(tiny_model, images):
     v = np.einsum("bnd,dhv->bnhv", x, block["attn"]["v"]["kernel"]) + block["attn"]["v"]["bias"]
     out = np.einsum("bhnm,bmhv->bnhv", attention, v)
     np.testing.assert_allclose(taps["blocks_0"]["vo"], out, atol=1e-4)
+    np.testing.assert_allclose(taps["blocks_0"]["attention"], attention, atol=1e-5)
 
 
 def layer_norm(x, params):
