@@ -502,7 +502,7 @@ class Job:
         def compute(step, scratch):
             found = self._scoring_batches(metric, prune, prune.layers.max_batches)
             layers = layer_importance(self.dense, found, units.value, config=prune.layers)
-            return {"mlp": layers.mlp, "attn": layers.attn}, {}
+            return layers.arrays(), {}
 
         inputs = {
             "units": units.key,

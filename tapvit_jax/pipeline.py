@@ -196,7 +196,7 @@ def even_batch_size(count: int, most: int) -> int:
 def score_arrays(units: Scores, layers: LayerScores) -> dict[str, np.ndarray]:
     """Scores as named arrays, for storage."""
     arrays = {f"units/{key}": value for key, value in units.items()}
-    return arrays | {"layers/mlp": layers.mlp, "layers/attn": layers.attn}
+    return arrays | {f"layers/{name}": value for name, value in layers.arrays().items()}
 
 
 def scores_from_arrays(
@@ -204,7 +204,8 @@ def scores_from_arrays(
 ) -> tuple[Scores, LayerScores]:
     """The inverse of `score_arrays`."""
     units = {key[6:]: value for key, value in arrays.items() if key.startswith("units/")}
-    return units, LayerScores(sparsity, arrays["layers/mlp"], arrays["layers/attn"])
+    layers = {key[7:]: value for key, value in arrays.items() if key.startswith("layers/")}
+    return units, LayerScores(sparsity, **layers)
 
 
 def plan_masks(plan: Plan) -> Params:

@@ -3,6 +3,9 @@
 All probes of a block share its input, which one pass of the dense model provides, and run only the
 blocks behind it: for L blocks and S sparsities, L + 2 S L + S L (L - 1) block evaluations a batch
 instead of 4 S L^2. Blocks of equal widths share one compiled program.
+
+With recovery in the loop a probe is what closed-form recovery makes of the pruned branch, and
+queries and keys are probed apart from values: what recovery can make up for costs nothing.
 """
 
 import dataclasses
@@ -32,6 +35,8 @@ from tapvit_jax.models.layers import BlockConfig, BlockSpec, Gates
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import top_k_mask
+from tapvit_jax.prune.recover import layer_scale, solve_mlp, solve_queries_keys, solve_values
+from tapvit_jax.prune.streams import Streams
 from tapvit_jax.prune.units import unit_key
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 from tapvit_jax.structs import check_choices
@@ -51,24 +56,33 @@ class LayerConfig:
         scores depend on the batch size; otherwise the plain mean over all images.
       ragged: choose attention dims over all heads of a layer together (as published) or the same
         count in every head.
+      recovery: "ridge" recovers every probe in closed form, each branch alone, and scores queries
+        and keys apart from values; "none" prunes only.
       max_batches: batches beyond these are not read.
+      probe_batches: with recovery, batches that divergences are taken on; all that are read serve
+        the recovery itself.
     """
 
     sparsity: tuple[float, ...] = (0.5, 0.7, 0.9)
     direction: Literal["forward", "reverse"] = "forward"
+    recovery: Literal["none", "ridge"] = "none"
     batch_quirk: bool = False
     ragged: bool = False
     max_batches: int = 50
+    probe_batches: int = 4
 
     def __post_init__(self):
         check_choices(self)
-        if self.max_batches < 1:
-            raise InputError(f"max_batches is {self.max_batches}, expected 1 or more")
+        for name in ("max_batches", "probe_batches"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
         distinct = len(set(self.sparsity)) == len(self.sparsity)
         if not self.sparsity or not distinct or any(not 0 < s < 1 for s in self.sparsity):
             raise InputError(
                 f"sparsity is {self.sparsity}, expected different values between 0 and 1"
             )
+        if self.recovery == "ridge" and (self.ragged or self.batch_quirk):
+            raise InputError("recovery in the loop goes neither with ragged nor with batch_quirk")
 
     @classmethod
     def as_published(cls, sparsity: tuple[float, ...] = (0.5,)) -> "LayerConfig":
@@ -83,16 +97,25 @@ class LayerScores:
     Attributes:
       sparsity: the probes.
       mlp: scores of the MLP branches.
-      attn: scores of the attention branches.
+      attn: scores of the attention branches; of queries, keys and values together.
+      qk: scores of queries and keys alone, with recovery in the loop.
+      vo: scores of values alone, with recovery in the loop; `attn` is then the sum of both.
     """
 
     sparsity: tuple[float, ...]
     mlp: Float[np.ndarray, "s l"]
     attn: Float[np.ndarray, "s l"]
+    qk: Float[np.ndarray, "s l"] | None = None
+    vo: Float[np.ndarray, "s l"] | None = None
 
     def mean(self, branch: Branch) -> Float[np.ndarray, "l"]:
         """Mean over the probes."""
         return getattr(self, branch).mean(axis=0)
+
+    def arrays(self) -> dict[str, Float[np.ndarray, "s l"]]:
+        """The scores by name, for storage."""
+        found = {name: getattr(self, name) for name in ("mlp", "attn", "qk", "vo")}
+        return {name: values for name, values in found.items() if values is not None}
 
 
 def probe_count(size: int, sparsity: float) -> int:
@@ -134,6 +157,8 @@ def layer_importance(
     if sparsity is not None:
         values = (sparsity,) if isinstance(sparsity, int | float) else tuple(sparsity)
         config = dataclasses.replace(config, sparsity=values)
+    if config.recovery == "ridge":
+        return _recovered_importance(model, batches, units, config, mesh)
     gates = _probe_gates(model.config, config, units)
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     index, processes = distributed.process_index(), distributed.process_count()
@@ -242,6 +267,104 @@ def _probe_batch(
         pruned = _log_probabilities(model_config, params, x)
         sums.append(_divergence(config.direction, devices, original, pruned, real))
     return sums
+
+
+def _recovered_importance(
+    model: Model,
+    batches: Iterable[Any],
+    units: Mapping[str, Any],
+    config: LayerConfig,
+    mesh: Mesh | None,
+) -> LayerScores:
+    """Probes of branches that are recovered on the dense model's own stream."""
+    index, processes = distributed.process_index(), distributed.process_count()
+    own, probed = (
+        len(range(index, most, processes)) for most in (config.max_batches, config.probe_batches)
+    )
+    streams = Streams(model, itertools.islice(batches, own), mesh)
+    specs = [model.config.block_spec(i) for i in range(len(model.config.blocks))]
+    params, devices = streams.dense, streams.device_count
+    originals: list[Array] = []
+    for x, _ in itertools.islice(streams.dense_batches(), probed):
+        for i, spec in enumerate(specs):
+            x = _run_block(spec, block_params(params, i), x)
+        originals.append(_log_probabilities(model.config, params, x))
+    shape = (len(config.sparsity), len(specs))
+    scores = {kind: np.zeros(shape) for kind in ("mlp", "qk", "vo")}
+    for i, spec in enumerate(specs):
+        probes = _recovered_probes(streams, i, units, config.sparsity)
+        if not probes:
+            streams.leave()
+            continue
+        placed = replicate(list(probes.values()), streams.mesh)
+        none = jnp.zeros((devices, len(probes) * len(config.sparsity)))
+        total = none, jnp.zeros(())
+        for (x, real), original in zip(streams.dense_batches(), originals, strict=False):
+            x = _changed_block(spec, block_params(params, i), x, placed)
+            for j in range(i + 1, len(specs)):
+                x = _run_block(specs[j], block_params(params, j), x)
+            pruned = _log_probabilities(model.config, params, x)
+            found = _divergence(config.direction, devices, original, pruned, real), real.sum()
+            total = jax.tree.map(jnp.add, total, found)
+        sums, count = jax.device_get(total)
+        own_sums = np.asarray(sums, np.float64).sum(axis=0), float(count)
+        sums, weight = distributed.sum_over_processes(own_sums)
+        for kind, values in zip(probes, (sums / weight).reshape(len(probes), -1), strict=True):
+            scores[kind][:, i] = values
+        streams.leave()
+    return LayerScores(config.sparsity, attn=scores["qk"] + scores["vo"], **scores)
+
+
+def _recovered_probes(
+    streams: Streams, i: int, units: Mapping[str, Any], sparsity: tuple[float, ...]
+) -> dict[str, Params]:
+    """By kind of unit, a block's parameters that change, for all probes along a leading axis."""
+    dense = streams.begin(i, parallel=True)
+    keep = {
+        kind: [probe_mask(np.asarray(units[unit_key(i, kind)]), s, False) for s in sparsity]
+        for kind in ("mlp", "qk", "vo")
+        if unit_key(i, kind) in units
+    }
+    found: dict[str, list[Params]] = {}
+    if "attn" in dense:
+        logits = streams.logit_moments(dense)
+        found["qk"] = [
+            {"attn": solve_queries_keys(dense["attn"], *logits, mask)} for mask in keep["qk"]
+        ]
+        folds, scale = streams.attention_moments(dense), layer_scale(dense, "ls1")
+        found["vo"] = [
+            {"attn": solve_values(dense["attn"], folds, mask, scale=scale)[0]}
+            for mask in keep["vo"]
+        ]
+    if "mlp" in dense:
+        streams.see_dense_middle()
+        folds, scale = streams.hidden_moments(dense), layer_scale(dense, "ls2")
+        found["mlp"] = [
+            # The first layer's pruned units lead nowhere, and all probes can share them.
+            {"mlp": {"fc2": solve_mlp(dense["mlp"], folds, mask, scale=scale)["fc2"]}}
+            for mask in keep["mlp"]
+        ]
+    return {kind: jax.tree.map(lambda *a: np.stack(a), *probes) for kind, probes in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _changed_block(
+    spec: BlockSpec, params: Params, x: Float[Array, "b n d"], probes: list[Params]
+) -> Float[Array, "bv n d"]:
+    """One block under every probe of each of its kinds; an image's probes lie together."""
+
+    def probe(change: Params) -> Array:
+        return apply_block(spec, _changed(params, change), x)
+
+    found = [jax.vmap(probe, out_axes=1)(changes) for changes in probes]
+    out = jnp.concatenate(found, axis=1)
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _changed(params: Params, change: Params) -> Params:
+    if not isinstance(change, Mapping):
+        return change
+    return params | {name: _changed(params[name], part) for name, part in change.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

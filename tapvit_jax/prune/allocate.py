@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -12,19 +12,25 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig, check_prunable
 from tapvit_jax.prune.budget import Budget, Limits, within
 from tapvit_jax.prune.cost import FLOAT32_BYTES, Cost, Latency, block_cost, cost
+from tapvit_jax.prune.knapsack import exact_levels, greedy_levels
 from tapvit_jax.prune.mask import Plan, top_k_mask
+from tapvit_jax.prune.ranking import Ranking, ranking_rule
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.prune.units import UnitGroup, unit_key, unit_table
 from tapvit_jax.prune.widths import (
     BRANCHES,
     BranchScores,
-    Keeps,
+    GroupKeeps,
     Rule,
+    by_group,
     check_scores,
+    knapsack_rule,
     sensitivity_rule,
     softmax_keep,
     softmax_rule,
 )
+
+Widths = Literal["sensitivity", "greedy", "exact", "softmax", "local", "global", "isomorphic"]
 
 Counts = dict[str, int]
 """Units to keep by group key; for qk and vo the count is per head, unless ragged."""
@@ -72,7 +78,11 @@ class AllocateConfig:
 
     Attributes:
       widths: "sensitivity" prunes where the divergence rises least per unit of cost, MLPs and
-        attention together; "softmax" is the published rule, with a fixed ratio between the two.
+        attention together, along curves fitted to the probes; "greedy" and "exact" do so along the
+        measured curves, step by step or by dynamic programming; "softmax" is the published rule,
+        with a fixed ratio between MLPs and attention. By the scores of single units and without
+        layer scores: "local" takes the same share of every layer, "global" has one threshold for
+        all units, "isomorphic" one for each kind.
       alpha: temperature of the softmax over layers (published: 1.1).
       attn_share: for the softmax, how much of the MLPs' pruned share the attention branches lose on
         average; the published budgets prune .216 of attention where they prune .342 of MLPs.
@@ -87,7 +97,7 @@ class AllocateConfig:
         layers; "clip" drops it, as published, and so falls short of the budget.
     """
 
-    widths: Literal["sensitivity", "softmax"] = "sensitivity"
+    widths: Widths = "sensitivity"
     alpha: float = 1.1
     attn_share: float = 0.216 / 0.342
     min_keep: float = 0.1
@@ -133,7 +143,8 @@ def allocate(
     Args:
       model: a `Model` or its config.
       units: scores by group key for kinds mlp, qk and vo.
-      layers: layer scores; None treats all layers alike, under the softmax rule.
+      layers: layer scores; None treats all layers alike, under the softmax rule. Rules by the
+        scores of single units ignore them.
       budget: bounds on parameters, MACs, memory or latency, one or several.
       config: temperature, floors, rounding, published switches.
       latency: predicts the time of a forward pass, for bounds on latency.
@@ -141,7 +152,7 @@ def allocate(
     Raises:
       InputError: an infeasible budget (names the smallest feasible value), or missing scores.
 
-    Source: softmax as published (arXiv 2601.02437); all else is ours.
+    Source: softmax as published (arXiv 2601.02437); rankings in `prune.ranking`; all else is ours.
     """
     dense: TransformerConfig = getattr(model, "config", model)
     config = config or AllocateConfig()
@@ -152,7 +163,7 @@ def allocate(
     if missing:
         raise InputError(f"no scores for {', '.join(missing)}")
     planner = _Planner(dense, config, groups, units, limits, latency)
-    rule = _rule(dense, config, layers, limits, latency)
+    rule = _rule(dense, config, units, layers, limits, latency)
 
     low, high = 0.0, 1.0
     best = planner.counts(rule(0.0))
@@ -248,44 +259,59 @@ def _round_count(count: int, size: int, step: int) -> int:
 def _rule(
     dense: TransformerConfig,
     config: AllocateConfig,
+    units: Mapping[str, Float[np.ndarray, "..."]],
     layers: BranchScores | None,
     limits: Limits,
     latency: Latency | None,
 ) -> Rule:
     if layers is not None:
         check_scores(dense, layers)
+    if config.widths in get_args(Ranking):
+        return ranking_rule(
+            dense, units, config.widths, ragged=config.ragged, coupled=config.coupled
+        )
     if config.widths == "softmax" or layers is None:
         return softmax_rule(dense, layers, config.alpha, config.attn_share)
-    return sensitivity_rule(dense, layers, _branch_costs(dense, limits, latency))
+    costs = _part_costs(dense, limits, latency)
+    if config.widths == "sensitivity":
+        return sensitivity_rule(dense, layers, costs)
+    choose = greedy_levels if config.widths == "greedy" else exact_levels
+    return knapsack_rule(dense, layers, costs, choose)
 
 
-def _branch_costs(
+_NO_UNITS = {
+    "mlp": {"mlp_dim": 0},
+    "attn": {"qk_dim": 0, "v_dim": 0},
+    "qk": {"qk_dim": 0},
+    "vo": {"v_dim": 0},
+}
+
+
+def _part_costs(
     dense: TransformerConfig, limits: Limits, latency: Latency | None
 ) -> dict[str, Float[np.ndarray, "l"]]:
-    """Share of the bounds that each branch's units take; several bounds add up.
+    """Share of the bounds that the units of each part of a block take; several bounds add up.
 
-    Peak memory is no sum over branches: it caps each of them (`_Planner`), and where nothing else
+    Peak memory is no sum over parts: it caps each of them (`_Planner`), and where nothing else
     is bounded, MACs stand in for it.
     """
     full = cost(dense, latency)
     summed = {unit: limit for unit, limit in limits.items() if unit != "activation_bytes"}
     summed = summed or {"macs": full.macs}
-    costs = {branch: np.zeros(len(dense.blocks)) for branch in BRANCHES}
+    costs = {part: np.zeros(len(dense.blocks)) for part in _NO_UNITS}
     for i, block in enumerate(dense.blocks):
-        for branch, bare in (
-            ("mlp", dataclasses.replace(block, mlp_dim=0)),
-            ("attn", dataclasses.replace(block, qk_dim=0, v_dim=0)),
-        ):
+        for part, none in _NO_UNITS.items():
+            bare = dataclasses.replace(block, **none)
             blocks = (*dense.blocks[:i], bare, *dense.blocks[i + 1 :])
             without = cost(dataclasses.replace(dense, blocks=blocks), latency)
-            costs[branch][i] = sum(
+            costs[part][i] = sum(
                 (getattr(full, unit) - getattr(without, unit)) / limit
                 for unit, limit in summed.items()
             )
     return costs
 
 
-def _keep_under_peak(dense: TransformerConfig, limit: int) -> Keeps:
+def _keep_under_peak(dense: TransformerConfig, limit: int) -> GroupKeeps:
     """Largest keep ratio at which each branch's peak of live activations stays within a bound."""
     keeps = {branch: np.ones(len(dense.blocks)) for branch in BRANCHES}
     for i, block in enumerate(dense.blocks):
@@ -307,7 +333,7 @@ def _keep_under_peak(dense: TransformerConfig, limit: int) -> Keeps:
                 middle = (low + high) / 2
                 low, high = (middle, high) if peak(middle, branch) <= limit else (low, middle)
             keeps[branch][i] = low
-    return keeps
+    return by_group(dense, keeps)
 
 
 class _Planner:
@@ -338,15 +364,11 @@ class _Planner:
         least = _round_count(_floor(size, self.config), size, self.config.step(group.kind))
         return least * group.shape[0] if self.config.ragged and group.kind != "mlp" else least
 
-    def ideal(self, keeps: Keeps) -> dict[str, float]:
+    def ideal(self, keeps: GroupKeeps) -> dict[str, float]:
         """Fractional counts."""
-        return {
-            group.key: keeps["mlp" if group.kind == "mlp" else "attn"][group.block]
-            * self.sizes[group.key]
-            for group in self.groups
-        }
+        return {group.key: keeps[group.key] * self.sizes[group.key] for group in self.groups}
 
-    def counts(self, keeps: Keeps) -> Counts:
+    def counts(self, keeps: GroupKeeps) -> Counts:
         """Whole counts: rounded down to steps, but not below the floors."""
         counts = {}
         for key, value in self.ideal(keeps).items():

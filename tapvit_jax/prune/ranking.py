@@ -7,7 +7,7 @@ ragged); what lies beyond the floor says how near the next unit is, for whoever 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,13 +17,9 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.units import WIDTH_KINDS, Kind, UnitGroup, unit_key, unit_table
+from tapvit_jax.prune.widths import GroupKeeps, Rule
 
 Ranking = Literal["local", "global", "isomorphic"]
-
-GroupKeeps = dict[str, float]
-"""Keep ratio by group key."""
-
-GroupRule = Callable[[float], GroupKeeps]
 
 _WIDTHS = {"mlp": ("mlp_dim",), "qk": ("qk_dim",), "vo": ("v_dim",)}
 
@@ -37,7 +33,7 @@ def ranking_rule(
     ragged: bool = False,
     coupled: bool = False,
     kinds: Sequence[Kind] = WIDTH_KINDS,
-) -> GroupRule:
+) -> Rule:
     """The rule of that name: `local_rule`, `global_rule` or `isomorphic_rule`.
 
     Raises:
@@ -53,7 +49,7 @@ def ranking_rule(
     raise InputError(f"ranking is {ranking!r}, expected one of local, global, isomorphic")
 
 
-def local_rule(config: TransformerConfig, *, kinds: Sequence[Kind] = WIDTH_KINDS) -> GroupRule:
+def local_rule(config: TransformerConfig, *, kinds: Sequence[Kind] = WIDTH_KINDS) -> Rule:
     """Units compete within their group only: the ratio is t everywhere. Source: baseline."""
     keys = [group.key for group in _groups(config, kinds)]
 
@@ -72,7 +68,7 @@ def global_rule(
     ragged: bool = False,
     coupled: bool = False,
     kinds: Sequence[Kind] = WIDTH_KINDS,
-) -> GroupRule:
+) -> Rule:
     """One threshold over the units of all groups: t is the share of all units that stay.
 
     Equal scores are shared out evenly over the groups that have them. So that every head of a layer
@@ -109,7 +105,7 @@ def isomorphic_rule(
     ragged: bool = False,
     coupled: bool = False,
     kinds: Sequence[Kind] = WIDTH_KINDS,
-) -> GroupRule:
+) -> Rule:
     """One threshold for each kind of unit over all layers: t is the share of every kind that stays.
 
     Units of one kind have the same structure, so that only scores that mean the same are compared:
@@ -253,7 +249,7 @@ def _coupled(
 
 def _threshold_rule(
     scopes: list[dict[str, _Positions]], groups: list[UnitGroup], coupled: bool
-) -> GroupRule:
+) -> Rule:
     shares = {key: found for scope in scopes for key, found in _shares(scope).items()}
 
     def rule(t: float) -> GroupKeeps:

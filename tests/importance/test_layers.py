@@ -13,7 +13,10 @@ from tapvit_jax.models import backbone
 from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import Plan, apply_masks
+from tapvit_jax.prune.recover import RecoverConfig, recover, solve_queries_keys
+from tapvit_jax.prune.streams import Streams
 from tapvit_jax.prune.units import unit_table
+from tapvit_jax.sharding import data_mesh
 from tests.conftest import realistic
 
 KINDS = {"mlp": ("mlp",), "attn": ("qk", "vo")}
@@ -81,6 +84,96 @@ def test_scores_equal_the_slow_way(request, images, config, backbone):
         assert scores.min() > 1e-4
         np.testing.assert_allclose(scores, expected[branch].mean(axis=-1), atol=1e-5)
         np.testing.assert_allclose(found.mean(branch), scores.mean(axis=0))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "probed"),
+    [
+        ("tiny_model", ["blocks_0/vo", "blocks_1/mlp"]),
+        # Behind patch merging.
+        ("swin_model", ["blocks_2/vo"]),
+    ],
+)
+def test_recovered_scores_equal_the_slow_way(request, images, backbone, probed):
+    """Recover one group at a time on the dense model's own activations, and run it all again."""
+    model = request.getfixturevalue(backbone)
+    units = random_scores(model.config)
+    one = data_mesh(jax.local_devices()[:1])
+    config = LayerConfig((0.5, 0.75), recovery="ridge")
+    batches = [images[:4], images[4:]]
+    found = layer_importance(model, batches, units, config=config, mesh=one)
+    original = log_probabilities(model, images)
+    alone = RecoverConfig(order="parallel", head=False)
+    for key in probed:
+        name, _, kind = key.partition("/")
+        plan = Plan(model.config, {key: kept(units[key], config.sparsity[1], False)})
+        small = recover(model, plan, batches, config=alone, mesh=one)
+        pruned = log_probabilities(small, images)
+        expected = (np.exp(original) * (original - pruned)).sum(axis=1).mean()
+        score = getattr(found, kind)[1, int(name.removeprefix("blocks_"))]
+        assert expected > 1e-5
+        np.testing.assert_allclose(score, expected, rtol=1e-2)
+    np.testing.assert_allclose(found.attn, found.qk + found.vo)
+    assert set(found.arrays()) == {"mlp", "attn", "qk", "vo"}
+
+
+def test_recovered_queries_and_keys_alone(tiny_model, images):
+    """A real recovery would also solve the projection behind them once more."""
+    units = random_scores(tiny_model.config)
+    config = LayerConfig((0.5, 0.75), recovery="ridge")
+    found = layer_importance(tiny_model, [images], units, config=config)
+    mask = kept(units["blocks_0/qk"], 0.75, False)
+    part = tiny_model.params["blocks_0"]
+    streams = Streams(tiny_model, [images], None)
+    moments = streams.logit_moments(streams.begin(0, parallel=True))
+    attn = part["attn"] | solve_queries_keys(part["attn"], *moments, mask)
+    params = tiny_model.params | {"blocks_0": part | {"attn": attn}}
+    original = log_probabilities(tiny_model, images)
+    pruned = log_probabilities(tiny_model.replace(params=params), images)
+    expected = (np.exp(original) * (original - pruned)).sum(axis=1).mean()
+    assert expected > 1e-4
+    np.testing.assert_allclose(found.qk[1, 0], expected, rtol=1e-3)
+
+
+def test_recovered_divergences_of_the_first_batches(tiny_model, images):
+    units = random_scores(tiny_model.config)
+    config = LayerConfig((0.5,), recovery="ridge", probe_batches=1)
+    first = layer_importance(tiny_model, [images, images], units, config=config)
+    both = dataclasses.replace(config, probe_batches=2)
+    for name, scores in first.arrays().items():
+        # The same images twice: the same mean, and the same recovery.
+        again = getattr(layer_importance(tiny_model, [images, images], units, config=both), name)
+        np.testing.assert_allclose(scores, again, rtol=1e-4)
+    other = layer_importance(tiny_model, [images, -images], units, config=config)
+    assert np.abs(other.mlp - first.mlp).max() > 1e-6
+
+
+def test_recovery_lowers_scores(tiny_model):
+    """On many images, so that there is something to solve from."""
+    rng = np.random.default_rng(4)
+    many = rng.standard_normal((48, 8, 8, 3)).astype(np.float32)
+    units = random_scores(tiny_model.config)
+    batches = np.split(many, 8)
+    found = {
+        recovery: layer_importance(
+            tiny_model,
+            batches,
+            units,
+            config=LayerConfig((0.5, 0.75), recovery=recovery, probe_batches=8),
+            mesh=data_mesh(jax.local_devices()[:1]),
+        )
+        for recovery in ("none", "ridge")
+    }
+    for branch in KINDS:
+        assert found["ridge"].mean(branch).sum() < 0.7 * found["none"].mean(branch).sum()
+
+
+def test_recovered_absent_branches_score_nothing(sparse_model, images):
+    units = random_scores(sparse_model.config, 1)
+    config = LayerConfig((0.5,), recovery="ridge")
+    found = layer_importance(sparse_model, [images], units, config=config)
+    assert np.flatnonzero(found.mlp).tolist() == [2]
+    assert np.flatnonzero(found.attn).tolist() == [0]
 
 
 def test_several_sparsities_equal_separate_calls(tiny_model, images, units):
@@ -188,7 +281,15 @@ def test_scores_that_are_nan_are_refused(tiny_model, images, units):
         layer_importance(tiny_model, [images], units | {"blocks_1/mlp": np.full(32, np.nan)})
 
 
-@pytest.mark.parametrize("changes", [{"direction": "both"}, {"max_batches": 0}])
+@pytest.mark.parametrize("changes", [{"ragged": True}, {"batch_quirk": True}])
+def test_recovery_goes_with_no_quirks(changes):
+    with pytest.raises(InputError, match="recovery in the loop"):
+        LayerConfig(recovery="ridge", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"direction": "both"}, {"max_batches": 0}, {"probe_batches": 0}]
+)
 def test_bad_options_are_refused(changes):
     with pytest.raises(InputError, match=f"{next(iter(changes))} is "):
         LayerConfig(**changes)

@@ -25,7 +25,12 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.prune.units import unit_key, unit_table
-from tapvit_jax.prune.widths import divergence_curves, softmax_keep, water_fill
+from tapvit_jax.prune.widths import (
+    divergence_curves,
+    measured_divergence,
+    softmax_keep,
+    water_fill,
+)
 
 SMALL = vit_config(image_size=16, patch_size=4, num_classes=10, depth=4, num_heads=4, embed_dim=64)
 UNITS = ("params", "macs", "encoder_params")
@@ -63,6 +68,55 @@ def grown(config, dense, options: AllocateConfig):
                 larger = dataclasses.replace(block, **{name: min(most, width + step)})
                 blocks = (*config.blocks[:i], larger, *config.blocks[i + 1 :])
                 yield dataclasses.replace(config, blocks=blocks)
+
+
+def random_parts(config, seed: int):
+    """Layer scores with queries and keys apart from values."""
+    rng = np.random.default_rng(seed)
+    shape = (3, 3, len(config.blocks))
+    mlp, qk, vo = np.sort(rng.exponential(rng.choice([0.1, 3]), shape), axis=1)
+    return LayerScores((0.3, 0.6, 0.9), mlp, qk + vo, qk, vo)
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 10**6),
+    ties=st.booleans(),
+    bounds=st.dictionaries(st.sampled_from(BOUNDS), st.floats(0.3, 1.0), min_size=1),
+    widths=st.sampled_from(["sensitivity", "greedy", "exact", "local", "global", "isomorphic"]),
+    parts=st.booleans(),
+)
+def test_every_rule_keeps_the_budget_and_uses_it(seed, ties, bounds, widths, parts):
+    units, layers = random_scores(SMALL, seed, ties)
+    layers = random_parts(SMALL, seed) if parts else layers
+    budget = Budget(**bounds)
+    config = AllocateConfig(widths=widths)
+    limits = budget.limits(SMALL)
+    if not within(smallest_cost(SMALL, config), limits):
+        return
+    small = reshaped_config(allocate(SMALL, units, layers, budget, config=config))
+    assert within(cost(small), limits)
+    assert not [c for c in grown(small, SMALL, config) if within(cost(c), limits)]
+
+
+@pytest.mark.parametrize("widths", ["sensitivity", "greedy", "exact"])
+def test_parts_are_pruned_by_their_own_scores(widths):
+    units, _ = random_scores(SMALL, 0, ties=False)
+    shape = (2, len(SMALL.blocks))
+    hard, easy = np.full(shape, 2.0), np.full(shape, 0.01)
+    hard[0], easy[0] = 0.5, 0.002
+    layers = LayerScores((0.4, 0.8), hard, hard + easy, easy, hard)
+    plan = allocate(SMALL, units, layers, Budget(macs=0.8), config=AllocateConfig(widths=widths))
+    for block in reshaped_config(plan).blocks:
+        assert block.qk_dim < 0.5 * SMALL.blocks[0].qk_dim < 0.7 * block.v_dim
+
+
+def test_measured_curves_run_through_the_probes():
+    layers = random_parts(SMALL, 3)
+    found = measured_divergence(layers, "qk", np.array([0.0, *layers.sparsity, 1.0]))
+    np.testing.assert_allclose(found[1:4], layers.qk, rtol=1e-6)
+    assert np.all(found[0] == 0)
+    assert np.all(np.diff(found, axis=0) >= 0)
 
 
 @settings(max_examples=200)

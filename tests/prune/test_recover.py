@@ -12,12 +12,11 @@ from tapvit_jax.models import backbone
 from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.params import flatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.prune import moments
+from tapvit_jax.prune import moments, streams
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.moments import Moments
 from tapvit_jax.prune.recover import (
     RecoverConfig,
-    _logit_sums,
     recover,
     solve_mlp,
     solve_queries_keys,
@@ -284,7 +283,7 @@ def test_logits_count_by_who_attends_to_what(tiny_config, variant):
     x = rng.standard_normal((COUNT, spec.tokens, spec.embed_dim)).astype(np.float32)
     # Windows are not told apart by their tokens: all of them count the same.
     weights = np.float32(rng.random(spec.tokens) < 0.5) if variant == "cls" else np.ones(64)
-    found = _logit_sums(spec, 1, part, x, real, np.float32(weights))
+    found = streams._logit_sums(spec, 1, part, x, real, np.float32(weights))
     taps = jax.jit(lambda x: backbone.apply_block_with_taps(spec, part, x)[1])(x)
     taps = {name: np.float64(tap[real > 0]) for name, tap in taps.items()}
     attention = taps["attention"].reshape(-1, *taps["attention"].shape[-3:])
