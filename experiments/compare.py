@@ -155,8 +155,10 @@ class Comparison:
         # Locked: who has seen fewer results must not write after who has seen all.
         with file_lock(self.workdir / ".results.lock") as locked:
             if locked:
-                for suffix in ("csv", "json", "md", "html"):
-                    remove_leftovers(self.workdir / f"compare.{suffix}")
+                names = [f"compare.{suffix}" for suffix in ("csv", "json", "md", "html")]
+                names += [path.name for path in self.workdir.glob("compare_*.svg")]
+                for name in names:
+                    remove_leftovers(self.workdir / name)
             results = self.results(failed)
             if results["rows"]:
                 comparison.write(results, self.workdir)
@@ -240,7 +242,7 @@ class Comparison:
         check_budget(job.dense_config, budget, prune.allocate)
         units = job.unit_scores(title, sets.metric, method.criterion, prune)
         layers = None
-        if method.widths != "uniform":
+        if method.by_layers:
             layers = job.layer_scores(title, sets.metric, units, prune)
         plan = job.plan_from(units, layers, prune.allocate, budget)
         options, size = RECOVERIES[method.recover], prune.batch_size

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import html
 import io
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -292,7 +293,7 @@ def _gap(found: Mapping[str, Any] | None) -> str:
 
 
 def write(results: Mapping[str, Any], directory: Path) -> None:
-    """Write compare.csv, compare.json, compare.md and compare.html.
+    """Write compare.csv, compare.json, compare.md, compare.html, and its plots as compare_*.svg.
 
     Raises:
       InputError: the directory cannot be written.
@@ -305,7 +306,10 @@ def write(results: Mapping[str, Any], directory: Path) -> None:
     write_text(directory / "compare.csv", text.getvalue())
     write_json(directory / "compare.json", results)
     write_text(directory / "compare.md", markdown(results))
-    write_text(directory / "compare.html", page(results))
+    plots = _plots(results["summary"])
+    write_text(directory / "compare.html", page(results, plots))
+    for plot in plots:
+        write_text(directory / f"compare_{plot.name}.svg", plot.svg)
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
@@ -358,29 +362,46 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def page(results: Mapping[str, Any]) -> str:
+@dataclasses.dataclass(frozen=True)
+class _Plot:
+    """A figure under a heading; its name is a file's."""
+
+    name: str
+    heading: str
+    svg: str
+
+
+def _plots(summary: Mapping[str, Any]) -> list[_Plot]:
+    plots = []
+    for images, epochs in _groups(summary["accuracy"]):
+        where, name = _where(images, epochs), f"{images}_{epochs}"
+        own = [r for r in summary["accuracy"] if (r["set"], r["epochs"]) == (images, epochs)]
+        svg = figures.compared(own, summary["dense"], where)
+        plots.append(_Plot(f"accuracy_{name}", where, svg))
+        pairs = [r for r in summary["paired"] if (r["set"], r["epochs"]) == (images, epochs)]
+        if pairs:
+            svg = figures.differences(pairs, summary["reference"], where)
+            plots.append(_Plot(f"differences_{name}", where, svg))
+    if summary["sets"]:
+        plots.append(_Plot("sets", "Metric sets", figures.metric_sets(summary["sets"])))
+    if len({row["epochs"] for row in summary["accuracy"]}) > 1:
+        for images in dict.fromkeys(row["set"] for row in summary["accuracy"]):
+            own = [row for row in summary["accuracy"] if row["set"] == images]
+            svg = figures.over_epochs(own, summary["dense"], images)
+            plots.append(_Plot(f"epochs_{images}", "Fine-tuning", svg))
+    return plots
+
+
+def page(results: Mapping[str, Any], plots: Sequence[_Plot]) -> str:
     """Tables and plots as one HTML page without any outside reference."""
     name, summary = html.escape(one_line(results["name"])), results["summary"]
     parts = [f"<h1>{name}: comparison ({html.escape(results['mode'])})</h1>"]
     parts.append(f"<pre>{html.escape(one_line(results['command']))}</pre>")
     parts += [f"<p>{html.escape(note)}</p>" for note in _notes(results)]
-    for images, epochs in _groups(summary["accuracy"]):
-        where = _where(images, epochs)
-        own = [r for r in summary["accuracy"] if (r["set"], r["epochs"]) == (images, epochs)]
-        parts.append(f"<h2>{html.escape(where)}</h2>")
-        parts.append("<p>Dashed: the dense model. Bars: 95 % intervals.</p>")
-        parts.append(_figure(figures.compared(own, summary["dense"], where)))
-        pairs = [r for r in summary["paired"] if (r["set"], r["epochs"]) == (images, epochs)]
-        if pairs:
-            parts.append(_figure(figures.differences(pairs, summary["reference"], where)))
-    if summary["sets"]:
-        parts.append("<h2>Metric sets</h2>")
-        parts.append(_figure(figures.metric_sets(summary["sets"])))
-    if len({row["epochs"] for row in summary["accuracy"]}) > 1:
-        parts.append("<h2>Fine-tuning</h2>")
-        for images in dict.fromkeys(row["set"] for row in summary["accuracy"]):
-            own = [row for row in summary["accuracy"] if row["set"] == images]
-            parts.append(_figure(figures.over_epochs(own, summary["dense"], images)))
+    parts.append("<p>In plots, dashed: the dense model; bars: 95 % intervals.</p>")
+    for heading, members in itertools.groupby(plots, key=lambda plot: plot.heading):
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        parts += [f"<figure>{plot.svg}</figure>" for plot in members]
     parts.append("<h2>Tables</h2>")
     parts += [table.html() for table in tables(summary)]
     failures = _failures(results)
@@ -388,7 +409,3 @@ def page(results: Mapping[str, Any]) -> str:
     parts.append("<h2>How this was run</h2>")
     parts += [f"<p>{html.escape(text)}</p>" for text in _provenance(results)]
     return document(name, "".join(parts))
-
-
-def _figure(svg: str) -> str:
-    return f"<figure>{svg}</figure>"

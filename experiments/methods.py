@@ -1,6 +1,7 @@
 """The methods that `experiments.compare` sets side by side, and the metric sets that they see."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import get_args
 
@@ -36,7 +37,8 @@ RECOVERIES = {
 }
 """Closed-form recoveries by name: ours is "ridge", "corp" all that CORP does, others between."""
 
-_WIDTHS = ("sensitivity", "softmax", "uniform")
+_WIDTHS = ("sensitivity", "greedy", "exact", "softmax", "uniform", "global", "isomorphic")
+_PROBED = ("sensitivity", "greedy", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +47,21 @@ class Method:
 
     Attributes:
       criterion: name in `CRITERIA`, or of an external peer.
-      widths: "sensitivity" or "softmax" (see `AllocateConfig`); "uniform", the same share of every
-        layer; "published", all of TAP-ViTs' rules; "peer" leaves everything to the peer.
+      widths: a rule of `AllocateConfig`; "uniform", the same share of every layer, of attention
+        less, as published; "published", all of TAP-ViTs' rules; "peer", whatever the peer does.
       recover: closed-form recovery behind it, a name in `RECOVERIES`.
+      loop: layers are probed with recovery in the loop.
     """
 
     criterion: str
     widths: str = "sensitivity"
     recover: str = "none"
+    loop: bool = False
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether its widths follow from layer scores."""
+        return self.widths not in ("uniform", "global", "isomorphic")
 
     def prune(self, base: PruneConfig) -> PruneConfig:
         """How it scores and chooses widths, limits and floors as in the experiment's config.
@@ -72,6 +81,7 @@ class Method:
         elif self.widths != PEER:
             rule = "softmax" if self.widths == "uniform" else self.widths
             allocate = dataclasses.replace(allocate, widths=rule)
+            layers = dataclasses.replace(layers, recovery="ridge" if self.loop else "none")
         return PruneConfig(neurons, layers, allocate, base.batch_size)
 
 
@@ -81,15 +91,17 @@ def _methods() -> dict[str, Method]:
         # What TAP-ViTs published is criterion and rules together.
         default = "published" if criterion == "tap_published" else _WIDTHS[0]
         for widths in dict.fromkeys((default, *_WIDTHS)):
-            for recover in RECOVERIES:
-                parts = [criterion]
+            for recover, loop in itertools.product(RECOVERIES, (False, True)):
+                if loop and widths not in _PROBED:
+                    continue
+                parts = [criterion] + ["loop"] * loop
                 parts += [widths] * (widths != default) + [recover] * (recover != "none")
-                found["_".join(parts)] = Method(criterion, widths, recover)
+                found["_".join(parts)] = Method(criterion, widths, recover, loop)
     return {"ours": found["tap_ridge"], **found}
 
 
 METHODS = _methods()
-"""Methods by name: CRITERION[_softmax|_uniform][_RECOVERY], and "ours", the defaults."""
+"""Methods by name: CRITERION[_loop][_WIDTHS][_RECOVERY], and "ours", the defaults."""
 
 DEFAULT_METHODS = (
     *("ours", "tap", "tap_mean", "tap_published", "tap_published_ridge"),
@@ -115,8 +127,9 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
             found[name] = METHODS[name]
         else:
             raise InputError(
-                f"method is {name!r}, expected ours or CRITERION[_softmax|_uniform][_RECOVERY]; "
-                f"criteria are {', '.join((*CRITERIA, *peers))}; recoveries {', '.join(RECOVERIES)}"
+                f"method is {name!r}, expected ours or CRITERION[_loop][_WIDTHS][_RECOVERY]; "
+                f"criteria are {', '.join((*CRITERIA, *peers))}; widths {', '.join(_WIDTHS)}; "
+                f"recoveries {', '.join(RECOVERIES)}"
             )
     if not found:
         raise InputError("no method is named, expected at least one")

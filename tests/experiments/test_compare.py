@@ -300,7 +300,9 @@ def test_a_failing_cell_is_reported_and_the_rest_is_there(finished):
 def test_the_report_stands_on_its_own(finished):
     workdir = finished[0].workdir
     page, text = ((workdir / f"compare.{s}").read_text() for s in ("html", "md"))
-    assert page.count("<svg") == 5 and "<script" not in page and "src=" not in page
+    plots = [path.read_text() for path in workdir.glob("compare_*.svg")]
+    assert page.count("<svg") == len(plots) == 5 and "<script" not in page and "src=" not in page
+    assert all(plot in page for plot in plots)
     for word in (*NAMES, "Mean rank", "Metric sets", "Cells that failed"):
         assert word in page and word in text
     assert "smallest feasible" in text and "    told" in text
