@@ -2,8 +2,10 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
-    "XLA_FLAGS", ""
+from tests.flags import CHEAP
+
+os.environ["XLA_FLAGS"] = " ".join(
+    ("--xla_force_host_platform_device_count=8", CHEAP, os.environ.get("XLA_FLAGS", ""))
 )
 
 # Workers and the programs that tests start compile much the same: whoever is first does it for all,
@@ -12,7 +14,6 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", __file__.removesuffix("tests/conftest.py") + ".pytest_cache/jax"
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# Tests compile far more than they compute.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import dataclasses

@@ -11,6 +11,7 @@ import pytest
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
+from tests.flags import CHEAP
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +31,7 @@ def start(tmp_path, processes):
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": CHEAP,
             "XDG_CACHE_HOME": str(tmp_path / "cache"),
         }
         if processes > 1:

@@ -17,6 +17,7 @@ from tapvit_jax import stages as stages_module
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash, file_hash, is_locked
 from tapvit_jax.stages import Stages, claim_workdir, differences
+from tests.flags import CHEAP
 
 INPUTS = {"seed": 1, "options": {"epochs": 2, "names": ["a", "b"]}}
 ARRAYS = {
@@ -347,7 +348,7 @@ def start(code, *arguments, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": CHEAP, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

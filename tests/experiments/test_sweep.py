@@ -170,7 +170,7 @@ def test_partners_follow_from_the_grid():
 
 
 OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-OPTIONS += ("jax_persistent_cache_min_entry_size_bytes", "jax_disable_most_optimizations")
+OPTIONS += ("jax_persistent_cache_min_entry_size_bytes",)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from tapvit_jax.proxy import pool_features as module
 from tapvit_jax.proxy.features import Extractor
 from tapvit_jax.proxy.pool import open_pool
 from tapvit_jax.proxy.pool_features import FEATURES_FILE, RECORD_FILE, pool_features
+from tests.flags import CHEAP
 from tests.test_distributed import free_port
 
 BATCH, PIECE, COUNT = 2, 6, 23
@@ -328,7 +329,7 @@ except InputError as error:
 def test_two_processes_write_what_one_writes(tmp_path, whole):
     port, running = free_port(), []
     for rank in range(2):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": CHEAP}
         environment |= {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": "2",
