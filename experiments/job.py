@@ -500,7 +500,7 @@ class Job:
         """What pruning each branch by these unit scores does to the output."""
 
         def compute(step, scratch):
-            found = self._scoring_batches(metric, prune, prune.layers.max_batches)
+            found = self._scoring_batches(metric, prune, prune.layers.batches_read)
             layers = layer_importance(self.dense, found, units.value, config=prune.layers)
             return layers.arrays(), {}
 

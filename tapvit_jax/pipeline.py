@@ -89,7 +89,8 @@ def score(
     count = len(metric) // size
     # Layer probes run the network many times over, neuron scores a few times.
     effort = {"neurons": 4, "layers": 20}
-    whole = sum(effort[k] * min(count, getattr(config, k).max_batches) for k in effort)
+    most = {"neurons": config.neurons.max_batches, "layers": config.layers.batches_read}
+    whole = sum(effort[k] * min(count, most[k]) for k in effort)
     processes = distributed.process_count()
 
     def metric_batches(kind: str) -> Iterator[dict[str, np.ndarray]]:

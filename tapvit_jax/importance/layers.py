@@ -58,9 +58,8 @@ class LayerConfig:
         count in every head.
       recovery: "ridge" recovers every probe in closed form, each branch alone, and scores queries
         and keys apart from values; "none" prunes only.
-      max_batches: batches beyond these are not read.
-      probe_batches: with recovery, batches that divergences are taken on; all that are read serve
-        the recovery itself.
+      max_batches: divergences are taken on so many batches, and none beyond is read.
+      recovery_batches: with recovery, so many batches are read after all, to solve from.
     """
 
     sparsity: tuple[float, ...] = (0.5, 0.7, 0.9)
@@ -69,11 +68,11 @@ class LayerConfig:
     batch_quirk: bool = False
     ragged: bool = False
     max_batches: int = 50
-    probe_batches: int = 4
+    recovery_batches: int = 50
 
     def __post_init__(self):
         check_choices(self)
-        for name in ("max_batches", "probe_batches"):
+        for name in ("max_batches", "recovery_batches"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
         distinct = len(set(self.sparsity)) == len(self.sparsity)
@@ -88,6 +87,12 @@ class LayerConfig:
     def as_published(cls, sparsity: tuple[float, ...] = (0.5,)) -> "LayerConfig":
         """What the authors' code of TAP-ViTs (arXiv 2601.02437) computes."""
         return cls(sparsity=sparsity, direction="reverse", batch_quirk=True, ragged=True)
+
+    @property
+    def batches_read(self) -> int:
+        """How many batches are read at most."""
+        most = self.recovery_batches if self.recovery == "ridge" else 0
+        return max(self.max_batches, most)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -279,7 +284,7 @@ def _recovered_importance(
     """Probes of branches that are recovered on the dense model's own stream."""
     index, processes = distributed.process_index(), distributed.process_count()
     own, probed = (
-        len(range(index, most, processes)) for most in (config.max_batches, config.probe_batches)
+        len(range(index, most, processes)) for most in (config.batches_read, config.max_batches)
     )
     streams = Streams(model, itertools.islice(batches, own), mesh)
     specs = [model.config.block_spec(i) for i in range(len(model.config.blocks))]

@@ -137,9 +137,9 @@ def test_recovered_queries_and_keys_alone(tiny_model, images):
 
 def test_recovered_divergences_of_the_first_batches(tiny_model, images):
     units = random_scores(tiny_model.config)
-    config = LayerConfig((0.5,), recovery="ridge", probe_batches=1)
+    config = LayerConfig((0.5,), recovery="ridge", max_batches=1)
     first = layer_importance(tiny_model, [images, images], units, config=config)
-    both = dataclasses.replace(config, probe_batches=2)
+    both = dataclasses.replace(config, max_batches=2)
     for name, scores in first.arrays().items():
         # The same images twice: the same mean, and the same recovery.
         again = getattr(layer_importance(tiny_model, [images, images], units, config=both), name)
@@ -159,7 +159,7 @@ def test_recovery_lowers_scores(tiny_model):
             tiny_model,
             batches,
             units,
-            config=LayerConfig((0.5, 0.75), recovery=recovery, probe_batches=8),
+            config=LayerConfig((0.5, 0.75), recovery=recovery),
             mesh=data_mesh(jax.local_devices()[:1]),
         )
         for recovery in ("none", "ridge")
@@ -288,7 +288,7 @@ def test_recovery_goes_with_no_quirks(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"direction": "both"}, {"max_batches": 0}, {"probe_batches": 0}]
+    "changes", [{"direction": "both"}, {"max_batches": 0}, {"recovery_batches": 0}]
 )
 def test_bad_options_are_refused(changes):
     with pytest.raises(InputError, match=f"{next(iter(changes))} is "):
