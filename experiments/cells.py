@@ -115,6 +115,7 @@ def as_published(config: ExperimentConfig) -> ExperimentConfig:
         gmm=GmmConfig(tuple(range(2, 11)), "full", min_members=1),
         select=dataclasses.replace(config.select, method="top"),
         recover=TrainConfig.as_published(),
+        likely_share=None,
     )
 
 
@@ -172,7 +173,7 @@ def _content(config: ExperimentConfig, method: Method, epochs: int) -> dict[str,
     content["recover"] = to_plain(RECOVERIES[method.recover])
     if epochs:
         content["recipe"] = to_plain(recipe(config, epochs))
-        content["recover_on"] = config.recover_on
+        content |= {"recover_on": config.recover_on, "likely_share": config.likely_share}
     return content
 
 

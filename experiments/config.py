@@ -96,6 +96,8 @@ class ExperimentConfig:
         "reshaped" one (fewer operations, but every device compiles its own).
       recover_together: in a sweep, so many units that share the dense model and the recipe are
         fine-tuned in one program; what is fine-tuned together follows from the grid alone.
+      likely_share: fine-tuning distils only the classes that hold this share of the dense model's
+        mean prediction on the metric dataset; None distils all.
       validation_share: share of public-validation, the most likely under the device's GMM, that
         chooses the device's epoch.
       comparisons: metric sets to stand beside the selected one: the whole pool, or a random public
@@ -117,6 +119,7 @@ class ExperimentConfig:
     recover: TrainConfig = TrainConfig()
     recover_on: Literal["masked", "reshaped"] = "masked"
     recover_together: int = 1
+    likely_share: float | None = None
     validation_share: float = 0.5
     comparisons: tuple[Comparison, ...] = ("pool", "random")
     latency_batch: int = 1
@@ -128,6 +131,11 @@ class ExperimentConfig:
             raise InputError(f"recover_together is {self.recover_together}, expected 1 or more")
         if self.recover_together > 1 and self.recover_on != "masked":
             raise InputError("recover_together needs recover_on 'masked': one shape for all")
+        if self.likely_share is not None:
+            if not 0 < self.likely_share <= 1:
+                raise InputError(f"likely_share is {self.likely_share}, expected (0, 1]")
+            if not self.recover.distill and self.recover.choose != "teacher":
+                raise InputError("likely_share needs recover.distill or recover.choose 'teacher'")
         if not 0 < self.validation_share <= 1:
             raise InputError(f"validation_share is {self.validation_share}, expected (0, 1]")
         for text in self.budgets:

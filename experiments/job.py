@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from experiments import peers
 from experiments.config import ExperimentConfig, identity
@@ -57,7 +57,8 @@ from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.stages import Artefact, Stages, all_succeed
 from tapvit_jax.structs import to_plain
-from tapvit_jax.train.evaluate import evaluate_indices
+from tapvit_jax.train.classes import likely_classes
+from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 from tapvit_jax.train.variants import Variant, train_variants
 from tapvit_jax.versions import library_versions
@@ -646,6 +647,7 @@ class Job:
                 seed=self._recovery_seed(d),
                 masks=plan_masks(plan.value) if masked else None,
                 teacher=Teacher(self.dense.config, self.dense.params),
+                classes=self._likely_classes(sets),
                 checkpoints=scratch,
                 on_epoch=_report_epochs(step, options),
             )
@@ -680,6 +682,7 @@ class Job:
                     sets.validation,
                     plan_masks(plan.value),
                     self._recovery_seed(d),
+                    self._likely_classes(sets),
                 )
                 for (d, plan, sets), start in zip(members, starts, strict=True)
             ]
@@ -721,6 +724,20 @@ class Job:
         model = self.dense.replace(params=_to_params(arrays))
         return Found(key, model), found.meta["best_epoch"][place]
 
+    def _likely_classes(self, sets: ImageSets) -> Bool[np.ndarray, "c"] | None:
+        """The classes that fine-tuning distils, by what the dense model makes of the metric set."""
+        if self.config.likely_share is None:
+            return None
+        found = predict(
+            Teacher(self.dense.config, self.dense.params),
+            self.source,
+            sets.metric,
+            self.config.data.preprocess,
+            _BATCH,
+            workers=self.config.data.workers,
+        )
+        return likely_classes(found, self.config.likely_share)
+
     def _recipe(self, options: TrainConfig) -> TrainConfig:
         # Every variant gets as many steps: the whole pool is sampled afresh every epoch.
         return dataclasses.replace(options, images_per_epoch=self.config.select.finetune_count)
@@ -732,7 +749,10 @@ class Job:
         self, d: int, plan: Found | None, sets: ImageSets, start: Found | None
     ) -> dict[str, Any]:
         # A start of its own is named, so that the keys of runs without one are what they were.
-        return ({} if start is None else {"start": start.key}) | {
+        named = {} if start is None else {"start": start.key}
+        if self.config.likely_share is not None:
+            named["likely"] = self.config.likely_share, self._images_key(sets.metric)
+        return named | {
             "plan": plan and plan.key,
             "dense": self._dense.key,
             "finetune": self._images_key(sets.finetune),

@@ -35,6 +35,7 @@ from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.progress import Progress
 from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.train.step import TrainConfig
 from tests.experiments import tiny_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -377,6 +378,30 @@ def test_metric_sets_are_what_they_are_called(job):
     # In an order of their own, the same for all devices.
     assert len(set(labels[sets["pool"].metric[:32]])) > 5
     np.testing.assert_array_equal(sets["pool"].metric, image_sets(job, 0, "pool").metric)
+
+
+def test_likely_classes_are_those_of_the_metric_set(job, monkeypatch):
+    sets = image_sets(job, 1, "selected")
+    assert job._likely_classes(sets) is None
+    before = job._recovery_inputs(1, None, sets, None)
+    for share, fewer in ((0.5, True), (1.0, False)):
+        monkeypatch.setattr(job, "config", dataclasses.replace(job.config, likely_share=share))
+        classes = job._likely_classes(sets)
+        assert classes.shape == (job.dense.config.num_classes,)
+        assert 0 < classes.sum() < len(classes) if fewer else classes.all()
+        assert job._recovery_inputs(1, None, sets, None) != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"likely_share": 1.5}, "likely_share is 1.5"),
+        ({"likely_share": 0.5, "recover": TrainConfig()}, "needs recover.distill"),
+    ],
+)
+def test_likely_classes_need_a_teacher(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(tiny(), **changes)
 
 
 def test_fine_tuning_starts_where_it_is_told_to(job):
