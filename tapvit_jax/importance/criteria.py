@@ -8,6 +8,7 @@ can also be compared between layers (see `prune.ranking`).
 
 import dataclasses
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.deletion import deletion_divergences
 from tapvit_jax.importance.neurons import (
@@ -27,6 +29,7 @@ from tapvit_jax.importance.neurons import (
     TermWeights,
     neuron_importance,
 )
+from tapvit_jax.importance.residual import residual_importance
 from tapvit_jax.importance.statistics import (
     MOMENTS,
     Moments,
@@ -300,6 +303,11 @@ def _single_channel_kl(model, batches, seed=0, *, config=CriterionConfig(), mesh
     )
 
 
+def _residual(model, batches, seed=0, *, config=CriterionConfig(), mesh=None) -> Scores:
+    own = range(distributed.process_index(), config.max_batches, distributed.process_count())
+    return residual_importance(model, itertools.islice(batches, len(own)), mesh=mesh)
+
+
 _TAP = "TAP-ViTs (arXiv 2601.02437)"
 _FO = "Molchanov et al. (arXiv 1906.10771)"
 
@@ -360,6 +368,14 @@ _ALL = (
         "activations",
         False,
         _of_statistic(MOMENTS, _corp),
+    ),
+    Criterion(
+        "residual",
+        "ours; optimal brain surgeon (Hassibi and Stork, 1993) for units",
+        "error of the branch's output (qk: of the logits) once least squares has made up for it",
+        "activations",
+        False,
+        _residual,
     ),
     Criterion(
         "relevance",
