@@ -33,9 +33,12 @@ RECOVERIES = {
     "parallel": RecoverConfig(order="parallel"),
     "kept": RecoverConfig(attention="kept"),
     "headless": RecoverConfig(head=False),
+    "nuwa": RecoverConfig(order="parallel", attention="weights", head=False),
     "corp": RecoverConfig(order="parallel", attention="kept", head=False),
 }
-"""Closed-form recoveries by name: ours is "ridge", "corp" all that CORP does, others between."""
+"""Closed-form recoveries by name: ours is "ridge", "corp" all that CORP does; "nuwa" has NuWa's
+subspaces and least squares, but also solves for attention's projection; others lie between.
+"""
 
 _WIDTHS = ("sensitivity", "greedy", "exact", "softmax", "uniform", "global", "isomorphic")
 _PROBED = ("sensitivity", "greedy", "exact")

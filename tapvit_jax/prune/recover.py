@@ -44,13 +44,14 @@ class RecoverConfig:
         all blocks see the dense model's activations, as CORP does (arXiv 2602.05243).
       attention: "low_rank" gives each head the best subspace of its width, for queries and keys in
         the sense of the attention logits, for values in the sense of the branch's output; "kept"
-        keeps the dims that the plan names and solves around them.
+        keeps the dims that the plan names and solves around them; "weights" takes the subspace of
+        the weights alone, as NuWa does (arXiv 2504.03118).
       head: also solve the classifier, towards the dense logits.
     """
 
     method: Method = "ridge"
     order: Literal["sequential", "parallel"] = "sequential"
-    attention: Literal["low_rank", "kept"] = "low_rank"
+    attention: Literal["low_rank", "kept", "weights"] = "low_rank"
     head: bool = True
 
     def __post_init__(self):
@@ -135,20 +136,22 @@ def _recover_block(
     """A block's recovered parameters in dense shapes; takes the streams through it."""
     dense = streams.begin(i, parallel=config.order == "parallel")
     ridge = config.method == "ridge"
-    low_rank = ridge and config.attention == "low_rank"
+    low_rank = ridge and config.attention != "kept"
+    by_weights = ridge and config.attention == "weights"
     if "attn" in dense and keep["attn_branch"]:
         queries_keys = keep["qk"] & keep["head"][:, None]
         if ridge and not queries_keys.all():
-            solved = solve_queries_keys(
-                dense["attn"], *streams.logit_moments(dense), queries_keys, low_rank
-            )
+            found = [_weight_gram(dense["attn"], name) for name in ("q", "k")]
+            found = found if by_weights else streams.logit_moments(dense)
+            solved = solve_queries_keys(dense["attn"], *found, queries_keys, low_rank)
             part = part | {"attn": part["attn"] | solved}
         # Queries and keys as recovered, and all values.
         whole = part["attn"] | {name: dense["attn"][name] for name in ("v", "proj")}
         folds = streams.attention_moments(part | {"attn": whole})
         values = keep["vo"] & keep["head"][:, None]
         scale = layer_scale(dense, "ls1")
-        solved, branch = solve_values(dense["attn"], folds, values, ridge, low_rank, scale)
+        grams = _weight_gram(dense["attn"], "v") if by_weights else None
+        solved, branch = solve_values(dense["attn"], folds, values, ridge, low_rank, scale, grams)
         part = part | {"attn": part["attn"] | solved}
         streams.pass_attention(*branch)
     else:
@@ -166,6 +169,12 @@ def _solve_head(model: Model, folds: Sequence[Moments]) -> Params:
     kernel = np.asarray(model.params["head"]["kernel"], np.float64)
     kernel, bias = Ridge(folds).solve(folds, kernel)
     return _float32({"kernel": kernel, "bias": bias})
+
+
+def _weight_gram(attn: Params, name: str) -> Float[np.ndarray, "h k k"]:
+    """Second moments of a projection's outputs if all its inputs were white."""
+    kernel = np.asarray(attn[name]["kernel"], np.float64)
+    return np.einsum("dhk,dhl->hkl", kernel, kernel)
 
 
 def layer_scale(part: Params, name: str) -> Float[np.ndarray, "d"] | float:
@@ -207,6 +216,7 @@ def solve_values(
     ridge: bool = True,
     low_rank: bool = True,
     scale: Float[np.ndarray, "d"] | float = 1.0,
+    grams: Float[np.ndarray, "h v v"] | None = None,
 ) -> tuple[Params, tuple[Float[np.ndarray, "hv d"], Float[np.ndarray, "d"]]]:
     """Values and projection with as many dims a head as are kept.
 
@@ -219,6 +229,7 @@ def solve_values(
       low_rank: give each head the subspace that its part of the projection needs most,
         T = W V_r with V the right singular vectors of C^(1/2) W.
       scale: layer scale behind the branch.
+      grams: C of each head; None takes it from `folds`.
 
     Returns:
       The parameters, and the kernel and bias that take the outputs of the heads with all their
@@ -235,7 +246,8 @@ def solve_values(
         rows, kept = slice(h * dims, (h + 1) * dims), np.flatnonzero(keep[h])
         turn = np.eye(dims)[:, kept]
         if low_rank and 0 < len(kept) < dims:
-            turn = _value_basis(total.xx[rows, rows], dense[rows], len(kept))
+            gram = total.xx[rows, rows] if grams is None else grams[h]
+            turn = _value_basis(gram, dense[rows], len(kept))
         for name, leaf in attn["v"].items():
             values[name][..., h, kept] = np.asarray(leaf)[..., h, :] @ turn
         whole = np.zeros((heads * dims, len(kept)))

@@ -178,6 +178,29 @@ def test_low_rank_logits_lose_the_tail_of_the_singular_values(rng):
     assert expected > 1.05 * np.linalg.norm(tail)
 
 
+def test_subspaces_of_the_weights_alone(tiny):
+    """NuWa's: the best products of queries' and keys' and of values' and outgoing weights."""
+    keep = {f"blocks_0/{kind}": np.tile([True] * 4 + [False] * 4, (2, 1)) for kind in ("qk", "vo")}
+    config = RecoverConfig(order="parallel", attention="weights", head=False)
+    found = recovered(tiny, Plan(tiny.config, keep), [images_of(COUNT)], config=config)
+    dense, small = (np_params["blocks_0"]["attn"] for np_params in (tiny.params, found.params))
+
+    def kernel(attn, name, head):
+        return np.float64(attn[name]["kernel"])[:, head]
+
+    for head in range(2):
+        products = [kernel(a, "q", head) @ kernel(a, "k", head).T for a in (dense, small)]
+        tail = np.linalg.svd(products[0], compute_uv=False)[4:]
+        error = np.linalg.norm(products[0] - products[1])
+        np.testing.assert_allclose(error, np.linalg.norm(tail), rtol=1e-3)
+        # Values span what the leading singular vectors of their product do.
+        values, out = kernel(dense, "v", head), np.float64(dense["proj"]["kernel"])[head]
+        leading = np.linalg.svd(values @ out)[0][:, :4]
+        made = kernel(small, "v", head)[:, :4]
+        span = np.linalg.qr(made)[0]
+        np.testing.assert_allclose(np.linalg.norm(span.T @ leading), 2.0, rtol=1e-3)
+
+
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_heads_kept_whole_or_not_at_all_need_no_solving(rng, low_rank):
     attn = {
