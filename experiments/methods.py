@@ -40,8 +40,8 @@ RECOVERIES = {
 subspaces and least squares, but also solves for attention's projection; others lie between.
 """
 
-_WIDTHS = ("sensitivity", "greedy", "exact", "softmax", "uniform", "global", "isomorphic")
-_PROBED = ("sensitivity", "greedy", "exact")
+_WIDTHS = ("sensitivity", "greedy", "exact", "depth", "softmax", "uniform", "global", "isomorphic")
+_PROBED = ("sensitivity", "greedy", "exact", "depth")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Method:
 
     Attributes:
       criterion: name in `CRITERIA`, or of an external peer.
-      widths: a rule of `AllocateConfig`; "uniform", the same share of every layer, of attention
-        less, as published; "published", all of TAP-ViTs' rules; "peer", whatever the peer does.
+      widths: a rule of `AllocateConfig`; "depth", "exact" with branches that may go; "uniform", the
+        same share of every layer, of attention less, as published; "published", all of TAP-ViTs'
+        rules; "peer", whatever the peer does.
       recover: closed-form recovery behind it, a name in `RECOVERIES`.
       loop: layers are probed with recovery in the loop.
     """
@@ -82,8 +83,11 @@ class Method:
             layers = dataclasses.replace(layers, max_batches=base.layers.max_batches)
             allocate = AllocateConfig.as_published()
         elif self.widths != PEER:
-            rule = "softmax" if self.widths == "uniform" else self.widths
-            allocate = dataclasses.replace(allocate, widths=rule)
+            rule = {"uniform": "softmax", "depth": "exact"}.get(self.widths, self.widths)
+            depth = self.widths == "depth"
+            allocate = dataclasses.replace(allocate, widths=rule, branches=depth)
+            if depth:
+                layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
             layers = dataclasses.replace(layers, recovery="ridge" if self.loop else "none")
         return PruneConfig(neurons, layers, allocate, base.batch_size)
 

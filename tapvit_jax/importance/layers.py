@@ -49,7 +49,7 @@ class LayerConfig:
     """How layers are probed.
 
     Attributes:
-      sparsity: shares of a branch's units that the probes remove, one probe each.
+      sparsity: shares of a branch's units that the probes remove, one probe each; 1 removes all.
       direction: "forward" is KL(original || pruned); "reverse", as published, KL(pruned ||
         original).
       batch_quirk: sum over batches of (mean over images / batch size), as published, which makes
@@ -76,9 +76,9 @@ class LayerConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
         distinct = len(set(self.sparsity)) == len(self.sparsity)
-        if not self.sparsity or not distinct or any(not 0 < s < 1 for s in self.sparsity):
+        if not self.sparsity or not distinct or any(not 0 < s <= 1 for s in self.sparsity):
             raise InputError(
-                f"sparsity is {self.sparsity}, expected different values between 0 and 1"
+                f"sparsity is {self.sparsity}, expected different values above 0, at most 1"
             )
         if self.recovery == "ridge" and (self.ragged or self.batch_quirk):
             raise InputError("recovery in the loop goes neither with ragged nor with batch_quirk")
@@ -153,7 +153,7 @@ def layer_importance(
       mesh: devices of this process that share every batch's images; by default all.
 
     Raises:
-      InputError: a sparsity outside (0, 1), no batches, or scores that are NaN.
+      InputError: a sparsity outside (0, 1], no batches, or scores that are NaN.
 
     Source: TAP-ViTs (arXiv 2601.02437); several probes, the shared prefix and the fixes are ours.
     """

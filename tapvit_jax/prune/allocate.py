@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig, check_prunable
+from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.prune.budget import Budget, Limits, within
 from tapvit_jax.prune.cost import FLOAT32_BYTES, Cost, Latency, block_cost, cost
 from tapvit_jax.prune.knapsack import exact_levels, greedy_levels
@@ -86,8 +87,10 @@ class AllocateConfig:
       alpha: temperature of the softmax over layers (published: 1.1).
       attn_share: for the softmax, how much of the MLPs' pruned share the attention branches lose on
         average; the published budgets prune .216 of attention where they prune .342 of MLPs.
-      min_keep: no branch keeps less than this share of its units.
-      min_dim: no branch keeps fewer units than this (dims per head for attention).
+      branches: whole branches may go (depth), where that loses least; for "greedy" and "exact",
+        with layers that were probed at sparsity 1.
+      min_keep: no branch that stays keeps less than this share of its units.
+      min_dim: no branch that stays keeps fewer units than this (dims per head for attention).
       round_to: widths become multiples of this where the dense width allows it; one number, or one
         for every kind of unit.
       ragged: kept attention dims may differ from head to head (as published); reshaping pads them
@@ -100,6 +103,7 @@ class AllocateConfig:
     widths: Widths = "sensitivity"
     alpha: float = 1.1
     attn_share: float = 0.216 / 0.342
+    branches: bool = False
     min_keep: float = 0.1
     min_dim: int = 1
     round_to: int | RoundTo = 1
@@ -110,6 +114,8 @@ class AllocateConfig:
     def __post_init__(self):
         if self.min_dim < 1 or (isinstance(self.round_to, int) and self.round_to < 1):
             raise InputError("round_to and min_dim must be 1 or more")
+        if self.branches and (self.widths not in ("greedy", "exact") or self.ragged):
+            raise InputError("branches needs widths 'greedy' or 'exact', and no ragged heads")
         if self.coupled and self.step("qk") != self.step("vo"):
             raise InputError("coupled qk and vo need the same round_to")
         if not 0 <= self.min_keep <= 1 or not 0 < self.attn_share <= 1:
@@ -157,6 +163,8 @@ def allocate(
     dense: TransformerConfig = getattr(model, "config", model)
     config = config or AllocateConfig()
     check_budget(dense, budget, config, latency)
+    if config.branches and (layers is None or 1.0 not in layers.sparsity):
+        raise InputError("branches needs layers that were probed at sparsity 1")
     limits = budget.limits(dense, latency)
     groups = [group for group in unit_table(dense) if group.kind in ("mlp", "qk", "vo")]
     missing = [group.key for group in groups if group.key not in units]
@@ -223,7 +231,9 @@ def _too_small(smallest: Cost, full: Cost, limits: Limits, budget: Budget) -> st
 def smallest_cost(
     dense: TransformerConfig, config: AllocateConfig, latency: Latency | None = None
 ) -> Cost:
-    """Cost of the model at its narrowest widths."""
+    """Cost of the model at its narrowest widths, or without any branch where those may go."""
+    if config.branches:
+        return cost(dataclasses.replace(dense, blocks=(_NO_BRANCHES,) * len(dense.blocks)), latency)
     blocks = []
     for i, block in enumerate(dense.blocks):
         least = {}
@@ -241,6 +251,9 @@ def smallest_cost(
             )
         )
     return cost(dataclasses.replace(dense, blocks=tuple(blocks)), latency)
+
+
+_NO_BRANCHES = BlockConfig(0, 0, 0, 0, attn=False, mlp=False)
 
 
 def _round_up(fraction: float) -> float:
@@ -369,28 +382,47 @@ class _Planner:
         return {group.key: keeps[group.key] * self.sizes[group.key] for group in self.groups}
 
     def counts(self, keeps: GroupKeeps) -> Counts:
-        """Whole counts: rounded down to steps, but not below the floors."""
+        """Whole counts: rounded down to steps, but not below the floors; 0 where a branch goes."""
         counts = {}
+        gone = self._gone(keeps)
         for key, value in self.ideal(keeps).items():
+            if key in gone:
+                counts[key] = 0
+                continue
             size, step = self.sizes[key], self._step(key)
             value = min(value, self.most[key])
             count = size if value >= size - 1e-9 else int(value + 1e-9) // step * step
             counts[key] = max(count, self.floors[key])
         return counts
 
+    def _gone(self, keeps: GroupKeeps) -> set[str]:
+        """Groups whose branch goes: without values, queries and keys are of no use."""
+        gone = set()
+        for key, keep in keeps.items():
+            block, _, kind = key.rpartition("/")
+            if self.config.branches and keep == 0 and kind != "qk":
+                gone |= {key} if kind == "mlp" else {key, f"{block}/qk"}
+        return gone
+
+    def _is_gone(self, counts: Counts, key: str) -> bool:
+        return self.config.branches and key in counts and counts[key] == 0 < self.sizes[key]
+
     def config_of(self, counts: Counts) -> TransformerConfig:
         if self.config.ragged:
             return reshaped_config(self.plan(counts))
         blocks = []
         for i, block in enumerate(self.dense.blocks):
-            blocks.append(
-                dataclasses.replace(
-                    block,
-                    qk_dim=counts.get(unit_key(i, "qk"), block.qk_dim),
-                    v_dim=counts.get(unit_key(i, "vo"), block.v_dim),
-                    mlp_dim=counts.get(unit_key(i, "mlp"), block.mlp_dim),
-                )
+            narrow = dataclasses.replace(
+                block,
+                qk_dim=counts.get(unit_key(i, "qk"), block.qk_dim),
+                v_dim=counts.get(unit_key(i, "vo"), block.v_dim),
+                mlp_dim=counts.get(unit_key(i, "mlp"), block.mlp_dim),
             )
+            if self._is_gone(counts, unit_key(i, "vo")):
+                narrow = dataclasses.replace(narrow, num_heads=0, attn=False)
+            if self._is_gone(counts, unit_key(i, "mlp")):
+                narrow = dataclasses.replace(narrow, mlp=False)
+            blocks.append(narrow)
         return dataclasses.replace(self.dense, blocks=tuple(blocks))
 
     def fits(self, counts: Counts) -> bool:
@@ -402,7 +434,10 @@ class _Planner:
     def fill(self, counts: Counts, ideal: dict[str, float]) -> Counts:
         """Grow widths step by step, those furthest below their ideal first, while any step fits."""
         counts = dict(counts)
-        open_steps = self._steps()
+        # A branch that goes stays away: what it would take is for those that are left.
+        open_steps = [
+            keys for keys in self._steps() if not any(self._is_gone(counts, key) for key in keys)
+        ]
         while open_steps:
             open_steps.sort(key=lambda keys: self._gap(keys, counts, ideal))
             keys = open_steps.pop()
@@ -429,6 +464,9 @@ class _Planner:
         """The kept units: the highest scores, exactly as many as counted."""
         keep = {}
         for group in self.groups:
+            if self._is_gone(counts, group.key) and group.kind != "qk":
+                branch = "mlp_branch" if group.kind == "mlp" else "attn_branch"
+                keep[unit_key(group.block, branch)] = np.array(False)
             scores, count = np.asarray(self.units[group.key]), counts[group.key]
             if scores.shape != group.shape:
                 raise InputError(

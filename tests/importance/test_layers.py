@@ -68,7 +68,7 @@ def units(tiny_config):
 @pytest.mark.parametrize(
     "config",
     [
-        LayerConfig((0.3, 0.75)),
+        LayerConfig((0.3, 1.0)),
         LayerConfig((0.3, 0.75), direction="reverse", ragged=True),
     ],
     ids=["forward", "reverse"],
@@ -99,7 +99,7 @@ def test_recovered_scores_equal_the_slow_way(request, images, backbone, probed):
     model = request.getfixturevalue(backbone)
     units = random_scores(model.config)
     one = data_mesh(jax.local_devices()[:1])
-    config = LayerConfig((0.5, 0.75), recovery="ridge")
+    config = LayerConfig((1.0, 0.75), recovery="ridge")
     batches = [images[:4], images[4:]]
     found = layer_importance(model, batches, units, config=config, mesh=one)
     original = log_probabilities(model, images)
@@ -264,9 +264,9 @@ def test_probes_of_groups_without_units(shape):
     assert probe_mask(np.zeros(shape), 0.5, ragged=False).shape == shape
 
 
-@pytest.mark.parametrize("sparsity", [(), (0.0,), (1.0,), (0.5, -0.1), (np.nan,), (0.3, 0.3)])
+@pytest.mark.parametrize("sparsity", [(), (0.0,), (1.1,), (0.5, -0.1), (np.nan,), (0.3, 0.3)])
 def test_useless_sparsities_are_refused(tiny_model, images, units, sparsity):
-    with pytest.raises(InputError, match="expected different values between 0 and 1"):
+    with pytest.raises(InputError, match="expected different values above 0, at most 1"):
         layer_importance(tiny_model, [images], units, sparsity)
 
 

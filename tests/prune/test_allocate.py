@@ -111,6 +111,59 @@ def test_parts_are_pruned_by_their_own_scores(widths):
         assert block.qk_dim < 0.5 * SMALL.blocks[0].qk_dim < 0.7 * block.v_dim
 
 
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 10**6),
+    share=st.floats(0.1, 1.0),
+    unit=st.sampled_from(UNITS),
+    widths=st.sampled_from(["greedy", "exact"]),
+    parts=st.booleans(),
+)
+def test_branches_go_within_the_budget(seed, share, unit, widths, parts):
+    units, _ = random_scores(SMALL, seed, ties=False)
+    layers = random_parts(SMALL, seed)
+    layers = dataclasses.replace(layers, sparsity=(0.3, 0.6, 1.0))
+    layers = layers if parts else dataclasses.replace(layers, qk=None, vo=None)
+    budget, config = Budget(**{unit: share}), AllocateConfig(widths=widths, branches=True)
+    if not within(smallest_cost(SMALL, config), budget.limits(SMALL)):
+        with pytest.raises(InputError, match="smallest feasible"):
+            allocate(SMALL, units, layers, budget, config=config)
+        return
+    plan = allocate(SMALL, units, layers, budget, config=config)
+    small = reshaped_config(plan)
+    assert within(cost(small), budget.limits(SMALL))
+    for i, block in enumerate(small.blocks):
+        for branch, kinds in (("mlp", ["mlp"]), ("attn", ["qk", "vo"])):
+            there = bool(plan.keep[unit_key(i, f"{branch}_branch")])
+            assert getattr(block, branch) == there
+            assert all(plan.keep[unit_key(i, kind)].any() == there for kind in kinds)
+
+
+def test_a_branch_that_does_nothing_goes():
+    units, _ = random_scores(SMALL, 0, ties=False)
+    shape = (2, len(SMALL.blocks))
+    scores = np.array([[0.5], [2.0]]) * np.ones(shape)
+    mlp, vo = scores.copy(), scores.copy()
+    mlp[:, 1], vo[:, 2] = 1e-9, 1e-9
+    layers = LayerScores((0.5, 1.0), mlp, scores + vo, scores, vo)
+    for widths in ("greedy", "exact"):
+        config = AllocateConfig(widths=widths, branches=True)
+        plan = allocate(SMALL, units, layers, Budget(macs=0.7), config=config)
+        blocks = reshaped_config(plan).blocks
+        assert [block.mlp for block in blocks] == [True, False, True, True]
+        assert [block.attn for block in blocks] == [True, True, False, True]
+
+
+def test_branches_go_only_where_that_was_probed():
+    units, layers = random_scores(SMALL, 0, ties=False)
+    config = AllocateConfig(widths="exact", branches=True)
+    for found in (layers, None):
+        with pytest.raises(InputError, match="probed at sparsity 1"):
+            allocate(SMALL, units, found, Budget(macs=0.7), config=config)
+    with pytest.raises(InputError, match="branches needs widths"):
+        AllocateConfig(branches=True)
+
+
 def test_measured_curves_run_through_the_probes():
     layers = random_parts(SMALL, 3)
     found = measured_divergence(layers, "qk", np.array([0.0, *layers.sparsity, 1.0]))
