@@ -15,6 +15,7 @@ from experiments.run import Experiment
 from experiments.sweep import resolve
 from tapvit_jax.data.partition import PartitionConfig, partition
 from tapvit_jax.errors import InputError
+from tapvit_jax.importance.layers import LayerConfig
 from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, check_budget
 from tapvit_jax.prune.budget import Budget
@@ -22,8 +23,8 @@ from tapvit_jax.train.finetune import TrainConfig
 
 MODULES = {"tiny_imagenet": tiny_imagenet, "cifar100": cifar100, "imagenet": imagenet}
 CLASSES = {"tiny_imagenet": 200, "cifar100": 100, "imagenet": 1000}
-SMALL_DEIT = {"patch_size": 8, "depth": 2, "num_heads": 2, "embed_dim": 16}
-SMALL_SWIN = {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 8, "window_size": 2}
+SMALL_DEIT = {"patch_size": 16, "depth": 1, "num_heads": 2, "embed_dim": 16}
+SMALL_SWIN = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 8, "window_size": 2}
 
 
 @pytest.mark.parametrize("mode", protocol.MODES)
@@ -126,10 +127,10 @@ def write_folders(root, rng):
             image.save(folder / f"{i}.JPEG")
 
 
-def small(config, **extractor):
-    """A config on 32 pixels, few images, one epoch and two devices."""
+def small(config, devices, **extractor):
+    """A config on 32 pixels, few images and one epoch."""
     config.data.preprocess.image_size = 32
-    config.data.partition.num_devices = 2
+    config.data.partition.num_devices = devices
     config.data.partition.validation_fraction = 0.2
     config.dense.arguments = SMALL_SWIN if "swin" in config.dense.model else SMALL_DEIT
     for recipe in (config.dense.train, config.extractor_train, config.recover):
@@ -141,15 +142,17 @@ def small(config, **extractor):
     return config
 
 
+# Every device compiles programs of its own: one data set is enough to have two.
 RUNS = {
-    "tiny_imagenet": (write_tiny_imagenet, "deit_tiny", "as_published", {}),
+    "tiny_imagenet": (write_tiny_imagenet, "deit_tiny", "as_published", 2, {}),
     "cifar100": (
         write_cifar100,
         "deit_small",
         "honest",
+        1,
         {"kind": "embedding", "widths": (4, 4), "embed_dim": 8},
     ),
-    "imagenet": (write_folders, "swin_tiny", "honest", {"kind": "backbone", "depth": 2}),
+    "imagenet": (write_folders, "swin_tiny", "honest", 1, {"kind": "backbone", "depth": 1}),
 }
 
 
@@ -184,26 +187,28 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
     kinds = config_types()
     read_fields = watch(monkeypatch, kinds)
     rng = np.random.default_rng(0)
-    for name, (write, model, mode, extractor) in RUNS.items():
+    for name, (write, model, mode, devices, extractor) in RUNS.items():
         write(tmp_path / name, rng)
         plain = MODULES[name].get_config(f"{model},{tmp_path / name},,{mode}")
-        plain = small(plain, **extractor)
+        plain = small(plain, devices, **extractor)
         if name == "cifar100":
             plain.recover.feature_distill = 0.1
         if name == "imagenet":
             # Compiling the closed form for every block's shape takes as long as all else.
             plain.compensate.method = "none"
         results = Experiment(read(plain), tmp_path / f"run-{name}", True).run()
-        assert len(results["devices"]) == 2
+        assert len(results["devices"]) == devices
         for row in results["devices"]:
             assert row["cost"]["encoder_params"] <= row["limits"]["encoder_params"]
             assert 0 <= row["variants"]["selected"]["recovered"] <= 1
         page = (tmp_path / f"run-{name}" / "report.html").read_text()
         assert ("splits leak" in page) == (mode == "as_published")
-    # The other ways to deal out images and to round.
+    # The other ways to deal out images, to probe and to round.
     labels = np.tile(np.arange(4), 50)
     for kind in ("overlap", "shards", "dirichlet", "iid"):
         partition(labels, PartitionConfig(kind, num_devices=2, classes_per_device=2), 0)
+    probes = LayerConfig(recovery="ridge", max_batches=1, recovery_batches=3)
+    assert probes.batches_read == 3
     AllocateConfig(round_to=RoundTo.parse("mlp=8,qk=4,vo=4"), coupled=True)
     AllocateConfig(round_to=RoundTo.parse("8")).step("mlp")
     declared = {(kind, field.name) for kind in kinds for field in dataclasses.fields(kind)}

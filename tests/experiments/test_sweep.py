@@ -342,7 +342,7 @@ CONFIG = "--config=tests/experiments/tiny_sweep.py"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--work_unit=4"], "--work_unit is 4, expected 0 to 3"),
+        (["--work_unit=3"], "--work_unit is 3, expected 0 to 2"),
         (["--config.sede=1"], "sede"),
     ],
 )
@@ -363,7 +363,7 @@ def test_a_directory_that_cannot_be_written_ends_with_one_line(tmp_path):
 def test_list_computes_nothing(tmp_path):
     found = run_program(CONFIG, f"--workdir={tmp_path / 'w'}", "--list")
     assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[3] == "   3  device=1  budget=macs=0.5  recovery=finetune"
+    assert found.stdout.splitlines()[2] == "   2  budget=macs=0.7  device=0  recovery=finetune"
     assert not (tmp_path / "w").exists()
 
 
@@ -374,7 +374,7 @@ def test_killed_at_random_moments_the_results_are_the_same_bits(tmp_path, compil
     word, killed, *directories = found.stdout.splitlines()[-1].split()
     assert (word, killed) == ("killed", "20")
     expected = rows(tmp_path / "whole")
-    assert len(expected["units"]) == 4 and not expected["failed"]
+    assert len(expected["units"]) == 3 and not expected["failed"]
     for directory in map(Path, directories):
         assert rows(directory) == expected
         # Nothing of the killed ones is left but locks that nobody holds.
