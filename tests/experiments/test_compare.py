@@ -4,11 +4,7 @@ import collections
 import csv
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -38,7 +34,6 @@ from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.train.step import TrainConfig
 from tests.experiments import tiny_sweep
 
-ROOT = Path(__file__).parents[2]
 IMPOSSIBLE = "macs=0.0001"
 NAMES = ("magnitude_l2", "random_uniform_ridge")
 
@@ -534,26 +529,15 @@ def test_tables_say_what_is_not_there_and_escape_what_is():
 # The program.
 
 
-def run_program(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.compare", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-
-
 CONFIG = "--config=tests/experiments/tiny_sweep.py"
 UNTRAINED = "--config.dense.train.epochs=0"
 
 
-def test_the_program_says_what_failed_and_with_which_command(finished):
+def test_the_program_says_what_failed_and_with_which_command(programs, finished):
     workdir = finished[0].workdir
     arguments = [CONFIG, UNTRAINED, f"--workdir={workdir}", f"--methods={','.join(NAMES)}"]
     arguments += ["--devices=0", "--sets=selected", f"--budgets=macs=0.6,{IMPOSSIBLE}"]
-    found = run_program(*arguments)
+    found = programs.run("experiments.compare", *arguments)
     assert found.returncode == 1, found.stderr
     (line, other) = [x for x in found.stderr.splitlines() if x.startswith("failed: ")]
     assert "method=magnitude_l2 device=0 seed=0 budget=macs=0.0001 epochs=0: infeasible" in line

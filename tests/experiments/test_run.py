@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -218,16 +216,6 @@ def test_shipped_configs_are_valid(config):
     assert to_plain(found)["name"] == config.name
 
 
-def run_program(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.run", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -237,8 +225,8 @@ def run_program(*arguments):
         (["--config=configs/digits.py", "--workdir=w", "seed=1"], "unexpected argument 'seed=1'"),
     ],
 )
-def test_bad_arguments_end_with_one_line_and_exit_code_2(arguments, message):
-    found = run_program(*arguments)
+def test_bad_arguments_end_with_one_line_and_exit_code_2(programs, arguments, message):
+    found = programs.run("experiments.run", *arguments)
     assert found.returncode == 2
     assert found.stderr.startswith("error: ")
     assert found.stderr.count("\n") == 1

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -25,7 +23,6 @@ from tapvit_jax.importance.neurons import NeuronConfig
 from tapvit_jax.prune.recover import RecoverConfig
 from tests.experiments import tiny_sweep
 
-ROOT = Path(__file__).parents[2]
 IMPOSSIBLE = {"device": 1, "budget": "macs=0.0001", "recovery": "none"}
 
 
@@ -325,17 +322,6 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(finished, tmp_path, monke
     assert rows(workdir)["units"][:6] == before and len(rows(workdir)["units"]) == 7
 
 
-def run_program(*arguments, module="experiments.sweep"):
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-
-
 CONFIG = "--config=tests/experiments/tiny_sweep.py"
 
 
@@ -346,30 +332,30 @@ CONFIG = "--config=tests/experiments/tiny_sweep.py"
         (["--config.sede=1"], "sede"),
     ],
 )
-def test_bad_arguments_end_with_one_line_and_exit_code_2(tmp_path, arguments, message):
-    found = run_program(CONFIG, f"--workdir={tmp_path / 'w'}", *arguments)
+def test_bad_arguments_end_with_one_line_and_exit_code_2(programs, tmp_path, arguments, message):
+    found = programs.run("experiments.sweep", CONFIG, f"--workdir={tmp_path / 'w'}", *arguments)
     assert found.returncode == 2 and message in found.stderr
     assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
     assert not (tmp_path / "w").exists()
 
 
-def test_a_directory_that_cannot_be_written_ends_with_one_line(tmp_path):
+def test_a_directory_that_cannot_be_written_ends_with_one_line(programs, tmp_path):
     (tmp_path / "file").write_text("")
-    found = run_program(CONFIG, f"--workdir={tmp_path / 'file' / 'w'}")
+    found = programs.run("experiments.sweep", CONFIG, f"--workdir={tmp_path / 'file' / 'w'}")
     assert found.returncode == 2 and found.stderr.count("\n") == 1
     assert "lies below a file" in found.stderr
 
 
-def test_list_computes_nothing(tmp_path):
-    found = run_program(CONFIG, f"--workdir={tmp_path / 'w'}", "--list")
+def test_list_computes_nothing(programs, tmp_path):
+    found = programs.run("experiments.sweep", CONFIG, f"--workdir={tmp_path / 'w'}", "--list")
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[2] == "   2  budget=macs=0.7  device=0  recovery=finetune"
     assert not (tmp_path / "w").exists()
 
 
-def test_killed_at_random_moments_the_results_are_the_same_bits(tmp_path, compiled):
-    module = "tests.experiments.tiny_sweep"
-    found = run_program(str(tmp_path / "w"), str(compiled), "20", "0", module=module)
+def test_killed_at_random_moments_the_results_are_the_same_bits(programs, tmp_path, compiled):
+    arguments = (str(tmp_path / "w"), str(compiled), "20", "0")
+    found = programs.run("tests.experiments.tiny_sweep", *arguments)
     assert found.returncode == 0, found.stderr
     word, killed, *directories = found.stdout.splitlines()[-1].split()
     assert (word, killed) == ("killed", "20")
