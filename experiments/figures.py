@@ -293,7 +293,10 @@ def metric_sets(rows: list[dict[str, Any]]) -> str:
     """Mean accuracy under every metric set, a line for each method, budget and epochs."""
     figure = Figure(figsize=(_WIDTH, 1.3 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
+    shown = {name for row in rows for name in row["top1"]}
     for name, (color, marker) in _SETS.items():
+        if name not in shown:
+            continue
         at = [i for i, row in enumerate(rows) if name in row["top1"]]
         x = [rows[i]["top1"][name]["mean"] for i in at]
         axes.scatter(x, at, color=color, marker=marker, s=28, label=name, alpha=0.85)
@@ -303,7 +306,7 @@ def metric_sets(rows: list[dict[str, Any]]) -> str:
     axes.set_xlabel("mean top-1 on the devices' test images, %")
     axes.grid(alpha=0.25)
     _legend(figure)
-    return _svg(figure, f"Accuracy under {len(_SETS)} metric sets")
+    return _svg(figure, f"Accuracy under {len(shown)} metric sets")
 
 
 def over_epochs(rows: list[dict[str, Any]], dense: dict[str, Any], images: str) -> str:
