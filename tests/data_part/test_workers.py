@@ -136,11 +136,13 @@ def test_images_in_memory_need_no_workers(monkeypatch):
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from test_workers import PRE, Watching
 from tapvit_jax.data.pipeline import batches
 
 if __name__ == "__main__":
+    # A shell has what it starts in the background ignore interrupts, and so do all its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     source = Watching(sys.argv[1])
     found = batches(source, list(range(11)), PRE, 1, workers=2)
     next(found), next(found)

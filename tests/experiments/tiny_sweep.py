@@ -7,9 +7,9 @@ at a random moment or ends. COMPILED keeps the compiled programs.
 Prints the number of children killed, and the work directories.
 """
 
-import itertools
 import os
 import random
+import select
 import signal
 import sys
 from pathlib import Path
@@ -53,34 +53,52 @@ def compile_once(directory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def die_after(writes: int, seconds: float) -> None:
-    """Kill this process some CPU seconds after so many writes: a busy machine changes nothing."""
-    done, real = itertools.count(1), os.fsync
+def cpu_seconds(process: int) -> float:
+    """What a child has used so far: a busy machine does not change where it is killed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def counted(descriptor):
+
+def tell_writes(pipe: int) -> None:
+    """Say so through a pipe whenever something has reached the disk."""
+    real = os.fsync
+
+    def told(descriptor):
         real(descriptor)
-        if next(done) == writes:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
+        os.write(pipe, b".")
 
-    # Nothing catches the timer's signal: it ends a process as SIGKILL does.
-    os.fsync = counted
-    if writes == 0:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+    os.fsync = told
 
 
 def run_forked(workdir: Path, limit: tuple[int, float] | None) -> bool:
-    """Go on with the sweep in a child; whether it ended before it was killed."""
+    """Go on with the sweep in a child; whether it ended before it was killed.
+
+    Args:
+      limit: SIGKILL comes so many CPU seconds after so many writes, or never.
+    """
+    heard, told = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            if limit is not None:
-                die_after(*limit)
+            os.close(heard)
+            tell_writes(told)
             code = int(bool(Sweep(read(get_config()), sweep(), workdir, quiet=True).run()))
         finally:
             os._exit(code)
+    os.close(told)
+    with os.fdopen(heard, "rb", buffering=0) as pipe:
+        ended = limit is None or any(not pipe.read(1) for _ in range(limit[0]))
+        if not ended:
+            end = cpu_seconds(child) + limit[1]
+            while not select.select([pipe], [], [], 0.005)[0] or pipe.read(64):
+                if cpu_seconds(child) >= end:
+                    os.kill(child, signal.SIGKILL)
+                    break
+        while limit is None and pipe.read(64):
+            pass
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == 0 or (limit is not None and code == -signal.SIGPROF), code
+    assert code == 0 or (limit is not None and code == -signal.SIGKILL), code
     return code == 0
 
 
