@@ -101,6 +101,11 @@ def share(count: int) -> range:
     return range(index * count // processes, (index + 1) * count // processes)
 
 
+def own_count(most: int) -> int:
+    """How many of the first `most` batches of all processes this one has, dealt out in turn."""
+    return len(range(process_index(), most, process_count()))
+
+
 def gather(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "processes ..."]:
     """The arrays of all processes, which have one shape and type, in process order.
 

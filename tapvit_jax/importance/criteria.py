@@ -304,8 +304,8 @@ def _single_channel_kl(model, batches, seed=0, *, config=CriterionConfig(), mesh
 
 
 def _residual(model, batches, seed=0, *, config=CriterionConfig(), mesh=None) -> Scores:
-    own = range(distributed.process_index(), config.max_batches, distributed.process_count())
-    return residual_importance(model, itertools.islice(batches, len(own)), mesh=mesh)
+    own = distributed.own_count(config.max_batches)
+    return residual_importance(model, itertools.islice(batches, own), mesh=mesh)
 
 
 _TAP = "TAP-ViTs (arXiv 2601.02437)"

@@ -29,14 +29,13 @@ from tapvit_jax.models.backbone import (
     block_params,
     check_prunable,
     classify,
-    embed,
 )
 from tapvit_jax.models.layers import BlockConfig, BlockSpec, Gates
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.recover import layer_scale, solve_mlp, solve_queries_keys, solve_values
-from tapvit_jax.prune.streams import Streams
+from tapvit_jax.prune.streams import Streams, embed_images
 from tapvit_jax.prune.units import unit_key
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 from tapvit_jax.structs import check_choices
@@ -166,11 +165,10 @@ def layer_importance(
         return _recovered_importance(model, batches, units, config, mesh)
     gates = _probe_gates(model.config, config, units)
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
-    index, processes = distributed.process_index(), distributed.process_count()
     total: list[Array] | None = None
     weight = 0.0
     placed: tuple[int, Params, list[dict[Branch, Gates]]] | None = None
-    for batch in itertools.islice(batches, len(range(index, config.max_batches, processes))):
+    for batch in itertools.islice(batches, distributed.own_count(config.max_batches)):
         images, _ = unpack_batch(batch)
         if len(images) == 0:
             continue
@@ -257,7 +255,7 @@ def _probe_batch(
 ) -> list[Float[Array, "devices v"]]:
     """Sum over the real images on each device of every probe's divergence, for every block."""
     specs = [model_config.block_spec(i) for i in range(len(model_config.blocks))]
-    inputs = [_embed(model_config, params, images)]
+    inputs = [embed_images(model_config, params, images)]
     for i, spec in enumerate(specs):
         inputs.append(_run_block(spec, block_params(params, i), inputs[-1]))
     original = _log_probabilities(model_config, params, inputs[-1])
@@ -282,14 +280,12 @@ def _recovered_importance(
     mesh: Mesh | None,
 ) -> LayerScores:
     """Probes of branches that are recovered on the dense model's own stream."""
-    index, processes = distributed.process_index(), distributed.process_count()
-    own, probed = (
-        len(range(index, most, processes)) for most in (config.batches_read, config.max_batches)
-    )
+    own = distributed.own_count(config.batches_read)
     streams = Streams(model, itertools.islice(batches, own), mesh)
     specs = [model.config.block_spec(i) for i in range(len(model.config.blocks))]
-    params, devices = streams.dense, streams.device_count
+    params, devices = streams.dense, streams.mesh.size
     originals: list[Array] = []
+    probed = distributed.own_count(config.max_batches)
     for x, _ in itertools.islice(streams.dense_batches(), probed):
         for i, spec in enumerate(specs):
             x = _run_block(spec, block_params(params, i), x)
@@ -370,11 +366,6 @@ def _changed(params: Params, change: Params) -> Params:
     if not isinstance(change, Mapping):
         return change
     return params | {name: _changed(params[name], part) for name, part in change.items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(config: TransformerConfig, params: Params, images: Array) -> Array:
-    return embed(config, params, images)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -221,8 +221,7 @@ def _usable_batches(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Number among the batches of all processes, images and labels of every batch to be scored."""
     index, processes = distributed.process_index(), distributed.process_count()
-    most = len(range(index, config.max_batches, processes))
-    for i, batch in enumerate(itertools.islice(batches, most)):
+    for i, batch in enumerate(itertools.islice(batches, distributed.own_count(config.max_batches))):
         images, labels = unpack_batch(batch)
         if len(images) < 2:
             # A trailing batch of one image has no distances, so it says nothing about units.

@@ -109,8 +109,7 @@ def _usable_batches(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Number among the batches of all processes, images and labels of every batch with images."""
     index, processes = distributed.process_index(), distributed.process_count()
-    most = len(range(index, max_batches, processes))
-    for i, batch in enumerate(itertools.islice(batches, most)):
+    for i, batch in enumerate(itertools.islice(batches, distributed.own_count(max_batches))):
         images, labels = unpack_batch(batch)
         if len(images) == 0:
             continue

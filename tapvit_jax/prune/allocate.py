@@ -17,9 +17,10 @@ from tapvit_jax.prune.knapsack import exact_levels, greedy_levels
 from tapvit_jax.prune.mask import Plan, top_k_mask
 from tapvit_jax.prune.ranking import Ranking, ranking_rule
 from tapvit_jax.prune.reshape import reshaped_config
-from tapvit_jax.prune.units import UnitGroup, unit_key, unit_table
+from tapvit_jax.prune.units import WIDTH_FIELDS, WIDTH_KINDS, UnitGroup, unit_key, unit_table
 from tapvit_jax.prune.widths import (
     BRANCHES,
+    PARTS,
     BranchScores,
     GroupKeeps,
     Rule,
@@ -166,7 +167,7 @@ def allocate(
     if config.branches and (layers is None or 1.0 not in layers.sparsity):
         raise InputError("branches needs layers that were probed at sparsity 1")
     limits = budget.limits(dense, latency)
-    groups = [group for group in unit_table(dense) if group.kind in ("mlp", "qk", "vo")]
+    groups = [group for group in unit_table(dense) if group.kind in WIDTH_KINDS]
     missing = [group.key for group in groups if group.key not in units]
     if missing:
         raise InputError(f"no scores for {', '.join(missing)}")
@@ -238,18 +239,11 @@ def smallest_cost(
     for i, block in enumerate(dense.blocks):
         least = {}
         for group in unit_table(dense):
-            if group.block == i and group.kind in ("mlp", "qk", "vo"):
-                size = group.shape[-1]
-                step = config.step(group.kind)
-                least[group.kind] = _round_count(_floor(size, config), size, step)
-        blocks.append(
-            dataclasses.replace(
-                block,
-                qk_dim=least.get("qk", block.qk_dim),
-                v_dim=least.get("vo", block.v_dim),
-                mlp_dim=least.get("mlp", block.mlp_dim),
-            )
-        )
+            if group.block == i and group.kind in WIDTH_KINDS:
+                size, step = group.shape[-1], config.step(group.kind)
+                floor = _round_count(_floor(size, config), size, step)
+                least[WIDTH_FIELDS[group.kind]] = floor
+        blocks.append(dataclasses.replace(block, **least))
     return cost(dataclasses.replace(dense, blocks=tuple(blocks)), latency)
 
 
@@ -292,14 +286,6 @@ def _rule(
     return knapsack_rule(dense, layers, costs, choose)
 
 
-_NO_UNITS = {
-    "mlp": {"mlp_dim": 0},
-    "attn": {"qk_dim": 0, "v_dim": 0},
-    "qk": {"qk_dim": 0},
-    "vo": {"v_dim": 0},
-}
-
-
 def _part_costs(
     dense: TransformerConfig, limits: Limits, latency: Latency | None
 ) -> dict[str, Float[np.ndarray, "l"]]:
@@ -311,10 +297,10 @@ def _part_costs(
     full = cost(dense, latency)
     summed = {unit: limit for unit, limit in limits.items() if unit != "activation_bytes"}
     summed = summed or {"macs": full.macs}
-    costs = {part: np.zeros(len(dense.blocks)) for part in _NO_UNITS}
+    costs = {part: np.zeros(len(dense.blocks)) for part in PARTS}
     for i, block in enumerate(dense.blocks):
-        for part, none in _NO_UNITS.items():
-            bare = dataclasses.replace(block, **none)
+        for part, kinds in PARTS.items():
+            bare = dataclasses.replace(block, **{WIDTH_FIELDS[kind]: 0 for kind in kinds})
             blocks = (*dense.blocks[:i], bare, *dense.blocks[i + 1 :])
             without = cost(dataclasses.replace(dense, blocks=blocks), latency)
             costs[part][i] = sum(
@@ -331,8 +317,8 @@ def _keep_under_peak(dense: TransformerConfig, limit: int) -> GroupKeeps:
         spec = dense.block_spec(i)
 
         def peak(ratio: float, branch: str, spec=spec, block=block) -> int:
-            widths = {"mlp": ("mlp_dim",), "attn": ("qk_dim", "v_dim")}[branch]
-            narrow = {name: math.ceil(ratio * getattr(block, name)) for name in widths}
+            fields = [WIDTH_FIELDS[kind] for kind in PARTS[branch]]
+            narrow = {name: math.ceil(ratio * getattr(block, name)) for name in fields}
             found = block_cost(
                 dataclasses.replace(spec, widths=dataclasses.replace(block, **narrow))
             )
@@ -412,12 +398,9 @@ class _Planner:
             return reshaped_config(self.plan(counts))
         blocks = []
         for i, block in enumerate(self.dense.blocks):
-            narrow = dataclasses.replace(
-                block,
-                qk_dim=counts.get(unit_key(i, "qk"), block.qk_dim),
-                v_dim=counts.get(unit_key(i, "vo"), block.v_dim),
-                mlp_dim=counts.get(unit_key(i, "mlp"), block.mlp_dim),
-            )
+            keys = {field: unit_key(i, kind) for kind, field in WIDTH_FIELDS.items()}
+            found = {field: counts[key] for field, key in keys.items() if key in counts}
+            narrow = dataclasses.replace(block, **found)
             if self._is_gone(counts, unit_key(i, "vo")):
                 narrow = dataclasses.replace(narrow, num_heads=0, attn=False)
             if self._is_gone(counts, unit_key(i, "mlp")):

@@ -16,12 +16,10 @@ from jaxtyping import Float
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.prune.cost import cost
-from tapvit_jax.prune.units import WIDTH_KINDS, Kind, UnitGroup, unit_key, unit_table
+from tapvit_jax.prune.units import WIDTH_FIELDS, WIDTH_KINDS, Kind, UnitGroup, unit_key, unit_table
 from tapvit_jax.prune.widths import GroupKeeps, Rule
 
 Ranking = Literal["local", "global", "isomorphic"]
-
-_WIDTHS = {"mlp": ("mlp_dim",), "qk": ("qk_dim",), "vo": ("v_dim",)}
 
 
 def ranking_rule(
@@ -136,8 +134,7 @@ def unit_costs(
     full = getattr(cost(config), unit)
     costs = {}
     for group in _groups(config, WIDTH_KINDS):
-        narrow = dict.fromkeys(_WIDTHS[group.kind], 0)
-        block = dataclasses.replace(config.blocks[group.block], **narrow)
+        block = dataclasses.replace(config.blocks[group.block], **{WIDTH_FIELDS[group.kind]: 0})
         blocks = (*config.blocks[: group.block], block, *config.blocks[group.block + 1 :])
         without = getattr(cost(dataclasses.replace(config, blocks=blocks)), unit)
         costs[group.key] = (full - without) / max(group.size, 1)

@@ -141,17 +141,19 @@ def _recover_block(
     if "attn" in dense and keep["attn_branch"]:
         queries_keys = keep["qk"] & keep["head"][:, None]
         if ridge and not queries_keys.all():
-            found = [_weight_gram(dense["attn"], name) for name in ("q", "k")]
-            found = found if by_weights else streams.logit_moments(dense)
-            solved = solve_queries_keys(dense["attn"], *found, queries_keys, low_rank)
+            if by_weights:
+                grams = tuple(_weight_gram(dense["attn"], name) for name in ("q", "k"))
+            else:
+                grams = streams.logit_moments(dense)
+            solved = solve_queries_keys(dense["attn"], *grams, queries_keys, low_rank)
             part = part | {"attn": part["attn"] | solved}
         # Queries and keys as recovered, and all values.
         whole = part["attn"] | {name: dense["attn"][name] for name in ("v", "proj")}
         folds = streams.attention_moments(part | {"attn": whole})
         values = keep["vo"] & keep["head"][:, None]
         scale = layer_scale(dense, "ls1")
-        grams = _weight_gram(dense["attn"], "v") if by_weights else None
-        solved, branch = solve_values(dense["attn"], folds, values, ridge, low_rank, scale, grams)
+        gram = _weight_gram(dense["attn"], "v") if by_weights else None
+        solved, branch = solve_values(dense["attn"], folds, values, ridge, low_rank, scale, gram)
         part = part | {"attn": part["attn"] | solved}
         streams.pass_attention(*branch)
     else:

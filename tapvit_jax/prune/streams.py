@@ -64,7 +64,7 @@ class Streams:
             rows, real = self._place(images, seen)
             seen += len(images)
             self._real.append(real)
-            self._target.append(_embed(self._config, self._dense, rows))
+            self._target.append(embed_images(self._config, self._dense, rows))
         if not all(distributed.gather(np.array(bool(self._real)))):
             raise InputError("recovery needs at least one batch of images in every process")
         self._found = list(self._target)
@@ -72,7 +72,6 @@ class Streams:
         self._middle: list[Array] = []
         self._behind: list[Array] = []
         self._heads: list[Array] = []
-        self._part: Params = {}
         self._block = 0
         self._parallel = False
 
@@ -99,11 +98,6 @@ class Streams:
         return self._mesh
 
     @property
-    def device_count(self) -> int:
-        """How many they are."""
-        return self._mesh.size
-
-    @property
     def _spec(self) -> BlockSpec:
         return self._config.block_spec(self._block)
 
@@ -123,7 +117,7 @@ class Streams:
     def begin(self, i: int, parallel: bool) -> Params:
         """Enter a block; returns its dense parameters. In parallel, it sees what dense ones see."""
         self._block, self._parallel = i, parallel
-        part = self._part = block_params(self._dense, i)
+        part = block_params(self._dense, i)
         passed = [_pass_block(self._spec, part, x) for x in self._target]
         self._middle, self._behind = [mid for mid, _ in passed], [out for _, out in passed]
         if parallel:
@@ -160,7 +154,8 @@ class Streams:
 
     def pass_no_attention(self) -> None:
         """Take the recovered stream past an attention branch that is not there."""
-        self._found = [_merge_patches(self._spec, self._part, x) for x in self._found]
+        part = block_params(self._dense, self._block)
+        self._found = [_merge_patches(self._spec, part, x) for x in self._found]
         self._rejoin()
 
     def _rejoin(self) -> None:
@@ -301,7 +296,8 @@ def _pass_mlp(spec: BlockSpec, part: Params, x: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(config: TransformerConfig, params: Params, images: Array) -> Array:
+def embed_images(config: TransformerConfig, params: Params, images: Array) -> Array:
+    """The stream in front of the first block."""
     return embed(config, params, images)
 
 

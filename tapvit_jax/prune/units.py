@@ -26,7 +26,10 @@ from tapvit_jax.models.swin import SwinConfig
 
 Kind = Literal["mlp", "qk", "vo", "head", "attn_branch", "mlp_branch"]
 
-WIDTH_KINDS: tuple[Kind, ...] = ("mlp", "qk", "vo")
+WIDTH_FIELDS: dict[Kind, str] = {"mlp": "mlp_dim", "qk": "qk_dim", "vo": "v_dim"}
+"""The width in `BlockConfig` that units of a kind make up."""
+
+WIDTH_KINDS = tuple(WIDTH_FIELDS)
 """Kinds whose counts a budget turns into widths."""
 
 
