@@ -57,7 +57,9 @@ Loss = Literal["label", "entropy", "kl"]
 # Relative to a unit's largest value: what float32 leaves of a coordinate that should be constant.
 _ROUNDING = 1e-6
 # Beyond this, a batch's images take their backward passes in several parts.
-_MOST_RESIDUAL_BYTES = 2**31
+_MOST_RESIDUAL_BYTES = 13 * 2**28
+# What a CPU's caches serve best, where no kernels need a batch's images together.
+_CACHED_RESIDUAL_BYTES = 2**28
 Method = Literal["tap", "tap_published", "taylor"]
 
 
@@ -144,6 +146,12 @@ class NeuronConfig:
     def needs_gradient(self) -> bool:
         """Whether a backward pass is needed at all."""
         return self.mlp.gradient > 0 or self.attn.gradient > 0
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether any other term counts."""
+        both = dataclasses.astuple(self.mlp)[:3] + dataclasses.astuple(self.attn)[:3]
+        return max(both) > 0
 
 
 def min_max(values: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -337,8 +345,11 @@ def batch_terms(
     has b^2 entries where the activations have b n. Relevance waits for the prediction.
     """
     loss = config.loss if config.needs_gradient else None
+    cached = jax.default_backend() == "cpu" and not config.needs_activations
+    most = _CACHED_RESIDUAL_BYTES if cached else _MOST_RESIDUAL_BYTES
+    summarize = functools.partial(_block_terms, config)
     logits, blocks, gradients = dense_pass(
-        model_config, params, images, labels, loss, key, functools.partial(_block_terms, config)
+        model_config, params, images, labels, loss, key, summarize, most
     )
     target = linear_kernel(jax.nn.softmax(logits, axis=-1))
     terms: Terms = {}
@@ -401,6 +412,7 @@ def _summands(
     return found
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _no_sums(
     model_config: TransformerConfig,
     config: NeuronConfig,
@@ -413,8 +425,12 @@ def _no_sums(
     )
 
 
+@functools.lru_cache(maxsize=64)
 def _term_shapes(model_config: TransformerConfig, config: NeuronConfig) -> Terms:
-    """Shapes of the terms, which depend neither on the batch size nor on the images."""
+    """Shapes of the terms, which depend neither on the batch size nor on the images.
+
+    Kept, because tracing a network takes longer than a small one's batch. Treat as frozen.
+    """
     side, channels = model_config.image_size, model_config.in_channels
     return jax.eval_shape(
         functools.partial(_summands, model_config, config),
@@ -433,34 +449,36 @@ def dense_pass(
     loss: Loss | None,
     key: Array,
     summarize: Callable[[Taps], T],
+    most_bytes: int = _MOST_RESIDUAL_BYTES,
 ) -> tuple[Float[Array, "b c"], list[T], dict[str, Gates]]:
     """Logits, what `summarize` makes of every block's taps, and the gates' gradients if asked.
 
     Kernels need a batch's images together, gradients do not: where a backward pass over all of them
-    would keep too much, one forward pass serves the kernels and parts of the batch the gradients.
+    would keep more than `most_bytes`, one forward pass serves the kernels and parts of the batch
+    the gradients.
     """
-    parts = _gradient_parts(model_config, len(images))
+    parts = _gradient_parts(model_config, len(images), most_bytes)
     if loss is not None and parts == 1:
         return gate_gradients(model_config, params, images, labels, loss, key, summarize)
     logits, found = _forward(model_config, params, images, None, summarize)
     if loss is None:
         return logits, found, {}
-    if loss == "kl":
-        # The classes that the whole batch would have drawn.
-        loss, labels = "label", jax.random.categorical(key, logits)
 
-    def gradients(part: tuple[Array, Array]) -> dict[str, Gates]:
-        return gate_gradients(model_config, params, *part, loss, key, lambda taps: ())[2]
+    def gradients(part: tuple[Array, Array, Array]) -> dict[str, Gates]:
+        return _gate_gradients(model_config, params, *part, loss, lambda taps: ())[2]
 
-    rows = [array.reshape(parts, -1, *array.shape[1:]) for array in (images, labels)]
+    # Parts draw the classes that the whole batch would have drawn. Nothing else of the first pass
+    # is needed here, which spares it where no kernels are wanted either.
+    given = images, labels, class_noise(key, len(images), model_config)
+    rows = [array.reshape(parts, -1, *array.shape[1:]) for array in given]
     stacked = jax.lax.map(gradients, tuple(rows))
     return logits, found, jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), stacked)
 
 
-def _gradient_parts(config: TransformerConfig, images: int) -> int:
+def _gradient_parts(config: TransformerConfig, images: int, most_bytes: int) -> int:
     """Smallest number of equal parts of a batch whose backward passes keep little enough."""
     fine = (n for n in range(1, images + 1) if images % n == 0)
-    least = _residual_bytes(config, images) / _MOST_RESIDUAL_BYTES
+    least = _residual_bytes(config, images) / most_bytes
     return next((n for n in fine if n >= least), images)
 
 
@@ -580,14 +598,22 @@ def _summed_gradient(config: NeuronConfig, gradient: Float[Array, "b ..."]) -> A
     return per_image.sum(axis=0)
 
 
+def class_noise(key: Array, images: int, config: TransformerConfig) -> Float[Array, "b c"]:
+    """Gumbel noise: the highest logit with it added is a class drawn from the prediction."""
+    return jax.random.gumbel(key, (images, config.num_classes))
+
+
 def summed_loss(
-    logits: Float[Array, "b c"], labels: Int[Array, "b"], loss: Loss, key: Array
+    logits: Float[Array, "b c"], labels: Int[Array, "b"], loss: Loss, noise: Float[Array, "b c"]
 ) -> Float[Array, ""]:
-    """Sum over images of -log p of the label, of the entropy, or of -log p of a drawn class."""
+    """Sum over images of -log p of the label, of the entropy, or of -log p of a drawn class.
+
+    `noise` draws the classes, see `class_noise`.
+    """
     log_p = jax.nn.log_softmax(logits)
     if loss == "entropy":
         return -(jnp.exp(log_p) * log_p).sum()
-    drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+    drawn = jnp.argmax(jax.lax.stop_gradient(logits) + noise, axis=-1)
     classes = labels if loss == "label" else drawn
     return -jnp.take_along_axis(log_p, classes[:, None], axis=1).sum()
 
@@ -615,6 +641,19 @@ def gate_gradients(
 
     Source: Taylor importance (arXiv 1906.10771); gates a unit and image, ours.
     """
+    noise = class_noise(key, len(images), config)
+    return _gate_gradients(config, params, images, labels, noise, loss, summarize)
+
+
+def _gate_gradients(
+    config: TransformerConfig,
+    params: Params,
+    images: Array,
+    labels: Array,
+    noise: Array,
+    loss: Loss,
+    summarize: Callable[[Taps], T],
+) -> tuple[Array, list[T], dict[str, Gates]]:
     b = images.shape[0]
     gates = {}
     for i, block in enumerate(config.blocks):
@@ -628,7 +667,7 @@ def gate_gradients(
 
     def total_loss(gates):
         logits, taps = _forward(config, params, images, gates, summarize)
-        return summed_loss(logits, labels, loss, key), (logits, taps)
+        return summed_loss(logits, labels, loss, noise), (logits, taps)
 
     gradients, (logits, taps) = jax.grad(total_loss, has_aux=True)(gates)
     return logits, taps, gradients

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tapvit_jax.importance.neurons import Loss, dense_pass, gate_gradients, summed_loss
+from tapvit_jax.importance.neurons import (
+    Loss,
+    class_noise,
+    dense_pass,
+    gate_gradients,
+    summed_loss,
+)
 from tapvit_jax.importance.streaming import Statistic, Sums
 from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.models.layers import Taps
@@ -193,7 +199,8 @@ def _weight_gradients(
 
     def mean_loss(params: Params) -> Array:
         logits, _, _ = dense_pass(config, params, images, labels, None, key, lambda taps: ())
-        return summed_loss(logits, labels, loss, key) / len(images)
+        noise = class_noise(key, len(images), config)
+        return summed_loss(logits, labels, loss, noise) / len(images)
 
     return jax.tree.map(jnp.multiply, params, jax.grad(mean_loss)(params))
 

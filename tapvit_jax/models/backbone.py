@@ -20,6 +20,9 @@ from tapvit_jax.structs import from_plain
 
 T = TypeVar("T")
 
+# Blocks of one run that are compiled one by one: those of a DeiT, in 20 s instead of 11 s.
+_MOST_UNROLLED = 12
+
 TransformerConfig = ViTConfig | SwinConfig
 """Backbones that can be pruned."""
 
@@ -164,8 +167,9 @@ def visit_blocks(
 ) -> tuple[Float[Array, "b n d"], list[T]]:
     """Pass x through all blocks by `visit(spec, params, x, input) -> (x, output)`.
 
-    Blocks of one run share their compiled code (`jax.lax.scan` over stacked parameters and inputs),
-    so that a deep network compiles as fast as a shallow one. Returns x and every block's output.
+    Blocks of one long run share their compiled code (`jax.lax.scan` over stacked parameters and
+    inputs), so that a deep network compiles as fast as a shallow one; a short run is spared the
+    stacking, which costs a backward pass a fifth of its time. Returns x and every block's output.
     """
     outputs: list[T] = []
     for run in block_runs(config):
@@ -182,9 +186,10 @@ def visit_blocks(
         for i in range(run.start, run.start + run.period * run.repeats, run.period):
             blocks = range(i, i + run.period)
             periods.append([(block_params(params, j), inputs[j]) for j in blocks])
-        if run.repeats == 1:
-            x, found = body(x, periods[0])
-            outputs += found
+        if run.period * run.repeats <= _MOST_UNROLLED:
+            for parts in periods:
+                x, found = body(x, parts)
+                outputs += found
             continue
         x, stacked = jax.lax.scan(body, x, jax.tree.map(lambda *a: jnp.stack(a), *periods))
         for i in range(run.repeats):

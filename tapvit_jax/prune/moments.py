@@ -125,28 +125,31 @@ class Ridge:
     """
 
     def __init__(self, folds: Sequence[Moments]):
-        self._total = merge_all(folds)
-        self._halves = [fold for fold in folds if fold.weight > 0]
-        held_out = self._halves if len(self._halves) == 2 else []
-        self._bases = [_eigen(fold.xx) for fold in held_out]
-        self._basis = _eigen(self._total.xx)
+        halves = _seen(folds)
+        self._bases, self._curvatures = [], []
+        if len(halves) == 2:
+            self._bases = [_eigen(fold.xx) for fold in halves]
+            for (_, vectors), other in zip(self._bases, reversed(halves), strict=True):
+                self._curvatures.append(vectors.T @ other.xx @ vectors)
+        self._basis = _eigen(merge_all(folds).xx)
 
     def solve(
         self, folds: Sequence[Moments], centre: Float[np.ndarray, "f t"]
     ) -> tuple[Float[np.ndarray, "f t"], Float[np.ndarray, "t"]]:
         """A and b for the targets of `folds`, whose features are those of this object."""
-        halves = [fold for fold in folds if fold.weight > 0]
         penalty = _DEFAULT_PENALTY
         if self._bases:
-            first, second = halves
-            errors = [
-                _held_out_errors(*job, centre)
-                for job in ((self._bases[0], first, second), (self._bases[1], second, first))
-            ]
-            penalty = PENALTIES[int(np.argmin(np.sum(errors, axis=0)))]
+            halves = _seen(folds)
+            parts = zip(self._bases, self._curvatures, halves, reversed(halves), strict=True)
+            errors = sum(_held_out_errors(*part, centre) for part in parts)
+            penalty = PENALTIES[int(np.argmin(errors))]
         total = merge_all(folds)
         weights = centre + _shrunk(self._basis, total.xy - total.xx @ centre, penalty)
         return weights, total.mean_y - total.mean_x @ weights
+
+
+def _seen(folds: Sequence[Moments]) -> list[Moments]:
+    return [fold for fold in folds if fold.weight > 0]
 
 
 def _eigen(xx: Float[np.ndarray, "f f"]) -> tuple[np.ndarray, np.ndarray]:
@@ -158,36 +161,41 @@ def _shrunk(
     basis: tuple[np.ndarray, np.ndarray], xy: Float[np.ndarray, "f t"], penalty: float
 ) -> Float[np.ndarray, "f t"]:
     values, vectors = basis
-    return vectors @ _divided(values, vectors.T @ xy, penalty)
+    return vectors @ (_divisors(values, penalty)[:, None] * (vectors.T @ xy))
 
 
-def _divided(
-    values: Float[np.ndarray, "f"], xy: Float[np.ndarray, "f t"], penalty: float
-) -> Float[np.ndarray, "f t"]:
+def _divisors(values: Float[np.ndarray, "f"], penalty: float) -> Float[np.ndarray, "f"]:
+    """What a penalty makes of the eigenvalues' inverses."""
     scale = values.mean() if values.size else 0.0
     if np.isinf(penalty) or scale <= 0:
-        return np.zeros_like(xy)
-    return xy / (values + penalty * scale)[:, None]
+        return np.zeros_like(values)
+    return 1.0 / (values + penalty * scale)
 
 
 def _held_out_errors(
     basis: tuple[np.ndarray, np.ndarray],
+    curvature: Float[np.ndarray, "f f"],
     fitted: Moments,
     other: Moments,
     centre: Float[np.ndarray, "f t"],
-) -> list[float]:
-    """Squared error on the other part for every penalty, up to a constant."""
+) -> Float[np.ndarray, "p"]:
+    """Squared error on the other part for every penalty, up to a constant.
+
+    In the eigenbasis of what is fitted a penalty only scales the rows of the solution, by d: all
+    products of matrices serve all penalties.
+
+        |x V D a - r|^2 summed = d'(C * a a')d - 2 d'(a * r)1,   C curvature, a unpenalised
+    """
     values, vectors = basis
     own = vectors.T @ (fitted.xy - fitted.xx @ centre)
-    # Everything in the basis in which the penalty only divides.
-    curvature = vectors.T @ other.xx @ vectors
     residual = vectors.T @ (other.xy - other.xx @ centre)
+    quadratic, linear = curvature * (own @ own.T), (own * residual).sum(axis=1)
     step = other.mean_x - fitted.mean_x
     miss = other.mean_y - fitted.mean_y - step @ centre
     step = step @ vectors
     errors = []
     for penalty in PENALTIES:
-        change = _divided(values, own, penalty)
-        error = (change * (curvature @ change - 2 * residual)).sum()
-        errors.append(float(error + other.weight * np.square(miss - step @ change).sum()))
-    return errors
+        shrunk = _divisors(values, penalty)
+        off = np.square(miss - (step * shrunk) @ own).sum()
+        errors.append(shrunk @ quadratic @ shrunk - 2 * shrunk @ linear + other.weight * off)
+    return np.array(errors)

@@ -172,15 +172,14 @@ ZEROS = np.zeros(6, np.int32)
 
 
 @pytest.mark.parametrize("loss", ["kl", "label"])
-def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, monkeypatch, loss):
-    def gradients():
+def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, loss):
+    def gradients(most_bytes):
         run = functools.partial(neurons.dense_pass, tiny_model.config, loss=loss)
+        run = functools.partial(run, most_bytes=most_bytes)
         run = jax.jit(functools.partial(run, summarize=lambda taps: taps["mlp"].sum(axis=1)))
         return run(params=tiny_model.params, images=images, labels=ZEROS, key=jax.random.key(0))
 
-    whole = gradients()
-    monkeypatch.setattr(neurons, "_MOST_RESIDUAL_BYTES", 1)
-    parts = gradients()
+    whole, parts = gradients(2**31), gradients(1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), whole, parts)
 
 
