@@ -24,12 +24,20 @@ from tapvit_jax.importance.layers import LayerConfig
 from tapvit_jax.models import backbone, store
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.vit import vit_config
-from tapvit_jax.pipeline import PruneConfig, evaluate_model, plan_masks, score, score_arrays
+from tapvit_jax.pipeline import (
+    PruneConfig,
+    evaluate_model,
+    plan_masks,
+    score,
+    score_arrays,
+    scoring_batches,
+)
 from tapvit_jax.proxy.density import log_likelihood
 from tapvit_jax.proxy.gmm import Gmm, GmmConfig
 from tapvit_jax.proxy.select import select
 from tapvit_jax.prune.allocate import allocate
 from tapvit_jax.prune.budget import Budget
+from tapvit_jax.prune.recover import recover
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.runtime import set_up_jax
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
@@ -72,7 +80,13 @@ def job(shared: Path) -> dict[str, np.ndarray]:
     units, layers = score(model, source, metric, options)
     found |= {f"score_{name}": array for name, array in score_arrays(units, layers).items()}
 
+    recovered = LayerConfig(sparsity=(0.5,), recovery="ridge")
+    looped = score(model, source, metric, dataclasses.replace(options, layers=recovered))[1]
+    found |= {f"looped_{name}": array for name, array in looped.arrays().items()}
+
     plans = [allocate(model, units, layers, Budget.parse(f"macs={share}")) for share in (0.5, 0.7)]
+    own = scoring_batches(source, metric, PREPROCESS, options.batch_size)
+    found["recovered"] = logits(recover(model, plans[0], own), images)
     teacher = Teacher(config, params)
     variants = [
         Variant(params, metric[i : i + 20 + i], np.arange(5, 16 + i), plan_masks(plan), seed=i)
