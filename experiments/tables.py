@@ -21,7 +21,8 @@ th,td{padding:.35em .6em;border-bottom:1px solid #e5e7eb;text-align:right;vertic
 th{vertical-align:bottom}thead tr:last-child th{border-bottom:2px solid #9ca3af}
 th[colspan]{text-align:center;border-bottom:1px solid #9ca3af}
 th[rowspan]{border-bottom:2px solid #9ca3af}
-.text{text-align:left}td.text{max-width:20em}small{color:#4b5563;white-space:nowrap}
+.text{text-align:left}td{white-space:nowrap}td.text{max-width:20em;white-space:normal}
+small{color:#4b5563;white-space:nowrap}
 svg{width:100%;height:auto}figure{margin:1em 0}.wide{overflow-x:auto}
 summary{cursor:pointer}pre{background:#f3f4f6;padding:1em;overflow-x:auto;font-size:12px}
 """
