@@ -80,10 +80,6 @@ def job(shared: Path) -> dict[str, np.ndarray]:
     units, layers = score(model, source, metric, options)
     found |= {f"score_{name}": array for name, array in score_arrays(units, layers).items()}
 
-    recovered = LayerConfig(sparsity=(0.5,), recovery="ridge")
-    looped = score(model, source, metric, dataclasses.replace(options, layers=recovered))[1]
-    found |= {f"looped_{name}": array for name, array in looped.arrays().items()}
-
     plans = [allocate(model, units, layers, Budget.parse(f"macs={share}")) for share in (0.5, 0.7)]
     own = scoring_batches(source, metric, PREPROCESS, options.batch_size)
     found["recovered"] = logits(recover(model, plans[0], own), images)
