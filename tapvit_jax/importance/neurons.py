@@ -150,8 +150,7 @@ class NeuronConfig:
     @property
     def needs_activations(self) -> bool:
         """Whether any other term counts."""
-        both = dataclasses.astuple(self.mlp)[:3] + dataclasses.astuple(self.attn)[:3]
-        return max(both) > 0
+        return any(w.relevance + w.redundancy + w.activation > 0 for w in (self.mlp, self.attn))
 
 
 def min_max(values: Float[Array, "..."]) -> Float[Array, "..."]:

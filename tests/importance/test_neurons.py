@@ -183,6 +183,25 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, los
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), whole, parts)
 
 
+def test_blocks_of_long_networks_share_their_code(tiny_model, images, monkeypatch):
+    given = {"params": tiny_model.params, "images": images, "labels": ZEROS, "key": KEY}
+
+    def passed():
+        run = functools.partial(neurons.dense_pass, tiny_model.config, loss="label")
+        run = functools.partial(run, summarize=lambda taps: taps["mlp"].sum(axis=1))
+        program = jax.jit(run).lower(**given)
+        return program.as_text().count("stablehlo.while"), program.compile()(**given)
+
+    few, unrolled = passed()
+    monkeypatch.setattr(backbone, "_MOST_UNROLLED", 1)
+    more, scanned = passed()
+    # One loop forth and one back.
+    assert more >= few + 2
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), unrolled, scanned
+    )
+
+
 def assert_scores_close(found, expected, atol=1e-4):
     assert found.keys() == expected.keys()
     for key, values in expected.items():
