@@ -5,6 +5,7 @@
 Every pair is timed in turns in one process, so that a machine that slows down slows both.
 """
 
+import dataclasses
 import multiprocessing
 import resource
 import time
@@ -45,13 +46,15 @@ def neurons(name: str, batch: int, repeats: int) -> None:
     model = dense(name)
     images = jax.device_put(random_images(model, batch))
     runs = {"forward pass": lambda: model.apply(images)}
+    published = NeuronConfig.as_published()
+    mlp, attn = (dataclasses.replace(w, gradient=0.5) for w in (published.mlp, published.attn))
     methods = {
-        "relevance, redundancy, activation (tap_published)": "tap_published",
-        "the same, mended, and Taylor (tap)": "tap",
-        "Taylor alone (taylor)": "taylor",
+        "relevance, redundancy, activation (tap_published)": published,
+        "the same and Taylor": dataclasses.replace(published, mlp=mlp, attn=attn),
+        "mended, queries and keys apart, and Taylor (tap)": NeuronConfig(),
+        "Taylor alone (taylor)": NeuronConfig.taylor(),
     }
-    for title, method in methods.items():
-        scoring = NeuronConfig.of_method(method)
+    for title, scoring in methods.items():
         runs[title] = lambda scoring=scoring: neuron_importance(model, [images], config=scoring)
     report(f"neuron scores, {name}, batch {batch}", alternate(runs, repeats))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.config import ExperimentConfig
 from experiments.job import Job
-from experiments.methods import PEER, RECOVERIES, SETS, Method
+from experiments.methods import PEER, RECOVERIES, Method, find_set
 from tapvit_jax.convert.weights import fingerprint
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash
@@ -51,8 +51,9 @@ class Grid:
         for name in lists:
             if not getattr(self, name):
                 raise InputError(f"--{name} is empty, expected at least one")
+        for name in self.sets:
+            find_set(name)
         for name, values, known in (
-            ("sets", self.sets, SETS),
             ("set_methods", self.set_methods or (), self.methods),
             ("dense", (self.dense,), DENSE),
         ):
@@ -169,7 +170,10 @@ def seed_config(config: ExperimentConfig, grid: Grid, seed: int) -> ExperimentCo
 
 def _content(config: ExperimentConfig, method: Method, epochs: int) -> dict[str, Any]:
     """What a method and its fine-tuning add to a cell's identity."""
-    content = {"method": to_plain(method), "prune": to_plain(method.prune(config.prune))}
+    plain = to_plain(method)
+    # Whatever was changed is in how it prunes.
+    del plain["changes"]
+    content = {"method": plain, "prune": to_plain(method.prune(config.prune))}
     content["recover"] = to_plain(RECOVERIES[method.recover])
     if epochs:
         content["recipe"] = to_plain(recipe(config, epochs))

@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.job import ORACLE, SELECTED
-from experiments.methods import SETS
+from experiments.methods import SETS, find_set
 from experiments.report import LEAKS
 from experiments.statistics import Mean, gap_closed, mean_interval, mean_ranks, paired
 from experiments.tables import document, text_cell, to_table
@@ -326,7 +327,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         "model. ± and brackets: 95 % intervals over devices and seeds (Student's t; of gap shares "
         "by bootstrap), which count devices and seeds as independent.",
     ]
-    used = [name for name in SETS if name in {row["set"] for row in rows}]
+    kinds = {find_set(row["set"]).kind for row in rows}
+    used = [name for name in SETS if name in kinds]
     notes.append("Metric sets: " + "; ".join(f"{name}, {SETS[name]}" for name in used) + ".")
     if config["data"]["partition"]["leaks"]:
         notes.append(LEAKS)
@@ -374,7 +376,7 @@ class _Plot:
 def _plots(summary: Mapping[str, Any]) -> list[_Plot]:
     plots = []
     for images, epochs in _groups(summary["accuracy"]):
-        where, name = _where(images, epochs), f"{images}_{epochs}"
+        where, name = _where(images, epochs), f"{_file_name(images)}_{epochs}"
         own = [r for r in summary["accuracy"] if (r["set"], r["epochs"]) == (images, epochs)]
         svg = figures.compared(own, summary["dense"], where)
         plots.append(_Plot(f"accuracy_{name}", where, svg))
@@ -388,8 +390,12 @@ def _plots(summary: Mapping[str, Any]) -> list[_Plot]:
         for images in dict.fromkeys(row["set"] for row in summary["accuracy"]):
             own = [row for row in summary["accuracy"] if row["set"] == images]
             svg = figures.over_epochs(own, summary["dense"], images)
-            plots.append(_Plot(f"epochs_{images}", "Fine-tuning", svg))
+            plots.append(_Plot(f"epochs_{_file_name(images)}", "Fine-tuning", svg))
     return plots
+
+
+def _file_name(images: str) -> str:
+    return re.sub(r"[^\w.]+", "-", images)
 
 
 def page(results: Mapping[str, Any], plots: Sequence[_Plot]) -> str:

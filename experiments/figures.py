@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import re
 import warnings
 from typing import Any
@@ -293,10 +294,10 @@ def metric_sets(rows: list[dict[str, Any]]) -> str:
     """Mean accuracy under every metric set, a line for each method, budget and epochs."""
     figure = Figure(figsize=(_WIDTH, 1.3 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    shown = {name for row in rows for name in row["top1"]}
-    for name, (color, marker) in _SETS.items():
-        if name not in shown:
-            continue
+    shown = dict.fromkeys(name for row in rows for name in row["top1"])
+    others = itertools.cycle(mark for mark in _SERIES if mark not in _SETS.values())
+    for name in shown:
+        color, marker = _SETS.get(name) or next(others)
         at = [i for i, row in enumerate(rows) if name in row["top1"]]
         x = [rows[i]["top1"][name]["mean"] for i in at]
         axes.scatter(x, at, color=color, marker=marker, s=28, label=name, alpha=0.85)

@@ -46,9 +46,9 @@ from tapvit_jax.pipeline import (
 from tapvit_jax.progress import Progress, Step
 from tapvit_jax.proxy.density import log_likelihood
 from tapvit_jax.proxy.features import Extractor, build_extractor, embedding_network
-from tapvit_jax.proxy.gmm import Gmm, fit_report
+from tapvit_jax.proxy.gmm import Gmm, GmmConfig, fit_report
 from tapvit_jax.proxy.pool_features import pool_features
-from tapvit_jax.proxy.select import select, selection_report
+from tapvit_jax.proxy.select import SelectConfig, select, selection_report
 from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
@@ -122,6 +122,8 @@ class Job:
         self.config, self.stages, self.progress = config, stages, progress
         self.seed = config.seed if seed is None else seed
         self._payloads = payloads
+        self._mixtures: dict[GmmConfig, list[tuple[Gmm, int]]] = {}
+        self._selections: dict[tuple[SelectConfig, GmmConfig], Artefact] = {}
         with progress.step("read and partition the images", UNITS["data"]):
             all_succeed(self._read_data)
         distributed.check_agreement({"data": self.data_key}, "the hosts")
@@ -150,18 +152,21 @@ class Job:
         self.dense_config: Config = self.config.dense.network(
             data.preprocess, len(self.files.class_names)
         )
-        pool, select_config = len(self.parts.public_pool), self.config.select
-        for field in ("metric_count", "finetune_count"):
-            count = getattr(select_config, field) or 0
-            if count > pool:
-                raise InputError(
-                    f"select.{field} is {count}, but the public pool has {pool} images"
-                )
+        self._check_counts(self.config.select)
         everything = np.arange(len(self.files))
         if len(self.files) * data.preprocess.image_size**2 * data.preprocess.channels * 4 < 2**30:
             # Small sets are decoded once, not once an epoch.
             images, labels = load_all(self.files, everything, data.preprocess)
             self.source = MemorySource(images, labels, self.files.class_names, self.files.name)
+
+    def _check_counts(self, options: SelectConfig) -> None:
+        pool = len(self.parts.public_pool)
+        for field in ("metric_count", "finetune_count"):
+            count = getattr(options, field)
+            if count > pool:
+                raise InputError(
+                    f"select.{field} is {count}, but the public pool has {pool} images"
+                )
 
     def _train_data(self, train_on: np.ndarray, validation: np.ndarray) -> TrainData:
         data = self.config.data
@@ -313,10 +318,11 @@ class Job:
 
     # Device: nothing but the payload leaves this method.
 
-    def _payload(self, d: int) -> tuple[Gmm, int]:
+    def _payload(self, d: int, options: GmmConfig) -> tuple[Gmm, int]:
         path = self._payloads / f"device_{d}.gmm"
+        if options != self.config.gmm:
+            path = self._payloads / content_hash(to_plain(options))[:16] / path.name
         images, key = self.parts.devices[d].private_train, self.extractor.fingerprint
-        options = self.config.gmm
         options = dataclasses.replace(options, seed=self.seed + options.seed + d)
 
         def compute(step, scratch):
@@ -332,17 +338,27 @@ class Job:
         received = all_succeed(lambda: Gmm.load(path, dim=self.extractor.dim, extractor=key))
         return received, path.stat().st_size
 
-    @functools.cached_property
+    @property
     def payloads(self) -> list[tuple[Gmm, int]]:
         """Every device's mixture as the cloud received it, and the bytes that it took."""
-        return [self._payload(d) for d in range(len(self.parts.devices))]
+        return self._received(self.config.gmm)
+
+    def _received(self, options: GmmConfig) -> list[tuple[Gmm, int]]:
+        if options not in self._mixtures:
+            devices = range(len(self.parts.devices))
+            self._mixtures[options] = [self._payload(d, options) for d in devices]
+        return self._mixtures[options]
 
     # Cloud: one pass over the pool for all devices.
 
-    @functools.cached_property
-    def _chosen(self) -> Artefact:
-        config, pool = self.config.select, self.parts.public_pool
-        gmms = [gmm for gmm, _ in self.payloads]
+    def _chosen(self, config: SelectConfig, mixtures: GmmConfig) -> Artefact:
+        if (config, mixtures) not in self._selections:
+            self._selections[config, mixtures] = self._choose(config, mixtures)
+        return self._selections[config, mixtures]
+
+    def _choose(self, config: SelectConfig, mixtures: GmmConfig) -> Artefact:
+        pool = self.parts.public_pool
+        gmms = [gmm for gmm, _ in self._received(mixtures)]
 
         def compute(step, scratch):
             features = self._features(pool)
@@ -359,8 +375,9 @@ class Job:
             keep = max(1, round(self.config.validation_share * len(validation)))
             likely = log_likelihood(gmms, self._features(validation))
             order = np.argsort(-np.asarray(likely), axis=1, kind="stable")[:, :keep]
+            metric = positions[:, : config.metric_count]
             reports = [
-                self._selection_report(d, gmm, positions[d], features) for d, gmm in enumerate(gmms)
+                self._selection_report(d, gmm, metric[d], features) for d, gmm in enumerate(gmms)
             ]
             arrays = {"finetune": pool[positions], "validation": np.sort(validation[order])}
             return arrays, {"reports": reports}
@@ -382,7 +399,7 @@ class Job:
         # Held-out private features exist only in simulation; they are reported, never used.
         split = self.parts.devices[d]
         return selection_report(
-            positions[: self.config.select.metric_count],
+            positions,
             self.files.labels[self.parts.public_pool],
             len(self.files.class_names),
             gmm,
@@ -392,18 +409,29 @@ class Job:
 
     def selection(self, d: int) -> dict[str, Any]:
         """What the metric dataset chosen for a device holds."""
-        return self._chosen.meta["reports"][d]
+        return self._chosen(self.config.select, self.config.gmm).meta["reports"][d]
 
-    def image_sets(self, d: int, kind: str = SELECTED) -> ImageSets:
+    def image_sets(
+        self,
+        d: int,
+        kind: str = SELECTED,
+        select_config: SelectConfig | None = None,
+        mixtures: GmmConfig | None = None,
+    ) -> ImageSets:
         """Images for a device: selected by its payload, a "random" public subset, or the "pool".
 
         "oracle" are its own private-train images, with the public-validation images of its classes:
-        what no cloud has, for simulation only.
+        what no cloud has, for simulation only. Sizes, selection and mixtures are the config's where
+        none are given.
+
+        Raises:
+          InputError: more images than the pool has.
         """
-        select_config, pool = self.config.select, self.parts.public_pool
+        select_config, pool = select_config or self.config.select, self.parts.public_pool
+        self._check_counts(select_config)
         if kind == SELECTED:
-            finetune = self._chosen.arrays["finetune"][d]
-            validation = self._chosen.arrays["validation"][d]
+            chosen = self._chosen(select_config, mixtures or self.config.gmm)
+            finetune, validation = (chosen.arrays[n][d] for n in ("finetune", "validation"))
             if self.config.data.partition.leaks:
                 validation = self.parts.devices[d].private_test
             return ImageSets(finetune[: select_config.metric_count], finetune, validation)

@@ -1,9 +1,14 @@
-"""The methods that `experiments.compare` sets side by side, and the metric sets that they see."""
+"""The methods that `experiments.compare` sets side by side, and the metric sets that they see.
 
+Either name may carry changes of the config, NAME:FIELD=VALUE+FIELD=VALUE, each a row of its own:
+"ours:relevance=0", "selected:method=quota".
+"""
+
+import ast
 import dataclasses
 import itertools
-from collections.abc import Iterable
-from typing import get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 import numpy as np
 
@@ -12,10 +17,13 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.importance.layers import LayerConfig
 from tapvit_jax.importance.neurons import Method as Composite
-from tapvit_jax.importance.neurons import NeuronConfig
+from tapvit_jax.importance.neurons import NeuronConfig, TermWeights
 from tapvit_jax.pipeline import PruneConfig
+from tapvit_jax.proxy.gmm import GmmConfig
+from tapvit_jax.proxy.select import SelectConfig
 from tapvit_jax.prune.allocate import AllocateConfig
 from tapvit_jax.prune.recover import RecoverConfig
+from tapvit_jax.structs import from_plain, to_plain
 
 SETS = {
     SELECTED: "chosen by the device's mixture",
@@ -42,6 +50,28 @@ subspaces and least squares, but also solves for attention's projection; others 
 
 _WIDTHS = ("sensitivity", "greedy", "exact", "depth", "softmax", "uniform", "global", "isomorphic")
 _PROBED = ("sensitivity", "greedy", "exact", "depth")
+_TERMS = tuple(field.name for field in dataclasses.fields(TermWeights))
+
+Changes = Mapping[str, Any]
+
+
+def split_changes(text: str) -> tuple[str, Changes]:
+    """Name and changes of "NAME:FIELD=VALUE+FIELD=VALUE".
+
+    Raises:
+      InputError: a change without a value.
+    """
+    name, _, rest = text.partition(":")
+    changes = {}
+    for part in rest.split("+") if rest else ():
+        field, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"{text}: {part!r} is no change, expected FIELD=VALUE")
+        try:
+            changes[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[field] = value
+    return name, changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +85,14 @@ class Method:
         rules; "peer", whatever the peer does.
       recover: closed-form recovery behind it, a name in `RECOVERIES`.
       loop: layers are probed with recovery in the loop.
+      changes: of `NeuronConfig`'s fields, or of a term's weight for MLP and attention both.
     """
 
     criterion: str
     widths: str = "sensitivity"
     recover: str = "none"
     loop: bool = False
+    changes: Changes = dataclasses.field(default_factory=dict)
 
     @property
     def by_layers(self) -> bool:
@@ -71,11 +103,13 @@ class Method:
         """How it scores and chooses widths, limits and floors as in the experiment's config.
 
         Raises:
-          InputError: widths that do not go with the criterion.
+          InputError: widths that do not go with the criterion, or changes that it does not know.
         """
         neurons = base.neurons
         if self.criterion in get_args(Composite):
-            neurons = NeuronConfig.of_method(self.criterion)
+            neurons = _changed(NeuronConfig.of_method(self.criterion), self.changes)
+        elif self.changes:
+            raise InputError(f"{self.criterion} knows no changes: {', '.join(self.changes)}")
         neurons = dataclasses.replace(neurons, max_batches=base.neurons.max_batches)
         layers, allocate = base.layers, base.allocate
         if self.widths == "published":
@@ -90,6 +124,14 @@ class Method:
                 layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
             layers = dataclasses.replace(layers, recovery="ridge" if self.loop else "none")
         return PruneConfig(neurons, layers, allocate, base.batch_size)
+
+
+def _changed(neurons: NeuronConfig, changes: Changes) -> NeuronConfig:
+    plain = to_plain(neurons)
+    for name, value in changes.items():
+        for fields in (plain["mlp"], plain["attn"]) if name in _TERMS else (plain,):
+            fields[name] = value
+    return from_plain(NeuronConfig, plain, "neurons")
 
 
 def _methods() -> dict[str, Method]:
@@ -120,18 +162,20 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
     """The methods of these names, each once, in their order.
 
     Args:
-      names: keys of `METHODS` or external peers.
+      names: keys of `METHODS`, with changes or without, or external peers.
       peers: names that are external peers.
 
     Raises:
-      InputError: an unknown name, or none.
+      InputError: an unknown name or change, or no name.
     """
     peers, found = tuple(peers), {}
     for name in names:
+        base, changes = split_changes(name)
         if name in peers:
             found[name] = Method(name, PEER)
-        elif name in METHODS:
-            found[name] = METHODS[name]
+        elif base in METHODS:
+            found[name] = dataclasses.replace(METHODS[base], changes=changes)
+            found[name].prune(PruneConfig())
         else:
             raise InputError(
                 f"method is {name!r}, expected ours or CRITERION[_loop][_WIDTHS][_RECOVERY]; "
@@ -143,10 +187,56 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
     return found
 
 
-def image_sets(job: Job, device: int, kind: str) -> ImageSets:
-    """A device's images of one of `SETS`; no more metric images than criteria read at most."""
-    found = job.image_sets(device, kind)
-    if kind == "pool":
+@dataclasses.dataclass(frozen=True)
+class MetricSet:
+    """Whose images score units and layers, and how they are chosen.
+
+    Attributes:
+      kind: one of `SETS`.
+      changes: of the fields of `SelectConfig` and, for those that a mixture chooses, `GmmConfig`.
+    """
+
+    kind: str
+    changes: Changes = dataclasses.field(default_factory=dict)
+
+    def configs(self, select: SelectConfig, gmm: GmmConfig) -> tuple[SelectConfig, GmmConfig]:
+        """Selection and mixtures, all else as in these.
+
+        Raises:
+          InputError: changes that neither knows, or values out of range.
+        """
+        mixture = {f.name for f in dataclasses.fields(GmmConfig)} if self.kind == SELECTED else ()
+        chosen, fitted = to_plain(select), to_plain(gmm)
+        for name, value in self.changes.items():
+            if name == "components" and isinstance(value, int):
+                value = (value,)
+            # Both have a seed, of which the selection's is the one to change.
+            (fitted if name in mixture and name not in chosen else chosen)[name] = value
+        counts = chosen["metric_count"], chosen["finetune_count"]
+        if "finetune_count" not in self.changes and all(isinstance(n, int) for n in counts):
+            chosen["finetune_count"] = max(counts)
+        return from_plain(SelectConfig, chosen, "select"), from_plain(GmmConfig, fitted, "gmm")
+
+
+def find_set(name: str) -> MetricSet:
+    """The metric set of a name: one of `SETS`, with changes or without.
+
+    Raises:
+      InputError: an unknown name or change.
+    """
+    kind, changes = split_changes(name)
+    if kind not in SETS:
+        raise InputError(f"--sets names {name!r}, expected {', '.join(SETS)}")
+    found = MetricSet(kind, changes)
+    found.configs(SelectConfig(), GmmConfig())
+    return found
+
+
+def image_sets(job: Job, device: int, name: str) -> ImageSets:
+    """A device's images of a metric set; no more metric images than criteria read at most."""
+    chosen = find_set(name)
+    found = job.image_sets(device, chosen.kind, *chosen.configs(job.config.select, job.config.gmm))
+    if chosen.kind == "pool":
         # Sorted by class, the first batches would hold few classes. One order for all devices, so
         # that they share its scores.
         order = np.random.default_rng([job.seed, len(job.parts.devices)])

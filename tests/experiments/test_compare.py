@@ -20,7 +20,7 @@ from experiments.cells import Grid, as_published, cells_of, parse_budget, recipe
 from experiments.compare import Comparison
 from experiments.config import identity, read
 from experiments.job import Job
-from experiments.methods import METHODS, PEER, Method, find_methods, image_sets
+from experiments.methods import METHODS, PEER, Method, find_methods, find_set, image_sets
 from experiments.peers import PEERS
 from experiments.statistics import gap_closed, mean_interval, mean_ranks, paired
 from tapvit_jax.errors import InputError
@@ -29,6 +29,8 @@ from tapvit_jax.importance.criteria import unit_importance
 from tapvit_jax.importance.neurons import NeuronConfig
 from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.progress import Progress
+from tapvit_jax.proxy.gmm import GmmConfig
+from tapvit_jax.proxy.select import SelectConfig
 from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.train.step import TrainConfig
@@ -141,6 +143,27 @@ def test_methods_keep_the_configs_limits():
         Method("taylor", "published").prune(base)
 
 
+def test_a_name_can_carry_changes():
+    base, plain = PruneConfig(), "tap_published"
+    names = ("ours", "ours:relevance=0", "tap_published:standardize=True+bandwidth=mean")
+    ours, without, mended = (m.prune(base).neurons for m in find_methods(names).values())
+    assert (ours.mlp.relevance, without.mlp.relevance, without.attn.relevance) == (0.1, 0, 0)
+    assert without.mlp.activation == ours.mlp.activation
+    expected = dataclasses.replace(
+        METHODS[plain].prune(base).neurons, standardize=True, bandwidth="mean"
+    )
+    assert mended == expected
+    select, gmm = SelectConfig("importance", 640, 6400), GmmConfig()
+    assert find_set("selected").configs(select, gmm) == (select, gmm)
+    changed = find_set("selected:method=quota+metric_count=7000+components=3+covariance_type=full")
+    assert changed.configs(select, gmm) == (
+        SelectConfig("quota", 7000, 7000),
+        GmmConfig((3,), "full"),
+    )
+    keys = [cells_of(tiny(), grid((name,), **_ONE))[0].key for name in ("ours", *names)]
+    assert len(set(keys)) == 3
+
+
 def test_cells_know_what_they_depend_on():
     def keys(**changes):
         return [cell.key for cell in cells_of(tiny(), grid(("ours",), **changes))]
@@ -207,6 +230,13 @@ def test_recipes_differ_in_nothing_but_their_length():
         (lambda: find_methods(["magic"]), "method is 'magic', expected ours or CRITERION"),
         (lambda: find_methods([]), "no method is named"),
         (lambda: grid(sets=("private",)), "--sets names 'private', expected selected, random"),
+        (lambda: find_methods(["ours:bandwith=fixed"]), "did you mean bandwidth"),
+        (lambda: find_methods(["ours:relevance=-1"]), "term weights are"),
+        (lambda: find_methods(["ours:relevance"]), "'relevance' is no change, expected FIELD="),
+        (lambda: find_methods(["random:relevance=0"]), "random knows no changes: relevance"),
+        (lambda: grid(sets=("selected:k=3",)), "unknown field select.k"),
+        (lambda: grid(sets=("random:components=3",)), "unknown field select.components"),
+        (lambda: grid(sets=("selected:metric_count=none",)), "select.metric_count is 'none'"),
         (lambda: grid(set_methods=("ours",)), "--set_methods names 'ours', expected magnitude"),
         (lambda: grid(dense="both"), "--dense names 'both'"),
         (lambda: grid(budgets=()), "--budgets is empty"),
@@ -373,6 +403,19 @@ def test_metric_sets_are_what_they_are_called(job):
     # In an order of their own, the same for all devices.
     assert len(set(labels[sets["pool"].metric[:32]])) > 5
     np.testing.assert_array_equal(sets["pool"].metric, image_sets(job, 0, "pool").metric)
+
+
+def test_changed_metric_sets_are_chosen_anew(job):
+    plain = image_sets(job, 1, "selected")
+    fewer, random = (image_sets(job, 1, f"{n}:metric_count=8") for n in ("selected", "random"))
+    np.testing.assert_array_equal(random.metric, image_sets(job, 1, "random").metric[:8])
+    assert len(fewer.metric) == 8 and len(fewer.finetune) == len(plain.finetune)
+    likely = image_sets(job, 1, "selected:method=top+components=1")
+    assert set(likely.metric.tolist()) != set(plain.metric.tolist())
+    # What others chose does not touch the config's own.
+    np.testing.assert_array_equal(image_sets(job, 1, "selected").metric, plain.metric)
+    with pytest.raises(InputError, match="metric_count is 9999, but the public pool has"):
+        image_sets(job, 1, "random:metric_count=9999")
 
 
 def test_likely_classes_are_those_of_the_metric_set(job, monkeypatch):
