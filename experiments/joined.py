@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from experiments import figures
+from experiments.statistics import CONFIDENCE, mean_interval
 from experiments.tables import STAGES, STAGES_NOTE, amount, document, text_cell, to_table
 from tapvit_jax.files import write_json, write_text
 from tapvit_jax.runtime import one_line
@@ -20,7 +20,6 @@ Record = dict[str, Any]
 
 # Averaged over, or the horizontal axis: these never tell two series apart.
 _NOT_SERIES = ("unit", "device", "seed", "budget")
-_CONFIDENCE = 0.95
 _COSTS = ("macs", "params", "ms")
 _TOP1 = tuple(f"{stage}_top1" for stage in STAGES)
 
@@ -99,12 +98,8 @@ def averages(found: Sequence[Record]) -> list[Record]:
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    mean = round(float(np.mean(values)), 3)
-    if len(values) < 2:
-        return mean, None
-    error = float(np.std(values, ddof=1)) / np.sqrt(len(values))
-    factor = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, len(values) - 1))
-    return mean, round(factor * error, 3)
+    found = mean_interval(values)
+    return round(found.mean, 3), None if found.half_width is None else round(found.half_width, 3)
 
 
 def pareto(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
@@ -146,7 +141,7 @@ def page(found: Sequence[Record], title: str) -> str:
         f"accuracies are top-1 on the devices' own test images. {STAGES_NOTE} The drawings show "
         "the last. Latency is that of JAX on the machine that computed the unit.</p>",
         "<h2>Averaged over devices and seeds</h2>",
-        f"<p>Bars: {100 * _CONFIDENCE:.0f} % intervals of the mean. Rings and the grey steps: the "
+        f"<p>Bars: {100 * CONFIDENCE:.0f} % intervals of the mean. Rings and the grey steps: the "
         "Pareto front, which nothing both cheaper and at least as accurate beats. Dashed: the "
         "dense model.</p>",
         f"<figure>{figures.averaged(mean_rows, _fronts(mean_rows), _is_relative(found))}</figure>",

@@ -16,33 +16,68 @@ The public face, one line each, in the order of use:
     states = tap.train_variants(config, [tap.Variant(params, train, validation), ...], ...)
     tap.save(small, directory); tap.load(directory)
     tap.export_onnx(small, path, images=images); tap.export_stablehlo(...); tap.export_timm(...)
+
+Whatever is not used is not imported: processes that only read images start without JAX.
 """
 
-from tapvit_jax.convert.timm import load_timm, save_timm
-from tapvit_jax.errors import InputError
-from tapvit_jax.export.onnx import export_onnx
-from tapvit_jax.export.stablehlo import export_stablehlo, load_stablehlo
-from tapvit_jax.export.timm import export_timm
-from tapvit_jax.importance.criteria import CRITERIA, CriterionConfig, unit_importance
-from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
-from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
-from tapvit_jax.models.presets import list_models
-from tapvit_jax.models.registry import Model
-from tapvit_jax.models.store import load, save
-from tapvit_jax.proxy.density import log_likelihood
-from tapvit_jax.proxy.features import Extractor, ExtractorConfig
-from tapvit_jax.proxy.gmm import Gmm, GmmConfig
-from tapvit_jax.proxy.pool_features import pool_features
-from tapvit_jax.proxy.select import SelectConfig, select
-from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, allocate
-from tapvit_jax.prune.budget import Budget
-from tapvit_jax.prune.cost import Cost, cost
-from tapvit_jax.prune.latency import LatencyModel, fit_latency
-from tapvit_jax.prune.mask import Plan, apply_masks
-from tapvit_jax.prune.recover import RecoverConfig, recover
-from tapvit_jax.prune.reshape import reshape
-from tapvit_jax.train.classes import likely_classes
-from tapvit_jax.train.variants import Variant, train_variants
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tapvit_jax.convert.timm import load_timm, save_timm
+    from tapvit_jax.errors import InputError
+    from tapvit_jax.export.onnx import export_onnx
+    from tapvit_jax.export.stablehlo import export_stablehlo, load_stablehlo
+    from tapvit_jax.export.timm import export_timm
+    from tapvit_jax.importance.criteria import CRITERIA, CriterionConfig, unit_importance
+    from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
+    from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
+    from tapvit_jax.models.presets import list_models
+    from tapvit_jax.models.registry import Model
+    from tapvit_jax.models.store import load, save
+    from tapvit_jax.proxy.density import log_likelihood
+    from tapvit_jax.proxy.features import Extractor, ExtractorConfig
+    from tapvit_jax.proxy.gmm import Gmm, GmmConfig
+    from tapvit_jax.proxy.pool_features import pool_features
+    from tapvit_jax.proxy.select import SelectConfig, select
+    from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, allocate
+    from tapvit_jax.prune.budget import Budget
+    from tapvit_jax.prune.cost import Cost, cost
+    from tapvit_jax.prune.latency import LatencyModel, fit_latency
+    from tapvit_jax.prune.mask import Plan, apply_masks
+    from tapvit_jax.prune.recover import RecoverConfig, recover
+    from tapvit_jax.prune.reshape import reshape
+    from tapvit_jax.train.classes import likely_classes
+    from tapvit_jax.train.variants import Variant, train_variants
+
+_HOMES = {
+    "convert.timm": "load_timm save_timm",
+    "errors": "InputError",
+    "export.onnx": "export_onnx",
+    "export.stablehlo": "export_stablehlo load_stablehlo",
+    "export.timm": "export_timm",
+    "importance.criteria": "CRITERIA CriterionConfig unit_importance",
+    "importance.layers": "LayerConfig LayerScores layer_importance",
+    "importance.neurons": "NeuronConfig neuron_importance",
+    "models.presets": "list_models",
+    "models.registry": "Model",
+    "models.store": "load save",
+    "proxy.density": "log_likelihood",
+    "proxy.features": "Extractor ExtractorConfig",
+    "proxy.gmm": "Gmm GmmConfig",
+    "proxy.pool_features": "pool_features",
+    "proxy.select": "SelectConfig select",
+    "prune.allocate": "AllocateConfig RoundTo allocate",
+    "prune.budget": "Budget",
+    "prune.cost": "Cost cost",
+    "prune.latency": "LatencyModel fit_latency",
+    "prune.mask": "Plan apply_masks",
+    "prune.recover": "RecoverConfig recover",
+    "prune.reshape": "reshape",
+    "train.classes": "likely_classes",
+    "train.variants": "Variant train_variants",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "CRITERIA",
@@ -89,3 +124,15 @@ __all__ = [
     "train_variants",
     "unit_importance",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

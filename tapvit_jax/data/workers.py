@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -104,10 +105,10 @@ def load_in_workers(
 
 
 def _start_worker(index: int, count: int) -> None:
-    import jax
-
-    # An accelerator belongs to the process that trains.
-    jax.config.update("jax_platforms", "cpu")
+    # An accelerator belongs to the process that trains; grain imports JAX, sometimes before this.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
     # Ctrl-C reaches the whole group of processes; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

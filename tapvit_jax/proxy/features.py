@@ -21,7 +21,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
-from sklearn.decomposition import PCA
 
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
@@ -349,6 +348,9 @@ def build_extractor(
             f"({raw.shape[0]} pool images, {raw.shape[1]} features)"
         )
     # "full" has no randomness, so that the same pool gives the same extractor.
+    # Imported here: it takes two seconds, and ready extractors do without.
+    from sklearn.decomposition import PCA
+
     pca = PCA(config.dim, svd_solver="full").fit(raw.astype(np.float64))
     scale = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
     if not config.whiten:

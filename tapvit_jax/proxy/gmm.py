@@ -23,17 +23,18 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from jaxtyping import Float
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
 
 CovarianceType = Literal["diag", "tied", "spherical", "full"]
 
@@ -252,7 +253,7 @@ def fit_report(
             f"{config.min_members} members)"
         )
     table: list[dict[str, Any]] = []
-    best: tuple[float, GaussianMixture] | None = None
+    best: tuple[float, "GaussianMixture"] | None = None
     for components in candidates:
         model = _fit_one(scaled, components, config)
         if model is None:
@@ -277,7 +278,11 @@ def fit_report(
 
 def _fit_one(
     scaled: Float[np.ndarray, "n d"], components: int, config: GmmConfig
-) -> GaussianMixture | None:
+) -> "GaussianMixture | None":
+    # Imported here: it takes two seconds, and only devices fit mixtures.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
     model = GaussianMixture(
         n_components=components,
         covariance_type=config.covariance_type,
@@ -297,7 +302,7 @@ def _fit_one(
 
 
 def _unscale(
-    model: GaussianMixture, centre: Float[np.ndarray, "d"], scale: float, config: GmmConfig
+    model: "GaussianMixture", centre: Float[np.ndarray, "d"], scale: float, config: GmmConfig
 ) -> Gmm:
     # A little above the floor, so that rounding to float32 does not end up below it.
     floor = config.variance_floor * (1 + 1e-6)

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from sklearn.metrics.pairwise import euclidean_distances
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.proxy.density import check_features, check_gmms, component_log_likelihood
@@ -297,6 +296,9 @@ def _energy_distance(
 ) -> float | None:
     if min(len(first), len(second)) < 2:
         return None
+    # Imported here: it takes two seconds, and only reports need it.
+    from sklearn.metrics.pairwise import euclidean_distances
+
     # In float64 and centred, the quick expanded distances do not cancel.
     first, second = _sample(first, 0), _sample(second, 1)
     centre = second.mean(axis=0)

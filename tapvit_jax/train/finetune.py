@@ -299,7 +299,9 @@ class _OneRun(Program):
         rest = initial_rest(self._recipe.options, params, self.steps[0])
         if self._mesh is not None:
             rest = self._copy_to_all(rest)
-        return {"params": params, "best": params, "rest": rest}
+        state = {"params": params, "best": params, "rest": rest}
+        # Bound to their device, as a checkpoint's are: a run that continues need not compile anew.
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, jnp.asarray(leaf).sharding), state)
 
     def batches(
         self, epoch: int, first: int, alive: Bool[np.ndarray, "r"]
