@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,17 @@ def _record(line: dict[str, Any]) -> None:
     if _RECORD in os.environ:
         with Path(os.environ[_RECORD]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage says includes the process that started this one.
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def report(title: str, times: dict[str, float]) -> None:

@@ -7,7 +7,6 @@ Everything is in float32, scikit-learn's mixtures too, and timed in turns in one
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.mixture import GaussianMixture
 
-from experiments.bench import alternate, note, report
+from experiments.bench import alternate, note, peak_mib, report
 from tapvit_jax.proxy.density import chunk_rows, log_likelihood
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.proxy.select import select
@@ -108,17 +107,6 @@ def write_pool(path: Path, rows: int) -> None:
         for start in range(0, rows, _WRITE_ROWS):
             count = min(_WRITE_ROWS, rows - start)
             file.write(rng.standard_normal((count, MEMORY_DIM), dtype=np.float32).tobytes())
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # What getrusage says includes the process that started this one.
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**10
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _select_once(path: Path, queue) -> None:

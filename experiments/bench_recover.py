@@ -7,13 +7,12 @@ compiled what it needs.
 """
 
 import argparse
-import resource
 import time
 
 import jax
 import numpy as np
 
-from experiments.bench import note, report
+from experiments.bench import note, peak_mib, report
 from experiments.bench_scoring import dense, random_images
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import Plan, top_k_mask
@@ -66,8 +65,7 @@ def main() -> None:
         run(batches)
         times[name] = time.perf_counter() - start
     report(f"recovery, {args.model}, {len(images)} images, half of all widths", times)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    note(f"peak memory of the process: {peak:.2f} GiB")
+    note(f"peak memory of the process: {peak_mib() / 2**10:.2f} GiB")
 
 
 if __name__ == "__main__":

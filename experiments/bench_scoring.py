@@ -7,13 +7,12 @@ Every pair is timed in turns in one process, so that a machine that slows down s
 
 import dataclasses
 import multiprocessing
-import resource
 import time
 
 import jax
 import numpy as np
 
-from experiments.bench import alternate, note, report
+from experiments.bench import alternate, note, peak_mib, report
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance, probe_mask
 from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
 from tapvit_jax.models import backbone
@@ -98,8 +97,7 @@ def _score_once(name: str, batch: int, method: str, queue) -> None:
     images = random_images(model, batch)
     start = time.perf_counter()
     neuron_importance(model, [images], method)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    queue.put((time.perf_counter() - start, peak))
+    queue.put((time.perf_counter() - start, peak_mib() / 2**10))
 
 
 def memory(name: str, batch: int) -> None:

@@ -58,7 +58,9 @@ Loss = Literal["label", "entropy", "kl"]
 _ROUNDING = 1e-6
 # Beyond this, a batch's images take their backward passes in several parts.
 _MOST_RESIDUAL_BYTES = 13 * 2**28
-# What a CPU's caches serve best, where no kernels need a batch's images together.
+# Up to here, the parts hand over their activations; kernels then take twice as much on the way.
+_MOST_TAP_BYTES = 7 * 2**28
+# What a CPU's caches serve best.
 _CACHED_RESIDUAL_BYTES = 2**28
 Method = Literal["tap", "tap_published", "taylor"]
 
@@ -344,11 +346,11 @@ def batch_terms(
     has b^2 entries where the activations have b n. Relevance waits for the prediction.
     """
     loss = config.loss if config.needs_gradient else None
-    cached = jax.default_backend() == "cpu" and not config.needs_activations
-    most = _CACHED_RESIDUAL_BYTES if cached else _MOST_RESIDUAL_BYTES
     summarize = functools.partial(_block_terms, config)
+    # A CPU's caches serve small parts best, where no kernels need a batch's images together.
+    most = _MOST_RESIDUAL_BYTES if config.needs_activations else _part_bytes()
     logits, blocks, gradients = dense_pass(
-        model_config, params, images, labels, loss, key, summarize, most
+        model_config, params, images, labels, loss, key, summarize, most, _needed_taps(config)
     )
     target = linear_kernel(jax.nn.softmax(logits, axis=-1))
     terms: Terms = {}
@@ -449,29 +451,65 @@ def dense_pass(
     key: Array,
     summarize: Callable[[Taps], T],
     most_bytes: int = _MOST_RESIDUAL_BYTES,
+    needed: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "b c"], list[T], dict[str, Gates]]:
     """Logits, what `summarize` makes of every block's taps, and the gates' gradients if asked.
 
     Kernels need a batch's images together, gradients do not: where a backward pass over all of them
-    would keep more than `most_bytes`, one forward pass serves the kernels and parts of the batch
-    the gradients.
+    would keep more than `most_bytes`, parts of the batch take it one after the other. They hand
+    over the taps named `needed`, if `summarize` needs no others and they are not too many to keep;
+    otherwise a forward pass of its own serves the kernels.
     """
     parts = _gradient_parts(model_config, len(images), most_bytes)
     if loss is not None and parts == 1:
         return gate_gradients(model_config, params, images, labels, loss, key, summarize)
-    logits, found = _forward(model_config, params, images, None, summarize)
+    few = _tap_bytes(model_config, len(images)) <= _MOST_TAP_BYTES
+    handed = loss is not None and needed and few
+    if handed:
+        parts = _gradient_parts(model_config, len(images), min(most_bytes, _part_bytes()))
+    else:
+        logits, found = _forward(model_config, params, images, None, summarize)
     if loss is None:
         return logits, found, {}
 
-    def gradients(part: tuple[Array, Array, Array]) -> dict[str, Gates]:
-        return _gate_gradients(model_config, params, *part, loss, lambda taps: ())[2]
+    def one_part(part: tuple[Array, Array, Array]) -> tuple[Array, list[Taps], dict[str, Gates]]:
+        def keep(taps: Taps) -> Taps:
+            return {name: taps[name] for name in needed if handed and name in taps}
 
-    # Parts draw the classes that the whole batch would have drawn. Nothing else of the first pass
-    # is needed here, which spares it where no kernels are wanted either.
+        return _gate_gradients(model_config, params, *part, loss, keep)
+
+    # Parts draw the classes that the whole batch would have drawn. Where no kernels are wanted
+    # either, nothing is needed of the pass before, which spares it.
     given = images, labels, class_noise(key, len(images), model_config)
     rows = [array.reshape(parts, -1, *array.shape[1:]) for array in given]
-    stacked = jax.lax.map(gradients, tuple(rows))
-    return logits, found, jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), stacked)
+    stacked = jax.lax.map(one_part, tuple(rows))
+    joined, taps, gradients = jax.tree.map(
+        lambda leaf: leaf.reshape(len(images), *leaf.shape[2:]), stacked
+    )
+    if handed:
+        logits, found = joined, [summarize(tap) for tap in jax.lax.stop_gradient(taps)]
+    return logits, found, gradients
+
+
+def _part_bytes() -> int:
+    """What one part's backward pass should keep, where parts cost nothing."""
+    return _CACHED_RESIDUAL_BYTES if jax.default_backend() == "cpu" else _MOST_RESIDUAL_BYTES
+
+
+def _needed_taps(config: NeuronConfig) -> tuple[str, ...]:
+    """The taps that `_block_terms` reads."""
+    if not config.needs_activations:
+        return ()
+    return ("vo", "mlp") if config.couple_qk_vo else ("vo", "mlp", "q", "k")
+
+
+def _tap_bytes(config: TransformerConfig, images: int) -> int:
+    """At most what the taps of all blocks take, but for attention's own weights."""
+    total = 0
+    for i, block in enumerate(config.blocks):
+        heads = block.num_heads * (2 * block.qk_dim + block.v_dim)
+        total += config.block_spec(i).tokens * (block.mlp_dim + heads)
+    return 4 * images * total
 
 
 def _gradient_parts(config: TransformerConfig, images: int, most_bytes: int) -> int:

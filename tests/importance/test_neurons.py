@@ -172,15 +172,30 @@ ZEROS = np.zeros(6, np.int32)
 
 
 @pytest.mark.parametrize("loss", ["kl", "label"])
-def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, loss):
-    def gradients(most_bytes):
-        run = functools.partial(neurons.dense_pass, tiny_model.config, loss=loss)
+def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, loss, monkeypatch):
+    config = tiny_model.config
+
+    def program(most_bytes, *needed):
+        run = functools.partial(neurons.dense_pass, config, loss=loss, needed=needed)
         run = functools.partial(run, most_bytes=most_bytes)
         run = jax.jit(functools.partial(run, summarize=lambda taps: taps["mlp"].sum(axis=1)))
-        return run(params=tiny_model.params, images=images, labels=ZEROS, key=jax.random.key(0))
+        return run.lower(params=tiny_model.params, images=images, labels=ZEROS, key=KEY).compile()
 
-    whole, parts = gradients(2**31), gradients(1)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), whole, parts)
+    def found(run):
+        return run(params=tiny_model.params, images=images, labels=ZEROS, key=KEY)
+
+    # Six parts that take no taps along, six that do, and taps that are too many to take along.
+    whole, apart, handed = program(2**31), program(1), program(1, "mlp")
+    monkeypatch.setattr(neurons, "_MOST_TAP_BYTES", neurons._tap_bytes(config, len(images)) - 1)
+    refused = program(1, "mlp")
+    for run in (apart, handed, refused):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
+            *(found(run), found(whole)),
+        )
+    # Who takes taps along needs no forward pass of its own.
+    flops = [run.cost_analysis()["flops"] for run in (handed, refused)]
+    assert flops[0] < 0.8 * flops[1]
 
 
 def test_blocks_of_long_networks_share_their_code(tiny_model, images, monkeypatch):
