@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tapvit_jax as tap
-from configs import digits, tiny_imagenet_40
+from configs import digits, tiny_imagenet_40, tiny_imagenet_40_swin
 from experiments import job
 from experiments.config import read
 from experiments.run import Experiment
@@ -207,7 +207,12 @@ def test_bad_configs_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    "config", [digits.get_config(), tiny_imagenet_40.get_config("data,weights.safetensors")]
+    "config",
+    [
+        digits.get_config(),
+        tiny_imagenet_40.get_config("data,weights.safetensors"),
+        tiny_imagenet_40_swin.get_config("data"),
+    ],
 )
 def test_shipped_configs_are_valid(config):
     found = read(config)

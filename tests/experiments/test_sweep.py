@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import digits, tiny_imagenet_40
+from configs import digits, tiny_imagenet_40, tiny_imagenet_40_swin
 from experiments import joined, report
 from experiments.config import ExperimentConfig, grid, identity, read
 from experiments.sweep import Sweep, default_grid, print_status, resolve
@@ -146,7 +146,7 @@ def test_default_grid_takes_every_device():
     assert len({str(unit.budget) for unit in found}) * 2 == len(found) >= 6
 
 
-@pytest.mark.parametrize("module", [digits, tiny_imagenet_40])
+@pytest.mark.parametrize("module", [digits, tiny_imagenet_40, tiny_imagenet_40_swin])
 def test_shipped_grids_are_valid(module):
     found = units(module.sweep(), read(module.get_config()))
     assert len({unit.key for unit in found}) == len(found) >= 40
