@@ -126,12 +126,14 @@ def _sets(values: Mapping[tuple[str, int, str, str], _Values]) -> list[dict[str,
             name: dataclasses.asdict(mean_interval(list(pairs.values())))
             for name, pairs in own.items()
         }
+        first = next(iter(own))
+        for title, base in (("over_random", _RANDOM), ("over_first", first)):
+            row[title] = {
+                name: difference
+                for name, pairs in own.items()
+                if name != base and (difference := _paired(pairs, own.get(base, {})))
+            }
         random = own.get(_RANDOM, {})
-        row["over_random"] = {
-            name: difference
-            for name, pairs in own.items()
-            if name != _RANDOM and (difference := _paired(pairs, random))
-        }
         selected, oracle = own.get(SELECTED, {}), own.get(ORACLE, {})
         shared = sorted(random.keys() & selected.keys() & oracle.keys())
         row["gap_closed"] = None
@@ -248,6 +250,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
             result.append(Table(f"Mean rank, 1 is best: {where}", [*head, "all budgets"], rows))
     if summary["sets"]:
         result.append(_sets_table(summary["sets"]))
+        result += _changed_sets_tables(summary["sets"])
     return result
 
 
@@ -277,6 +280,26 @@ def _sets_table(found: Sequence[Mapping[str, Any]]) -> Table:
             cells.append(_range_text(pair["difference"]) if pair else _NONE)
         rows.append([*cells, _gap(row["gap_closed"])])
     return Table("Metric sets, top-1 in %, paired over devices and seeds", head, rows, words=2)
+
+
+def _changed_sets_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Sets that differ from those of the config, which are too many for columns: a row each."""
+    result = []
+    for method, epochs in dict.fromkeys((row["method"], row["epochs"]) for row in found):
+        own = [row for row in found if (row["method"], row["epochs"]) == (method, epochs)]
+        names = list(dict.fromkeys(name for row in own for name in row["top1"]))
+        if all(name in SETS for name in names):
+            continue
+        budgets = [row["budget"] for row in own]
+        head = ["metric set", *budgets, *(f"{b}: {_MINUS} {names[0]}" for b in budgets)]
+        rows = []
+        for name in names:
+            top1 = [_mean_text(row["top1"][name]) if name in row["top1"] else _NONE for row in own]
+            pairs = [row["over_first"].get(name) for row in own]
+            rows.append([name, *top1, *(_range_text(p["difference"]) if p else "" for p in pairs)])
+        after = f" after {epochs} epochs" * bool(epochs)
+        result.append(Table(f"Changed metric sets, top-1 in %: {method}{after}", head, rows))
+    return result
 
 
 def _any_has(found: Sequence[Mapping[str, Any]], name: str) -> bool:

@@ -553,6 +553,25 @@ def test_metric_sets_are_paired_over_devices():
     assert table["gap_closed"]["share"] == pytest.approx(6 / 10.15)
 
 
+def test_changed_metric_sets_are_rows_beside_the_first():
+    changed = "selected:method=quota"
+    levels = {"selected": 56.0, "random": 50.0, changed: 57.5}
+    found = [
+        row("a", level + d, set=name, device=d) for name, level in levels.items() for d in (0, 1)
+    ]
+    found.append(row("a", 40.0, set="selected", budget="macs=0.25"))
+    found.append(row("a", 41.0, set="random", budget="macs=0.25"))
+    summary = comparison.summarize(found, "a")
+    assert summary["sets"][0]["over_first"][changed]["difference"]["mean"] == 1.5
+    (table,) = comparison._changed_sets_tables(summary["sets"])
+    assert list(table.head[:3]) == ["metric set", "macs=0.5", "macs=0.25"]
+    assert [cells[0] for cells in table.rows] == list(levels)
+    assert [cells[2] for cells in table.rows] == ["40.0", "41.0", comparison._NONE]
+    assert table.rows[0][3] == "" and table.rows[2][3].startswith("+1.5")
+    plain = [r for r in found if r["set"] != changed]
+    assert comparison._changed_sets_tables(comparison.summarize(plain, "a")["sets"]) == []
+
+
 def test_no_difference_rounds_to_minus_zero():
     found = [row("a", 70.04, dense_top1=70.05), row("b", 68.85, dense_top1=70.05)]
     _, to_dense, *_ = comparison.tables(comparison.summarize(found, "a"))
