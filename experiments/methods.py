@@ -33,6 +33,10 @@ SETS = {
 }
 """Metric sets by name, and what they are."""
 
+# What each kind can be changed in; whatever else is named would change nothing.
+_COUNTS = ("metric_count", "finetune_count")
+_CHANGEABLE = {SELECTED: None, "random": _COUNTS, "pool": (), ORACLE: _COUNTS}
+
 PEER = "peer"
 RECOVERIES = {
     "none": RecoverConfig("none"),
@@ -107,10 +111,11 @@ class Method:
         """
         neurons = base.neurons
         if self.criterion in get_args(Composite):
-            neurons = _changed(NeuronConfig.of_method(self.criterion), self.changes)
+            neurons = NeuronConfig.of_method(self.criterion)
         elif self.changes:
             raise InputError(f"{self.criterion} knows no changes: {', '.join(self.changes)}")
         neurons = dataclasses.replace(neurons, max_batches=base.neurons.max_batches)
+        neurons = _changed(neurons, self.changes)
         layers, allocate = base.layers, base.allocate
         if self.widths == "published":
             layers = LayerConfig.as_published()
@@ -127,6 +132,8 @@ class Method:
 
 
 def _changed(neurons: NeuronConfig, changes: Changes) -> NeuronConfig:
+    if not changes:
+        return neurons
     plain = to_plain(neurons)
     for name, value in changes.items():
         for fields in (plain["mlp"], plain["attn"]) if name in _TERMS else (plain,):
@@ -205,7 +212,12 @@ class MetricSet:
         Raises:
           InputError: changes that neither knows, or values out of range.
         """
-        mixture = {f.name for f in dataclasses.fields(GmmConfig)} if self.kind == SELECTED else ()
+        known = _CHANGEABLE[self.kind]
+        for name in self.changes:
+            if known is not None and name not in known:
+                expected = " or ".join(known) or "no changes at all"
+                raise InputError(f"{name} changes nothing of {self.kind!r}, expected {expected}")
+        mixture = {field.name for field in dataclasses.fields(GmmConfig)}
         chosen, fitted = to_plain(select), to_plain(gmm)
         for name, value in self.changes.items():
             if name == "components" and isinstance(value, int):

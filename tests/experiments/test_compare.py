@@ -153,6 +153,8 @@ def test_a_name_can_carry_changes():
         METHODS[plain].prune(base).neurons, standardize=True, bandwidth="mean"
     )
     assert mended == expected
+    (fewer,) = find_methods(["ours:max_batches=3"]).values()
+    assert fewer.prune(base).neurons.max_batches == 3
     select, gmm = SelectConfig("importance", 640, 6400), GmmConfig()
     assert find_set("selected").configs(select, gmm) == (select, gmm)
     changed = find_set("selected:method=quota+metric_count=7000+components=3+covariance_type=full")
@@ -235,7 +237,8 @@ def test_recipes_differ_in_nothing_but_their_length():
         (lambda: find_methods(["ours:relevance"]), "'relevance' is no change, expected FIELD="),
         (lambda: find_methods(["random:relevance=0"]), "random knows no changes: relevance"),
         (lambda: grid(sets=("selected:k=3",)), "unknown field select.k"),
-        (lambda: grid(sets=("random:components=3",)), "unknown field select.components"),
+        (lambda: grid(sets=("random:method=top",)), "method changes nothing of 'random'"),
+        (lambda: grid(sets=("pool:metric_count=3",)), "metric_count changes nothing of 'pool'"),
         (lambda: grid(sets=("selected:metric_count=none",)), "select.metric_count is 'none'"),
         (lambda: grid(set_methods=("ours",)), "--set_methods names 'ours', expected magnitude"),
         (lambda: grid(dense="both"), "--dense names 'both'"),
