@@ -184,8 +184,12 @@ def group(
         if not members:
             continue
         components = max(gmms[i].components for i in members)
-        parts = [_factors(gmms[i], components, centre, reach) for i in members]
-        groups[kind] = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+        same = [gmms[i] for i in members]
+        if kind == "diag":
+            groups[kind] = _diagonal_factors(same, components, centre, reach)
+        else:
+            parts = [_factors(gmm, components, centre, reach) for gmm in same]
+            groups[kind] = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         order[members] = np.arange(position, position + len(members))
         position += len(members)
     return groups, order
@@ -195,11 +199,14 @@ def _kind(gmm: Gmm) -> str:
     return "diag" if gmm.covariance_type == "spherical" else gmm.covariance_type
 
 
-def _is_spread(
-    gmm: Gmm, precisions: np.ndarray, centre: Float[np.ndarray, "d"], reach: Float[np.ndarray, "d"]
-) -> bool:
-    spread = ((reach + np.abs(gmm.means - centre)) ** 2 * precisions).sum(axis=-1).max()
-    return not spread <= _SPREAD[_kind(gmm)]
+def _spread(
+    means: Float[np.ndarray, "*v g d"],
+    precisions: Float[np.ndarray, "*#v #g d"],
+    centre: Float[np.ndarray, "d"],
+    reach: Float[np.ndarray, "d"],
+) -> Float[np.ndarray, "*v"]:
+    """How far from each other, in deviations, a pool and a mixture's means may lie at most."""
+    return ((reach + np.abs(means - centre)) ** 2 * precisions).sum(axis=-1).max(axis=-1)
 
 
 def _inverse_factor(gmm: Gmm) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
@@ -210,6 +217,38 @@ def _inverse_factor(gmm: Gmm) -> tuple[Float[np.ndarray, "..."], Float[np.ndarra
     inverse = np.linalg.solve(lower, np.broadcast_to(np.eye(gmm.dim), lower.shape))
     diagonal = np.diagonal(lower, axis1=-2, axis2=-1)
     return inverse, 2 * np.log(diagonal).sum(axis=-1)
+
+
+def _diagonal_factors(
+    gmms: Sequence[Gmm],
+    components: int,
+    centre: Float[np.ndarray, "d"],
+    reach: Float[np.ndarray, "d"],
+) -> dict[str, np.ndarray]:
+    """What `_factors` makes of each diagonal or spherical mixture, of all at once."""
+    count, dim = len(gmms), len(centre)
+    there = np.zeros((count, components), bool)
+    weights, means = np.zeros(there.shape), np.zeros((*there.shape, dim))
+    covariances = np.ones(means.shape)
+    for i, gmm in enumerate(gmms):
+        found = len(gmm.means)
+        there[i, :found], weights[i, :found], means[i, :found] = True, gmm.weights, gmm.means
+        spherical = gmm.covariance_type == "spherical"
+        covariances[i, :found] = gmm.covariances[:, None] if spherical else gmm.covariances
+    offsets = np.where(there[..., None], means - centre, 0.0)
+    # Of components that a mixture does not have, nothing is to count: not even towards its spread.
+    precisions = np.where(there[..., None], 1 / covariances, 0.0)
+    parts = {
+        "centre": np.broadcast_to(centre, (count, dim)),
+        "means": means,
+        "precision": np.sqrt(precisions),
+        # -1/2 of the square, expanded; its constant part apart.
+        "expanded": np.concatenate([-0.5 * precisions, offsets * precisions], axis=-1),
+        "added": -0.5 * (offsets**2 * precisions).sum(axis=-1),
+        "direct": ~(_spread(means, precisions, centre, reach) <= _SPREAD["diag"]),
+        "constant": _constants(weights, np.log(covariances).sum(axis=-1), dim),
+    }
+    return _to_float32(parts)
 
 
 def _factors(
@@ -223,38 +262,38 @@ def _factors(
     found, dim = gmm.means.shape
     offsets = gmm.means - centre
     shared, own = {"centre": centre}, {"means": gmm.means}
-    if _kind(gmm) == "diag":
-        covariances = gmm.covariances.astype(np.float64)
-        if gmm.covariance_type == "spherical":
-            covariances = np.repeat(covariances[:, None], dim, axis=1)
-        log_det = np.log(covariances).sum(axis=1)
-        own["precision"] = 1 / np.sqrt(covariances)
-        # -1/2 of the square, expanded; its constant part apart.
-        own["expanded"] = np.concatenate([-0.5 / covariances, offsets / covariances], axis=1)
-        own["added"] = -0.5 * (offsets**2 / covariances).sum(axis=1)
-        shared["direct"] = _is_spread(gmm, 1 / covariances, centre, reach)
-    else:
-        inverse, log_det = _inverse_factor(gmm)
-        log_det = np.broadcast_to(log_det, (found,))
-        parts = shared if gmm.covariance_type == "tied" else own
-        # Entries of at most one, and the scale apart, so that products cannot overflow.
-        parts["scale"] = np.abs(inverse).max(axis=(-2, -1))
-        parts["factor"] = np.swapaxes(inverse / parts["scale"][..., None, None], -1, -2)
-        own["offset"] = (inverse @ offsets[..., None])[..., 0]
-        step = dim if parts is shared else _BLOCK
-        for start in range(0, dim, step):
-            stop = min(start + step, dim)
-            parts[f"rows_{start:06}"] = inverse[..., start:stop, :stop]
-        shared["direct"] = _is_spread(gmm, (inverse**2).sum(axis=-2), centre, reach)
-    weights = gmm.weights.astype(np.float64)
-    with np.errstate(divide="ignore"):
-        log_weights = np.log(weights / weights.sum())
-    constant = log_weights - 0.5 * (dim * math.log(2 * math.pi) + log_det)
+    inverse, log_det = _inverse_factor(gmm)
+    log_det = np.broadcast_to(log_det, (found,))
+    parts = shared if gmm.covariance_type == "tied" else own
+    # Entries of at most one, and the scale apart, so that products cannot overflow.
+    parts["scale"] = np.abs(inverse).max(axis=(-2, -1))
+    parts["factor"] = np.swapaxes(inverse / parts["scale"][..., None, None], -1, -2)
+    own["offset"] = (inverse @ offsets[..., None])[..., 0]
+    step = dim if parts is shared else _BLOCK
+    for start in range(0, dim, step):
+        stop = min(start + step, dim)
+        parts[f"rows_{start:06}"] = inverse[..., start:stop, :stop]
+    spread = _spread(gmm.means, (inverse**2).sum(axis=-2), centre, reach)
+    shared["direct"] = not spread <= _SPREAD[_kind(gmm)]
+    constant = _constants(gmm.weights.astype(np.float64), log_det, dim)
     extra = components - found
     padded = {k: np.pad(v, [(0, extra)] + [(0, 0)] * (v.ndim - 1)) for k, v in own.items()}
     padded["constant"] = np.pad(constant, (0, extra), constant_values=-np.inf)
+    return _to_float32(shared | padded)
+
+
+def _constants(
+    weights: Float[np.ndarray, "*v g"], log_det: Float[np.ndarray, "*v g"], dim: int
+) -> Float[np.ndarray, "*v g"]:
+    """What does not depend on the sample; -inf for components of weight zero."""
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(weights / weights.sum(axis=-1, keepdims=True))
+    return log_weights - 0.5 * (dim * math.log(2 * math.pi) + log_det)
+
+
+def _to_float32(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     with np.errstate(over="ignore"):  # only where the differences are used
-        return {key: np.asarray(value, np.float32) for key, value in (shared | padded).items()}
+        return {key: np.asarray(value, np.float32) for key, value in parts.items()}
 
 
 def _diagonal_kernel(parameters: Parameters, rows: Float[Array, "c d"]) -> Float[Array, "g c"]:
