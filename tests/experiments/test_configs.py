@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tapvit_jax as tap
 from configs import cifar100, imagenet, tiny_imagenet
 from experiments import protocol
 from experiments.config import ExperimentConfig, read
@@ -144,7 +145,13 @@ def small(config, devices, **extractor):
 
 # Every device compiles programs of its own: one data set is enough to have two.
 RUNS = {
-    "tiny_imagenet": (write_tiny_imagenet, "deit_tiny", "as_published", 2, {}),
+    "tiny_imagenet": (
+        write_tiny_imagenet,
+        "deit_tiny",
+        "as_published",
+        2,
+        {"kind": "backbone", "depth": 1},
+    ),
     "cifar100": (
         write_cifar100,
         "deit_small",
@@ -152,7 +159,7 @@ RUNS = {
         1,
         {"kind": "embedding", "widths": (4, 4), "embed_dim": 8},
     ),
-    "imagenet": (write_folders, "swin_tiny", "honest", 1, {"kind": "backbone", "depth": 1}),
+    "imagenet": (write_folders, "swin_tiny", "honest", 1, {"kind": "pooled"}),
 }
 
 
@@ -201,6 +208,11 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
         for row in results["devices"]:
             assert row["cost"]["encoder_params"] <= row["limits"]["encoder_params"]
             assert 0 <= row["variants"]["selected"]["recovered"] <= 1
+            workdir = tmp_path / f"run-{name}"
+            small_one, dense = (tap.load(workdir / p) for p in (row["model"], "models/dense"))
+            assert tap.cost(small_one.config).macs < tap.cost(dense.config).macs
+            if name == "imagenet":
+                assert small_one.config.depths == dense.config.depths == (1, 1)
         page = (tmp_path / f"run-{name}" / "report.html").read_text()
         assert ("splits leak" in page) == (mode == "as_published")
     # The other ways to deal out images, to probe and to round.

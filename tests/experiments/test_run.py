@@ -165,29 +165,6 @@ def test_weights_are_loaded_instead_of_trained(tmp_path):
     np.testing.assert_array_equal(dense.params["head"]["kernel"], params["head"]["kernel"])
 
 
-def test_a_swin_takes_the_same_path(tmp_path):
-    config = tiny()
-    config.comparisons = ()
-    config.data.partition.num_devices = 1
-    # Compiling the closed form for every block's shape takes as long as all else.
-    config.compensate.method = "none"
-    config.dense.model = "swin_tiny_patch4_window7_224"
-    config.dense.arguments = {
-        "patch_size": 1,
-        "window_size": 4,
-        "embed_dim": 8,
-        "depths": (2, 1),
-        "num_heads": (2, 4),
-    }
-    config.extractor.update({"kind": "pooled", "dim": 4})
-    results = Experiment(read(config), tmp_path / "run", quiet=True).run()
-    (row,) = results["devices"]
-    small, dense = (tap.load(tmp_path / "run" / p) for p in (row["model"], "models/dense"))
-    assert 0.49 <= tap.cost(small.config).macs / tap.cost(dense.config).macs <= 0.5
-    assert small.config.depths == (2, 1)
-    assert tap.Extractor.load(tmp_path / "run" / "extractor").kind == "pooled"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
