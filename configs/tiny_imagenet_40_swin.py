@@ -3,7 +3,7 @@
     python -m experiments.run --config=configs/tiny_imagenet_40_swin.py:DATA --workdir=runs/swin40
 
 DATA is a folder in Tiny-ImageNet's own layout. The Swin is trained from scratch on the public part
-of the train split, about an hour on two cores; all else is as in tiny_imagenet_40.py.
+of the train split, about half an hour on two cores; all else is as in tiny_imagenet_40.py.
 """
 
 from configs import tiny_imagenet_40

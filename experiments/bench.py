@@ -30,8 +30,6 @@ from tapvit_jax.versions import library_versions
 
 REPEATS = 3
 MODULES = ("scoring", "recover", "pool", "variants", "sweep", "data", "latency")
-# OpenBLAS' threads keep waiting for work on all cores, which the next in turn would pay for.
-_PAUSE = 0.2
 # Where a benchmark that the runner starts leaves what it prints as JSON lines.
 _RECORD = "TAPVIT_BENCH_RECORD"
 
@@ -43,7 +41,6 @@ def alternate(runs: dict[str, Callable[[], object]], repeats: int = REPEATS) -> 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            time.sleep(_PAUSE)
             start = time.perf_counter()
             jax.block_until_ready(run())
             times[name].append(time.perf_counter() - start)

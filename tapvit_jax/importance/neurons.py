@@ -347,10 +347,11 @@ def batch_terms(
     """
     loss = config.loss if config.needs_gradient else None
     summarize = functools.partial(_block_terms, config)
+    needed = _needed_taps(config)
     # A CPU's caches serve small parts best, where no kernels need a batch's images together.
-    most = _MOST_RESIDUAL_BYTES if config.needs_activations else _part_bytes()
+    most = _MOST_RESIDUAL_BYTES if needed else _part_bytes()
     logits, blocks, gradients = dense_pass(
-        model_config, params, images, labels, loss, key, summarize, most, _needed_taps(config)
+        model_config, params, images, labels, loss, key, summarize, most, needed
     )
     target = linear_kernel(jax.nn.softmax(logits, axis=-1))
     terms: Terms = {}
@@ -464,7 +465,7 @@ def dense_pass(
     if loss is not None and parts == 1:
         return gate_gradients(model_config, params, images, labels, loss, key, summarize)
     few = _tap_bytes(model_config, len(images)) <= _MOST_TAP_BYTES
-    handed = loss is not None and needed and few
+    handed = needed if loss is not None and few else ()
     if handed:
         parts = _gradient_parts(model_config, len(images), min(most_bytes, _part_bytes()))
     else:
@@ -474,7 +475,7 @@ def dense_pass(
 
     def one_part(part: tuple[Array, Array, Array]) -> tuple[Array, list[Taps], dict[str, Gates]]:
         def keep(taps: Taps) -> Taps:
-            return {name: taps[name] for name in needed if handed and name in taps}
+            return {name: taps[name] for name in handed if name in taps}
 
         return _gate_gradients(model_config, params, *part, loss, keep)
 
@@ -487,7 +488,7 @@ def dense_pass(
         lambda leaf: leaf.reshape(len(images), *leaf.shape[2:]), stacked
     )
     if handed:
-        logits, found = joined, [summarize(tap) for tap in jax.lax.stop_gradient(taps)]
+        logits, found = joined, [summarize(tap) for tap in taps]
     return logits, found, gradients
 
 

@@ -231,7 +231,7 @@ def _diagonal_factors(
     weights, means = np.zeros(there.shape), np.zeros((*there.shape, dim))
     covariances = np.ones(means.shape)
     for i, gmm in enumerate(gmms):
-        found = len(gmm.means)
+        found = gmm.components
         there[i, :found], weights[i, :found], means[i, :found] = True, gmm.weights, gmm.means
         spherical = gmm.covariance_type == "spherical"
         covariances[i, :found] = gmm.covariances[:, None] if spherical else gmm.covariances
@@ -254,7 +254,7 @@ def _diagonal_factors(
 def _factors(
     gmm: Gmm, components: int, centre: Float[np.ndarray, "d"], reach: Float[np.ndarray, "d"]
 ) -> dict[str, np.ndarray]:
-    """Turn one mixture into what both of its kernels need, padded to `components` of weight zero.
+    """What both kernels of a full or tied mixture need, padded to `components` of weight zero.
 
     `direct` says which of the two is to be used: a value and not another program, so that other
     mixtures and pools do not compile anew.

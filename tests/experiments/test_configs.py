@@ -25,7 +25,7 @@ from tapvit_jax.train.finetune import TrainConfig
 MODULES = {"tiny_imagenet": tiny_imagenet, "cifar100": cifar100, "imagenet": imagenet}
 CLASSES = {"tiny_imagenet": 200, "cifar100": 100, "imagenet": 1000}
 SMALL_DEIT = {"patch_size": 16, "depth": 1, "num_heads": 2, "embed_dim": 16}
-SMALL_SWIN = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 8, "window_size": 2}
+SMALL_SWIN = {"depths": (2, 1), "num_heads": (1, 2), "embed_dim": 8, "window_size": 2}
 
 
 @pytest.mark.parametrize("mode", protocol.MODES)
@@ -212,7 +212,9 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
             small_one, dense = (tap.load(workdir / p) for p in (row["model"], "models/dense"))
             assert tap.cost(small_one.config).macs < tap.cost(dense.config).macs
             if name == "imagenet":
-                assert small_one.config.depths == dense.config.depths == (1, 1)
+                assert small_one.config.depths == dense.config.depths == (2, 1)
+                assert row["cost"]["encoder_params"] >= 0.98 * row["limits"]["encoder_params"]
+                assert tap.Extractor.load(workdir / "extractor").kind == "pooled"
         page = (tmp_path / f"run-{name}" / "report.html").read_text()
         assert ("splits leak" in page) == (mode == "as_published")
     # The other ways to deal out images, to probe and to round.
