@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.deletion import deletion_divergences
+from tapvit_jax.importance.gradients import Loss
 from tapvit_jax.importance.neurons import (
-    Loss,
     NeuronConfig,
     Scores,
     TermWeights,

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.importance.neurons import Scores, unpack_batch
+from tapvit_jax.importance.neurons import Scores
+from tapvit_jax.importance.streaming import unpack_batch
 from tapvit_jax.models.backbone import (
     TransformerConfig,
     apply_block,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tapvit_jax.importance.neurons import (
+from tapvit_jax.importance.gradients import (
     Loss,
     class_noise,
     dense_pass,
@@ -167,7 +167,7 @@ def gate_statistic(loss: Loss, power: Power) -> Statistic:
     """Sums over images of |g| or g^2, with g an image's gradient at each unit's gate of one.
 
     The gate of a head multiplies all its value dims, so that its gradient is the sum of theirs.
-    Also "count", the images. Source: see `neurons.gate_gradients`.
+    Also "count", the images. Source: see `gradients.gate_gradients`.
     """
 
     def of_batch(

@@ -7,7 +7,7 @@ processes, before the end.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.importance.neurons import group_batches, labelled, stack_group, unpack_batch
 from tapvit_jax.models import backbone
 from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
-from tapvit_jax.sharding import AXIS, data_mesh, replicate
+from tapvit_jax.sharding import AXIS, data_mesh, replicate, shard_rows
 
 Sums = Any
 """A pytree of arrays."""
@@ -53,6 +52,21 @@ class Statistic(NamedTuple):
     sums: Callable[[Sums], Sums] = as_found
 
 
+def unpack_batch(batch: Any) -> tuple[Float[np.ndarray, "b s s ch"], Int[np.ndarray, "b"] | None]:
+    """Split a batch (array, pair, or dict with an optional padding mask) into images and labels."""
+    if isinstance(batch, Mapping):
+        images, labels = batch["image"], batch.get("label")
+        if "mask" in batch:
+            real = np.asarray(batch["mask"]) > 0
+            if not real.all():
+                images = images[real]
+                labels = None if labels is None else labels[real]
+        return images, labels
+    if isinstance(batch, tuple | list):
+        return batch[0], batch[1]
+    return batch, None
+
+
 def sum_over_batches(
     model: Model,
     batches: Iterable[Any],
@@ -61,6 +75,7 @@ def sum_over_batches(
     seed: int = 0,
     max_batches: int = 50,
     needs_labels: bool = False,
+    fewest: int = 1,
     mesh: Mesh | None = None,
 ) -> Sums:
     """Sum a statistic over batches, devices and processes.
@@ -72,31 +87,32 @@ def sum_over_batches(
       seed: a key made from it and from the batch's number goes into every batch.
       max_batches: batches of all processes beyond these are not read.
       needs_labels: whether batches without labels are refused.
+      fewest: batches of fewer images are passed over.
       mesh: devices of this process that share the batches; by default all.
 
     Returns:
       The sums in float64, the same in every process.
 
     Raises:
-      InputError: no batch with images in any process, or labels missing.
+      InputError: no batch with enough images in any process, or labels missing.
 
     Source: ours.
     """
     key = jax.random.key(seed)
-    usable = _usable_batches(batches, max_batches, needs_labels)
+    usable = _usable_batches(batches, max_batches, needs_labels, fewest)
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     first = list(itertools.islice(usable, len(devices)))
     mesh = data_mesh(devices[: max(1, len(first))])
     params = replicate(model.params, mesh)
     shapes = _shapes(model.config, statistic)
     total: Sums = None
-    for group in group_batches(itertools.chain(first, usable), mesh.size):
+    for group in _group_batches(itertools.chain(first, usable), mesh.size):
         if total is None:
             total = _zeros(shapes, mesh)
-        stacked = stack_group(group, mesh)
+        stacked = _stack_group(group, mesh)
         total = _add_batches(model.config, statistic, mesh, params, total, *stacked, key)
     if not any(distributed.gather(np.array(total is not None))):
-        raise InputError("unit importance needs at least one batch with images")
+        raise InputError(f"scoring needs at least one batch, of {fewest} images or more")
     if total is None:
         total = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape)), shapes)
     found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(total))
@@ -105,18 +121,46 @@ def sum_over_batches(
 
 
 def _usable_batches(
-    batches: Iterable[Any], max_batches: int, needs_labels: bool
+    batches: Iterable[Any], max_batches: int, needs_labels: bool, fewest: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number among the batches of all processes, images and labels of every batch with images."""
+    """Number among the batches of all processes, images and labels of every batch that counts."""
     index, processes = distributed.process_index(), distributed.process_count()
     for i, batch in enumerate(itertools.islice(batches, distributed.own_count(max_batches))):
         images, labels = unpack_batch(batch)
-        if len(images) == 0:
+        if len(images) < fewest:
             continue
-        if needs_labels and not labelled(labels):
-            raise InputError("the criterion needs batches with labels")
+        if needs_labels and not _labelled(labels):
+            raise InputError("scoring needs batches with labels")
         labels = np.zeros(len(images), np.int32) if labels is None else labels
         yield index + i * processes, images, labels
+
+
+def _labelled(labels: Int[np.ndarray, "b"] | None) -> bool:
+    """Whether every image has a label; -1 stands for none."""
+    return labels is not None and bool((np.asarray(labels) >= 0).all())
+
+
+def _group_batches(batches: Iterable[tuple[int, Any, Any]], most: int) -> Iterator[list[tuple]]:
+    """Up to `most` consecutive batches of one size."""
+    for _, same in itertools.groupby(batches, key=lambda batch: len(batch[1])):
+        while group := list(itertools.islice(same, most)):
+            yield group
+
+
+def _stack_group(group: list[tuple], mesh: Mesh) -> tuple[Array, Array, Array, Array]:
+    """Images, labels, numbers and weights of a group, one batch a device.
+
+    Devices without a batch of their own repeat the first one with weight 0.
+    """
+    weights = np.float32([1.0] * len(group) + [0.0] * (mesh.size - len(group)))
+    group = group + group[:1] * (mesh.size - len(group))
+    numbers, images, labels = zip(*group, strict=True)
+    parts = (images, labels, np.asarray(numbers, np.uint32), weights)
+    if mesh.size == 1:
+        parts = (images[0][None], labels[0][None], *parts[2:])
+    else:
+        parts = (np.stack(images), np.stack(labels), *parts[2:])
+    return tuple(shard_rows(part, mesh)[0] for part in parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -150,8 +194,12 @@ def _add_batches(
     )(params, total, images, labels, numbers, weights, key)
 
 
+@functools.lru_cache(maxsize=64)
 def _shapes(config: TransformerConfig, statistic: Statistic) -> Sums:
-    """Shapes of a statistic, which depend neither on the batch size nor on the images."""
+    """Shapes of a statistic, which depend neither on the batch size nor on the images.
+
+    Kept, because tracing a network takes longer than a small one's batch. Treat as frozen.
+    """
     side, channels = config.image_size, config.in_channels
     return jax.eval_shape(
         functools.partial(statistic.of_batch, config),

@@ -20,13 +20,12 @@ from tapvit_jax.importance.criteria import (
     unit_importance,
 )
 from tapvit_jax.importance.deletion import deletion_divergences
+from tapvit_jax.importance.gradients import gate_gradients, summed_loss
 from tapvit_jax.importance.neurons import (
     NeuronConfig,
     TermWeights,
-    gate_gradients,
     min_max,
     neuron_importance,
-    summed_loss,
 )
 from tapvit_jax.importance.statistics import MOMENTS, fisher_statistic, variance
 from tapvit_jax.importance.streaming import sum_over_batches

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.importance import neurons
+from tapvit_jax.importance import gradients, neurons
+from tapvit_jax.importance.gradients import gate_gradients
 from tapvit_jax.importance.neurons import (
     NeuronConfig,
     TermWeights,
     batch_terms,
-    gate_gradients,
     neuron_importance,
-    unpack_batch,
 )
+from tapvit_jax.importance.streaming import unpack_batch
 from tapvit_jax.models import backbone
 from tapvit_jax.models.backbone import apply_with_taps
 from tapvit_jax.models.layers import BlockConfig
@@ -159,7 +159,7 @@ def slow_scores(model, config, batches, seed=0):
     # The gradients have their own test below.
     loss = config.loss if config.needs_gradient else None
     run = functools.partial(
-        neurons.dense_pass, model.config, loss=loss, summarize=lambda taps: taps
+        gradients.dense_pass, model.config, loss=loss, summarize=lambda taps: taps
     )
     run = jax.jit(run)
     for i, images in enumerate(batches):
@@ -176,7 +176,7 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, los
     config = tiny_model.config
 
     def program(most_bytes, *needed):
-        run = functools.partial(neurons.dense_pass, config, loss=loss, needed=needed)
+        run = functools.partial(gradients.dense_pass, config, loss=loss, needed=needed)
         run = functools.partial(run, most_bytes=most_bytes)
         run = jax.jit(functools.partial(run, summarize=lambda taps: taps["mlp"].sum(axis=1)))
         return run.lower(params=tiny_model.params, images=images, labels=ZEROS, key=KEY).compile()
@@ -186,7 +186,8 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, los
 
     # Six parts that take no taps along, six that do, and taps that are too many to take along.
     whole, apart, handed = program(2**31), program(1), program(1, "mlp")
-    monkeypatch.setattr(neurons, "_MOST_TAP_BYTES", neurons._tap_bytes(config, len(images)) - 1)
+    limit = gradients._tap_bytes(config, len(images)) - 1
+    monkeypatch.setattr(gradients, "_MOST_TAP_BYTES", limit)
     refused = program(1, "mlp")
     for run in (apart, handed, refused):
         jax.tree.map(
@@ -202,7 +203,7 @@ def test_blocks_of_long_networks_share_their_code(tiny_model, images, monkeypatc
     given = {"params": tiny_model.params, "images": images, "labels": ZEROS, "key": KEY}
 
     def passed():
-        run = functools.partial(neurons.dense_pass, tiny_model.config, loss="label")
+        run = functools.partial(gradients.dense_pass, tiny_model.config, loss="label")
         run = functools.partial(run, summarize=lambda taps: taps["mlp"].sum(axis=1))
         program = jax.jit(run).lower(**given)
         return program.as_text().count("stablehlo.while"), program.compile()(**given)
@@ -417,7 +418,7 @@ def test_groups_without_units_get_scores_without_entries(tiny_config, images):
 
 @pytest.mark.parametrize("batches", [[], [np.zeros((1, 8, 8, 3), np.float32)]])
 def test_too_few_images_are_refused(tiny_model, batches):
-    with pytest.raises(InputError, match="at least one batch of two images"):
+    with pytest.raises(InputError, match="at least one batch, of 2 images"):
         neuron_importance(tiny_model, batches)
 
 
