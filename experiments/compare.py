@@ -36,9 +36,10 @@ from experiments.cells import (
     seed_config,
 )
 from experiments.config import ExperimentConfig, identity
-from experiments.job import UNITS, Found, ImageSets, Job, on_main
+from experiments.job import Job
 from experiments.methods import DEFAULT_METHODS, PEER, RECOVERIES, SETS, find_methods, image_sets
 from experiments.peers import PEERS, available
+from experiments.selection import UNITS, Found, ImageSets
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import (
@@ -55,7 +56,7 @@ from tapvit_jax.prune.budget import within
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.runtime import one_line, run_program, set_up_jax
-from tapvit_jax.stages import Stages, all_succeed, claim_workdir, from_main
+from tapvit_jax.stages import Stages, all_succeed, claim_workdir, from_main, on_main
 from tapvit_jax.structs import to_plain
 from tapvit_jax.versions import library_versions
 

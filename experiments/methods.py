@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from experiments.job import ORACLE, SELECTED, ImageSets, Job
+from experiments.job import Job
+from experiments.selection import ORACLE, SELECTED, ImageSets
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.importance.layers import LayerConfig
@@ -41,6 +42,8 @@ PEER = "peer"
 RECOVERIES = {
     "none": RecoverConfig("none"),
     "mean": RecoverConfig("mean"),
+    "prior": RecoverConfig(prior="metric"),
+    "shift": RecoverConfig("none", prior="metric"),
     "ridge": RecoverConfig(),
     "parallel": RecoverConfig(order="parallel"),
     "kept": RecoverConfig(attention="kept"),
@@ -48,8 +51,9 @@ RECOVERIES = {
     "nuwa": RecoverConfig(order="parallel", attention="weights", head=False),
     "corp": RecoverConfig(order="parallel", attention="kept", head=False),
 }
-"""Closed-form recoveries by name: ours is "ridge", "corp" all that CORP does; "nuwa" has NuWa's
-subspaces and least squares, but also solves for attention's projection; others lie between.
+"""Closed-form recoveries by name: ours is "prior", "ridge" leaves the classes' prior as it is, and
+"shift" does nothing else; "corp" is all that CORP does, "nuwa" has NuWa's subspaces and least
+squares, but also solves for attention's projection; others lie between.
 """
 
 _WIDTHS = ("sensitivity", "greedy", "exact", "depth", "softmax", "uniform", "global", "isomorphic")
@@ -153,14 +157,14 @@ def _methods() -> dict[str, Method]:
                 parts = [criterion] + ["loop"] * loop
                 parts += [widths] * (widths != default) + [recover] * (recover != "none")
                 found["_".join(parts)] = Method(criterion, widths, recover, loop)
-    return {"ours": found["tap_ridge"], **found}
+    return {"ours": found["tap_prior"], **found}
 
 
 METHODS = _methods()
 """Methods by name: CRITERION[_loop][_WIDTHS][_RECOVERY], and "ours", the defaults."""
 
 DEFAULT_METHODS = (
-    *("ours", "tap", "tap_mean", "tap_published", "tap_published_ridge"),
+    *("ours", "tap", "tap_mean", "tap_ridge", "tap_published", "tap_published_ridge"),
     *("taylor", "taylor_ridge", "magnitude_l2", "magnitude_l2_ridge", "random", "random_ridge"),
 )
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from experiments import arguments, report
 from experiments.config import ExperimentConfig, identity
-from experiments.job import SELECTED, UNITS, Job, described, keep_ratios, on_main
+from experiments.job import Job, described, keep_ratios
 from experiments.methods import image_sets
+from experiments.selection import SELECTED, UNITS
 from tapvit_jax import distributed
 from tapvit_jax.files import file_lock, remove_leftovers, write_json
 from tapvit_jax.models import store
@@ -23,7 +24,7 @@ from tapvit_jax.progress import Progress
 from tapvit_jax.prune.allocate import check_budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.runtime import run_program, set_up_jax
-from tapvit_jax.stages import Stages, claim_workdir
+from tapvit_jax.stages import Stages, claim_workdir, on_main
 
 _OUTPUTS = ("results.json", "results.csv", "report.html", "extractor", "models/dense")
 _WAITING = "another process works in this directory; waiting for it to end"

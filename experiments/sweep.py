@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from experiments import arguments, joined
 from experiments.config import ExperimentConfig, grid, identity
-from experiments.job import UNITS, Found, ImageSets, Job, keep_ratios, on_main
+from experiments.job import Job, keep_ratios
+from experiments.selection import UNITS, Found, ImageSets
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import (
@@ -41,8 +42,9 @@ from tapvit_jax.prune.allocate import check_budget
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.recover import Method as RecoverMethod
+from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.runtime import one_line, run_program, set_up_jax
-from tapvit_jax.stages import Stages, all_succeed, claim_workdir, from_main
+from tapvit_jax.stages import Stages, all_succeed, claim_workdir, from_main, on_main
 from tapvit_jax.structs import from_plain, to_plain
 
 State = Literal["done", "failed", "running", "missing"]
@@ -146,6 +148,8 @@ def _unit(base: ExperimentConfig, number: int, overrides: Mapping[str, Any]) -> 
     recovery = _named(where, "recovery", overrides.get("recovery", "finetune"), RECOVERIES)
     method = RECOVERIES[recovery][0] or config.compensate.method
     compensate = dataclasses.replace(config.compensate, method=method)
+    if RECOVERIES[recovery][0] == "none":
+        compensate = RecoverConfig("none")
     config = dataclasses.replace(config, compensate=compensate)
     identified = {"config": identity(config), "device": device, "recovery": recovery}
     key = content_hash(identified)

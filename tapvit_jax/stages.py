@@ -210,6 +210,11 @@ def from_main(value: T) -> T:
     return json.loads(distributed.gather_bytes(json.dumps(value).encode())[0])
 
 
+def on_main(action: Callable[[], Any]) -> None:
+    """Do something on the first process; where it fails, all fail, and none goes on before."""
+    all_succeed(lambda: action() if distributed.is_main() else None)
+
+
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """Tie a work directory to one configuration, or check that it is tied to this one.
 

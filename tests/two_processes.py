@@ -37,7 +37,7 @@ from tapvit_jax.proxy.gmm import Gmm, GmmConfig
 from tapvit_jax.proxy.select import select
 from tapvit_jax.prune.allocate import allocate
 from tapvit_jax.prune.budget import Budget
-from tapvit_jax.prune.recover import recover
+from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.runtime import set_up_jax
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
@@ -82,7 +82,9 @@ def job(shared: Path) -> dict[str, np.ndarray]:
 
     plans = [allocate(model, units, layers, Budget.parse(f"macs={share}")) for share in (0.5, 0.7)]
     own = scoring_batches(source, metric, PREPROCESS, options.batch_size)
-    found["recovered"] = logits(recover(model, plans[0], own), images)
+    found["recovered"] = logits(
+        recover(model, plans[0], own, config=RecoverConfig(prior="metric")), images
+    )
     teacher = Teacher(config, params)
     variants = [
         Variant(params, metric[i : i + 20 + i], np.arange(5, 16 + i), plan_masks(plan), seed=i)

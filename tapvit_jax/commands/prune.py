@@ -54,7 +54,7 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import apply_masks
 from tapvit_jax.prune.recover import Method as RecoverMethod
-from tapvit_jax.prune.recover import recover
+from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.train.evaluate import evaluate_indices
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
@@ -93,6 +93,13 @@ def register(command: Command) -> None:
         default="ridge",
         help="closed-form recovery before any fine-tuning: least squares in the layers behind what "
         "is pruned (ridge, the default), its mean folded into their biases (mean), or none",
+    )
+    c.add_argument(
+        "--prior",
+        choices=("metric", "dense"),
+        default="metric",
+        help="with --recover ridge or mean: move the classifier's bias to the classes that the "
+        "chosen images show (metric, the default), or leave it as it is (dense)",
     )
     c.add_argument(
         "--recover-epochs", type=int, default=5, help="fine-tuning after that; 0 for none"
@@ -157,7 +164,7 @@ def prune(args: argparse.Namespace) -> None:
             model,
             plan,
             scoring_batches(source, fitted, preprocess, size),
-            args.recover,
+            config=_recover_config(args),
             on_share=step.advance,
         )
     teacher = Teacher(model.config, model.params)
@@ -225,6 +232,12 @@ def _measure(latency: LatencyModel, dense: Model, pruned: Model) -> tuple[float,
         {"dense": dense, "pruned": pruned}, batch_size=latency.batch_size, threads=latency.threads
     )
     return found["dense"].median, found["pruned"].median
+
+
+def _recover_config(args: argparse.Namespace) -> RecoverConfig:
+    if args.recover == "none":
+        return RecoverConfig("none")
+    return RecoverConfig(args.recover, prior=args.prior)
 
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:

@@ -25,6 +25,7 @@ from tapvit_jax.prune.mask import Plan, apply_masks, check_plan
 from tapvit_jax.prune.moments import Moments, Ridge, merge_all
 from tapvit_jax.prune.streams import Streams
 from tapvit_jax.structs import check_choices, to_plain
+from tapvit_jax.train.classes import prior_weights
 
 Method = Literal["none", "mean", "ridge"]
 
@@ -47,12 +48,16 @@ class RecoverConfig:
         keeps the dims that the plan names and solves around them; "weights" takes the subspace of
         the weights alone, as NuWa does (arXiv 2504.03118).
       head: also solve the classifier, towards the dense logits.
+      prior: "metric" moves the classifier's bias to the classes that the dense model finds in the
+        metric dataset, whatever the method and the plan are (see `prior_weights`): more accurate on
+        a device that sees some classes, less faithful to the dense model. "dense" leaves it alone.
     """
 
     method: Method = "ridge"
     order: Literal["sequential", "parallel"] = "sequential"
     attention: Literal["low_rank", "kept", "weights"] = "low_rank"
     head: bool = True
+    prior: Literal["dense", "metric"] = "dense"
 
     def __post_init__(self):
         check_choices(self)
@@ -76,7 +81,7 @@ def recover(
         classifier   min |x W + b - dense logits|^2
 
     each with a ridge towards what a simpler recovery gives, its weight chosen on held-out images.
-    A plan that keeps everything returns the model as it is.
+    A plan that keeps everything returns the model as it is, but for the classes' prior if asked.
 
     Args:
       model: the dense model.
@@ -102,7 +107,8 @@ def recover(
     if method is not None:
         config = dataclasses.replace(config, method=method)
     masked = apply_masks(model, plan)
-    if config.method == "none" or all(mask.all() for mask in plan.keep.values()):
+    whole = config.method == "none" or all(mask.all() for mask in plan.keep.values())
+    if whole and config.prior == "dense":
         return masked
     streams = Streams(model, batches, mesh)
     params = jax.tree.map(np.asarray, masked.params)
@@ -112,7 +118,7 @@ def recover(
         keep = {
             key.partition("/")[2]: m for key, m in plan.keep.items() if key.startswith(f"{name}/")
         }
-        untouched = untouched and all(mask.all() for mask in keep.values())
+        untouched = untouched and (whole or all(mask.all() for mask in keep.values()))
         if untouched:
             streams.skip(i)
         else:
@@ -120,10 +126,19 @@ def recover(
         on_share(1.0 / len(model.config.blocks))
     # In parallel, the classifier sees what it has always seen.
     solvable = config.order == "sequential" and not getattr(model.config, "distilled", False)
-    if config.head and config.method == "ridge" and solvable:
+    if config.head and config.method == "ridge" and solvable and not whole:
         params = params | {"head": _solve_head(model, streams.head_moments())}
+    if config.prior == "metric":
+        params = params | _shifted_heads(params, prior_weights(*streams.class_shares()))
     history = {**model.history, "recovered": to_plain(config)}
     return model.replace(params=jax.tree.map(jnp.asarray, params), history=history)
+
+
+def _shifted_heads(params: Params, weights: Float[np.ndarray, "c"]) -> Params:
+    """The classifiers, of which a distilled model has two, with log w in their biases."""
+    heads = {name: params[name] for name in ("head", "head_dist") if name in params}
+    shift = np.log(weights).astype(np.float32)
+    return {name: head | {"bias": head["bias"] + shift} for name, head in heads.items()}
 
 
 def _recover_block(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.importance.neurons import unpack_batch
+from tapvit_jax.importance.streaming import unpack_batch
 from tapvit_jax.models.backbone import (
     TransformerConfig,
     apply_block,
@@ -184,6 +184,17 @@ class Streams:
             sums = _add_rows(self._mesh.size, features, logits, real[:, None], sums)
         return _checked(sums)
 
+    def class_shares(self) -> tuple[Float[np.ndarray, "c"], int]:
+        """The dense model's mean prediction behind the last block, and over how many images."""
+        total = None
+        for x, real in zip(self._target, self._real, strict=True):
+            found = _predicted(self._config, self._dense, x, real)
+            total = found if total is None else total + found
+        own = np.asarray(total, np.float64), sum(float(np.sum(real)) for real in self._real)
+        predicted, images = distributed.sum_over_processes(own)
+        _check_finite(predicted)
+        return predicted / images, round(float(images))
+
     def dense_batches(self) -> Iterator[tuple[Array, Array]]:
         """The dense stream in front of the block, and which rows are images, by batch."""
         yield from zip(self._target, self._real, strict=True)
@@ -309,6 +320,13 @@ def _features(config: TransformerConfig, params: Params, x: Array) -> Float[Arra
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: TransformerConfig, params: Params, x: Array) -> Float[Array, "b 1 c"]:
     return classify(config, params, x)[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predicted(
+    config: TransformerConfig, params: Params, x: Array, real: Float[Array, "b"]
+) -> Float[Array, "c"]:
+    return real @ jax.nn.softmax(classify(config, params, x).astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

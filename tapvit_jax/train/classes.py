@@ -47,6 +47,29 @@ def likely_classes(
     return mask
 
 
+def prior_weights(shares: Float[np.ndarray, "c"], images: int) -> Float[np.ndarray, "c"]:
+    """How much likelier each class is on a device than it was to the dense model.
+
+        w_c = prior_c / (1 / classes),   prior_c = (images q_c + 1) / (images + classes)
+
+    Logits z + log w have the posterior under that prior, where the model's own held all classes for
+    equally likely. As many images as there are classes, one of each, are added to those seen.
+
+    Args:
+      shares: q, the dense model's mean prediction on the device's metric dataset.
+      images: that it is the mean over.
+
+    Raises:
+      InputError: shares that are no distribution.
+
+    Source: label shift (Saerens et al., 2002), its first step, smoothed (ours).
+    """
+    q = np.asarray(shares, np.float64)
+    if q.ndim != 1 or not ((q >= 0).all() and abs(q.sum() - 1.0) <= 1e-3):
+        raise InputError("shares are no distribution over classes, expected values that sum to 1")
+    return len(q) * (images * q + 1.0) / (images + len(q))
+
+
 def class_weights(classes: Shaped[np.ndarray, "c"], count: int) -> Float[np.ndarray, "c"]:
     """Class weights for a network of `count` classes, from a mask or from weights.
 

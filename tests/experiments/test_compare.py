@@ -127,7 +127,7 @@ def test_every_method_of_the_table_can_be_planned_with():
     base = PruneConfig()
     for method in METHODS.values():
         method.prune(base)
-    assert METHODS["ours"] == METHODS["tap_ridge"] == Method("tap", "sensitivity", "ridge")
+    assert METHODS["ours"] == METHODS["tap_prior"] == Method("tap", "sensitivity", "prior")
     assert METHODS["ours"].prune(base) == base
     published = METHODS["tap_published"]
     assert published.prune(base) == PruneConfig.as_published() and published.recover == "none"
@@ -171,7 +171,7 @@ def test_cells_know_what_they_depend_on():
         return [cell.key for cell in cells_of(tiny(), grid(("ours",), **changes))]
 
     (same,) = {tuple(keys(sets=("random",), devices=(0,))), tuple(keys(**_ONE))}
-    assert same == tuple(cell.key for cell in cells_of(tiny(), grid(("tap_ridge",), **_ONE)))
+    assert same == tuple(cell.key for cell in cells_of(tiny(), grid(("tap_prior",), **_ONE)))
     others = [
         keys(**_ONE | {"devices": (1,)}),
         keys(**_ONE | {"sets": ("oracle",)}),

@@ -25,6 +25,7 @@ from tapvit_jax.prune.recover import (
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.prune.units import unit_table
 from tapvit_jax.sharding import data_mesh
+from tapvit_jax.train.classes import prior_weights
 from tests.conftest import realistic, tiny_swin
 
 ONE = data_mesh(jax.local_devices()[:1])
@@ -226,6 +227,7 @@ VARIANTS = {
     "distilled": {"distilled": True, "layer_scale": True},
     "swin": None,
 }
+METRIC_PRIOR = RecoverConfig("none", prior="metric")
 CONFIGS = {
     "ridge": RecoverConfig(),
     "kept": RecoverConfig(attention="kept", order="parallel"),
@@ -446,6 +448,28 @@ def test_devices_batches_and_processes_change_nothing(tiny, monkeypatch):
         )
 
 
+def test_the_prior_of_the_metric_set_only_moves_the_biases(case):
+    model, plan, images = case
+    logits = np.asarray(model.apply(images), np.float64)
+    shares = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).mean(axis=0)
+    shift = np.log(prior_weights(shares, COUNT))
+    assert np.ptp(shift) > 0.1
+    everything = Plan(model.config, {})
+    for found, expected in (
+        (recovered(model, everything, [images], config=METRIC_PRIOR), logits),
+        (recovered(model, plan, [images[:9], images[9:]], config=METRIC_PRIOR), None),
+    ):
+        if expected is None:
+            expected = np.asarray(apply_masks(model, plan).apply(images))
+        np.testing.assert_allclose(found.apply(images), expected + shift, atol=1e-4)
+        assert found.history["recovered"]["prior"] == "metric"
+    both = [
+        recovered(model, plan, [images], config=RecoverConfig("mean", prior=prior)).apply(images)
+        for prior in ("dense", "metric")
+    ]
+    np.testing.assert_allclose(both[1] - both[0], np.tile(shift, (COUNT, 1)), atol=1e-4)
+
+
 def test_a_process_without_images_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "gather", lambda array: np.stack([array, ~array]))
     with pytest.raises(InputError, match="images in every process"):
@@ -473,7 +497,7 @@ def test_a_plan_for_another_model_is_refused(tiny):
         recovered(tiny, Plan(tiny_swin(), {}), [images_of(2)])
 
 
-@pytest.mark.parametrize("field", ["method", "order", "attention"])
+@pytest.mark.parametrize("field", ["method", "order", "attention", "prior"])
 def test_unknown_choices_are_refused(field):
     with pytest.raises(InputError, match=field):
         RecoverConfig(**{field: "best"})

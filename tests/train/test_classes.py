@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.errors import InputError
-from tapvit_jax.train.classes import class_logits, class_weights, likely_classes
+from tapvit_jax.train.classes import (
+    class_logits,
+    class_weights,
+    likely_classes,
+    prior_weights,
+)
 from tapvit_jax.train.evaluate import Teacher, predict
 
 
@@ -52,6 +57,30 @@ def test_likely_classes_by_hand():
 def test_bad_predictions_are_refused(p, share, message):
     with pytest.raises(InputError, match=message):
         likely_classes(p, share)
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6), st.integers(0, 5000))
+def test_prior_weights_correct_the_posterior(count, seed, images):
+    rng = np.random.default_rng(seed)
+    shares, logits = rng.dirichlet(np.ones(count)), rng.standard_normal((4, count))
+    prior = (images * shares + 1) / (images + count)
+    # Bayes' rule, with the uniform prior of the dense model divided out.
+    expected = softmax(logits) * prior
+    expected /= expected.sum(axis=1, keepdims=True)
+    found = softmax(logits + np.log(prior_weights(shares, images)))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_prior_weights_by_hand():
+    np.testing.assert_allclose(prior_weights(np.array([1.0, 0.0]), 8), [1.8, 0.2])
+    np.testing.assert_allclose(prior_weights(np.ones(5) / 5, 7), np.ones(5))
+    np.testing.assert_array_equal(prior_weights(np.array([1.0, 0.0]), 0), [1.0, 1.0])
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.6], [-0.5, 1.5], [np.nan, 1.0], [[1.0]], []])
+def test_shares_that_are_no_distribution_are_refused(shares):
+    with pytest.raises(InputError, match="sum to 1"):
+        prior_weights(np.array(shares), 3)
 
 
 @given(
