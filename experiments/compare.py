@@ -253,9 +253,10 @@ class Comparison:
         self, job: Job, cell: Cell, sets: ImageSets, plan: Found | None, start: Found
     ) -> tuple[Found, int]:
         title, options = f"{cell.method}, {cell.epochs} epochs", recipe(job.config, cell.epochs)
+        prior = RECOVERIES[self.grid.methods[cell.method].recover].prior == "metric"
         if not cell.partners:
             on = job.config.recover_on
-            return job.recover(title, cell.device, plan, sets, options, on, start)
+            return job.recover(title, cell.device, plan, sets, options, on, start, prior)
         members, starts, place = [], [], 0
         for partner in (self.cells[n] for n in cell.partners):
             if partner == cell:
@@ -272,7 +273,7 @@ class Comparison:
                     continue
             members.append((partner.device, found[1], found[0]))
             starts.append(found[2])
-        return job.recover_together(title, members, place, options, starts)
+        return job.recover_together(title, members, place, options, starts, prior)
 
     def _job_of(self, cell: Cell) -> Job:
         if self._job is None or self._job[0] != cell.seed:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from experiments import peers
 from experiments.config import ExperimentConfig, identity
@@ -49,7 +49,7 @@ from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.structs import to_plain
-from tapvit_jax.train.classes import likely_classes
+from tapvit_jax.train.classes import likely_classes, prior_weights
 from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, train
 from tapvit_jax.train.variants import Variant, train_variants
@@ -267,6 +267,7 @@ class Job(Selection):
         options: TrainConfig,
         recover_on: str,
         start: Found | None = None,
+        prior: bool = False,
     ) -> tuple[Found, int]:
         """The fine-tuned model and its best epoch.
 
@@ -279,6 +280,7 @@ class Job(Selection):
           recover_on: see `ExperimentConfig`.
           start: parameters to start from, in dense shapes if there is a plan; None is the dense
             model's.
+          prior: the teacher, too, takes the classes' prior from the metric dataset.
         """
         masked = plan is not None and recover_on == "masked"
         initial = self.dense if start is None else start.value
@@ -295,14 +297,14 @@ class Job(Selection):
                 seed=self._recovery_seed(d),
                 masks=plan_masks(plan.value) if masked else None,
                 teacher=Teacher(self.dense.config, self.dense.params),
-                classes=self._likely_classes(sets),
+                **self._class_weights(sets, options, prior),
                 checkpoints=scratch,
                 on_epoch=report_epochs(step, options),
             )
             meta = {"best_epoch": result.best_epoch, "record": result.record}
             return to_arrays(result.params), meta
 
-        inputs = self._recovery_inputs(d, plan, sets, start) | {
+        inputs = self._recovery_inputs(d, plan, sets, start, prior) | {
             "recover": to_plain(options),
             "recover_on": recover_on,
         }
@@ -317,6 +319,7 @@ class Job(Selection):
         place: int,
         options: TrainConfig,
         starts: Sequence[Found | None] | None = None,
+        prior: bool = False,
     ) -> tuple[Found, int]:
         """As `recover`, masked, for one of several (device, plan, images) in one program."""
         options = self._recipe(options)
@@ -330,7 +333,7 @@ class Job(Selection):
                     sets.validation,
                     plan_masks(plan.value),
                     self._recovery_seed(d),
-                    self._likely_classes(sets),
+                    **self._class_weights(sets, options, prior),
                 )
                 for (d, plan, sets), start in zip(members, starts, strict=True)
             ]
@@ -358,7 +361,7 @@ class Job(Selection):
 
         inputs = {
             "members": [
-                self._recovery_inputs(*member, start)
+                self._recovery_inputs(*member, start, prior)
                 for member, start in zip(members, starts, strict=True)
             ],
             "recover": to_plain(options),
@@ -372,10 +375,15 @@ class Job(Selection):
         model = self.dense.replace(params=to_params(arrays))
         return Found(key, model), found.meta["best_epoch"][place]
 
-    def _likely_classes(self, sets: ImageSets) -> Bool[np.ndarray, "c"] | None:
-        """The classes that fine-tuning distils, by what the dense model makes of the metric set."""
-        if self.config.likely_share is None:
-            return None
+    def _class_weights(
+        self, sets: ImageSets, options: TrainConfig, prior: bool
+    ) -> dict[str, np.ndarray]:
+        """What fine-tuning is told of the classes: what the dense model sees in the metric set."""
+        share = self.config.likely_share
+        # Without soft labels nothing would use it.
+        prior = prior and (options.distill > 0 or options.choose == "teacher")
+        if share is None and not prior:
+            return {}
         found = predict(
             Teacher(self.dense.config, self.dense.params),
             self.source,
@@ -384,7 +392,10 @@ class Job(Selection):
             _BATCH,
             workers=self.config.data.workers,
         )
-        return likely_classes(found, self.config.likely_share)
+        weights = {} if share is None else {"classes": likely_classes(found, share)}
+        if prior:
+            weights["prior"] = prior_weights(found.mean(axis=0), len(found))
+        return weights
 
     def _recipe(self, options: TrainConfig) -> TrainConfig:
         # Every variant gets as many steps: the whole pool is sampled afresh every epoch.
@@ -394,12 +405,14 @@ class Job(Selection):
         return self.seed + 100 + d
 
     def _recovery_inputs(
-        self, d: int, plan: Found | None, sets: ImageSets, start: Found | None
+        self, d: int, plan: Found | None, sets: ImageSets, start: Found | None, prior: bool
     ) -> dict[str, Any]:
         # A start of its own is named, so that the keys of runs without one are what they were.
         named = {} if start is None else {"start": start.key}
         if self.config.likely_share is not None:
             named["likely"] = self.config.likely_share, self._images_key(sets.metric)
+        if prior:
+            named["prior"] = self._images_key(sets.metric)
         return named | {
             "plan": plan and plan.key,
             "dense": self._dense.key,

@@ -91,7 +91,14 @@ class Experiment:
                 title, plan, sets.metric, config.compensate, config.prune.batch_size
             )
             recovered, best_epoch = job.recover(
-                title, d, plan, sets, config.recover, config.recover_on, compensated
+                title,
+                d,
+                plan,
+                sets,
+                config.recover,
+                config.recover_on,
+                compensated,
+                config.compensate.prior == "metric",
             )
             variants[variant] = {
                 "pruned": job.top1(job.pruned(plan), test),

@@ -389,9 +389,10 @@ class Sweep:
 
     def _recovered(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> tuple[Found, int]:
         title, options = f"unit {unit.number}", unit.config.recover
+        prior = unit.config.compensate.prior == "metric"
         if unit.config.recover_together == 1:
             on, start = unit.config.recover_on, self._compensated(job, unit, plan, sets)
-            return job.recover(title, unit.device, plan, sets, options, on, start)
+            return job.recover(title, unit.device, plan, sets, options, on, start, prior)
         members, starts, place = [], [], 0
         for number in unit.partners:
             partner = self.units[number]
@@ -406,7 +407,7 @@ class Sweep:
                 continue
             starts.append(self._compensated(job, partner, found[1], found[0]))
             members.append((partner.device, found[1], found[0]))
-        return job.recover_together(title, members, place, options, starts)
+        return job.recover_together(title, members, place, options, starts, prior)
 
     def _job_of(self, unit: Unit) -> Job:
         key = Job.shared_key(unit.config)

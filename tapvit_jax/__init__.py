@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from tapvit_jax.prune.mask import Plan, apply_masks
     from tapvit_jax.prune.recover import RecoverConfig, recover
     from tapvit_jax.prune.reshape import reshape
-    from tapvit_jax.train.classes import likely_classes
+    from tapvit_jax.train.classes import likely_classes, prior_weights
     from tapvit_jax.train.variants import Variant, train_variants
 
 _HOMES = {
@@ -74,7 +74,7 @@ _HOMES = {
     "prune.mask": "Plan apply_masks",
     "prune.recover": "RecoverConfig recover",
     "prune.reshape": "reshape",
-    "train.classes": "likely_classes",
+    "train.classes": "likely_classes prior_weights",
     "train.variants": "Variant train_variants",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -116,6 +116,7 @@ __all__ = [
     "log_likelihood",
     "neuron_importance",
     "pool_features",
+    "prior_weights",
     "recover",
     "reshape",
     "save",

@@ -55,7 +55,8 @@ from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import apply_masks
 from tapvit_jax.prune.recover import Method as RecoverMethod
 from tapvit_jax.prune.recover import RecoverConfig, recover
-from tapvit_jax.train.evaluate import evaluate_indices
+from tapvit_jax.train.classes import prior_weights
+from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
 
@@ -156,6 +157,7 @@ def prune(args: argparse.Namespace) -> None:
         else:
             plan, measured = allocate(model, units, layers, budget, config=config.allocate), None
     training, validation = hold_out(finetune, args.seed)
+    options = _recover_config(args)
     with progress.step("recover in closed form", 1) as step:
         # What is printed at the end is of images that nothing was fitted to.
         fitted = metric[~np.isin(metric, validation)]
@@ -164,12 +166,16 @@ def prune(args: argparse.Namespace) -> None:
             model,
             plan,
             scoring_batches(source, fitted, preprocess, size),
-            config=_recover_config(args),
+            config=options,
             on_share=step.advance,
         )
-    teacher = Teacher(model.config, model.params)
+    teacher, prior = Teacher(model.config, model.params), None
+    if options.prior == "metric":
+        # The start has the prior; its teacher is to have it, too.
+        found = predict(teacher, source, fitted, preprocess, size)
+        prior = prior_weights(found.mean(axis=0), len(found))
     with progress.step("fine-tune", args.recover_epochs + 1) as step:
-        options = TrainConfig(
+        recipe = TrainConfig(
             epochs=args.recover_epochs,
             learning_rate=args.learning_rate,
             distill=0.5 if labelled else 1.0,
@@ -179,11 +185,12 @@ def prune(args: argparse.Namespace) -> None:
             model.config,
             solved.params,
             TrainData(source, preprocess, training, validation),
-            options,
+            recipe,
             seed=args.seed,
             masks=plan_masks(plan),
             teacher=teacher,
-            on_epoch=lambda *_: step.advance(1.0 / options.epochs),
+            prior=prior,
+            on_epoch=lambda *_: step.advance(1.0 / recipe.epochs),
         )
     progress.close()
     small, difference = reshape_checked(

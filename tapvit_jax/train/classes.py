@@ -1,4 +1,6 @@
-"""The classes that a device is likely to see, and logits restricted to them; no labels needed."""
+"""The classes that a device is likely to see, and logits weighted by them; no labels needed."""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,18 +72,40 @@ def prior_weights(shares: Float[np.ndarray, "c"], images: int) -> Float[np.ndarr
     return len(q) * (images * q + 1.0) / (images + len(q))
 
 
-def class_weights(classes: Shaped[np.ndarray, "c"], count: int) -> Float[np.ndarray, "c"]:
-    """Class weights for a network of `count` classes, from a mask or from weights.
+class SoftWeights(NamedTuple):
+    """Weights of the classes in soft labels, see `class_logits`.
+
+    Attributes:
+      student: in the network's own predictions.
+      teacher: in its teacher's.
+    """
+
+    student: Float[Array, "c"]
+    teacher: Float[Array, "c"]
+
+
+def soft_weights(
+    classes: Shaped[np.ndarray, "c"] | None, prior: Float[np.ndarray, "c"] | None, count: int
+) -> SoftWeights:
+    """Weights of soft labels of `count` classes.
+
+    Args:
+      classes: a mask or weights for student and teacher; None is one for each.
+      prior: further weights for the teacher alone; None is one for each.
 
     Raises:
       InputError: another number of classes, negative or infinite weights, or none above 0.
     """
-    weights = np.asarray(classes, np.float32)
-    if weights.shape != (count,):
-        raise InputError(f"classes has shape {weights.shape}, expected ({count},)")
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise InputError("classes holds no weights, expected 0 or more, one of them above 0")
-    return weights
+    found = [np.ones(count, np.float32)] * 2
+    for i, (name, given) in enumerate({"classes": classes, "prior": prior}.items()):
+        if given is None:
+            continue
+        found[i] = weights = np.asarray(given, np.float32)
+        if weights.shape != (count,):
+            raise InputError(f"{name} has shape {weights.shape}, expected ({count},)")
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+            raise InputError(f"{name} holds no weights, expected 0 or more, one of them above 0")
+    return SoftWeights(found[0], found[0] * found[1])
 
 
 def class_logits(

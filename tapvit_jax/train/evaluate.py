@@ -19,7 +19,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.sharding import replicate, shard_rows
-from tapvit_jax.train.classes import class_logits
+from tapvit_jax.train.classes import SoftWeights, class_logits
 
 Forward = Callable[[Any, Params, Float[Array, "b s s ch"]], Float[Array, "b c"]]
 """Logits from (config, params, images)."""
@@ -89,15 +89,16 @@ def agreement_sums(
     batch: Mapping[str, Array],
     teacher: tuple[Forward, Any],
     teacher_params: Params,
-    classes: Float[Array, "c"] | None,
+    classes: SoftWeights | None,
 ) -> Float[Array, "4"]:
     """As `batch_sums` with a teacher for the labels: agreeing, KL(teacher || network), examples, 0.
 
     Labels are not read. Source: ours.
     """
     teacher_forward, teacher_config = teacher
-    logits = class_logits(forward(config, params, batch["image"]), classes)
-    wanted = class_logits(teacher_forward(teacher_config, teacher_params, batch["image"]), classes)
+    own, others = (None, None) if classes is None else classes
+    logits = class_logits(forward(config, params, batch["image"]), own)
+    wanted = class_logits(teacher_forward(teacher_config, teacher_params, batch["image"]), others)
     log_p, log_t = jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted)
     kl = (jnp.exp(log_t) * (log_t - log_p)).sum(axis=-1)
     agrees = (logits.argmax(axis=-1) == wanted.argmax(axis=-1)).astype(jnp.float32)
@@ -123,7 +124,7 @@ def evaluate(
     forward: Forward = backbone.apply,
     *,
     teacher: Teacher | None = None,
-    classes: Float[np.ndarray, "c"] | None = None,
+    classes: SoftWeights | None = None,
     mesh: Mesh | None = None,
     shared: bool = False,
 ) -> Metrics:
@@ -137,7 +138,7 @@ def evaluate(
       batches: the examples; padding has mask 0.
       forward: logits from (config, params, images).
       teacher: stands for the labels, which are not read then (see `Metrics`).
-      classes: weights of the classes in that comparison, None is one for each.
+      classes: weights of the classes in that comparison; None is one for each.
       mesh: devices of this process over which the rows of a batch are spread; None is one device.
       shared: `batches` are this process's share of the examples; sums are added over all processes.
 
@@ -215,7 +216,7 @@ def evaluate_indices(
     forward: Forward = backbone.apply,
     *,
     teacher: Teacher | None = None,
-    classes: Float[np.ndarray, "c"] | None = None,
+    classes: SoftWeights | None = None,
     mesh: Mesh | None = None,
     workers: int = 0,
 ) -> Metrics:

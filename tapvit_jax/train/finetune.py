@@ -25,7 +25,7 @@ from tapvit_jax.models.params import Params, tree_hash
 from tapvit_jax.sharding import AXIS, data_mesh
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
-from tapvit_jax.train.classes import class_weights
+from tapvit_jax.train.classes import SoftWeights, soft_weights
 from tapvit_jax.train.evaluate import KEYS, Forward, Metrics, Teacher, evaluate_indices
 from tapvit_jax.train.features import check_features
 from tapvit_jax.train.loop import Program, State, TrainResult, best_epoch, run_epochs
@@ -70,6 +70,7 @@ def train(
     masks: Params | None = None,
     teacher: Teacher | None = None,
     classes: Shaped[np.ndarray, "c"] | None = None,
+    prior: Float[np.ndarray, "c"] | None = None,
     mesh: Mesh | None = None,
     checkpoints: Path | None = None,
     on_epoch: Callable[[int, Metrics], None] | None = None,
@@ -92,6 +93,8 @@ def train(
       teacher: for `options.distill` or `feature_distill` > 0, or `choose="teacher"`.
       classes: a mask or weights of the device's likely classes (see `classes.likely_classes`):
         soft labels and the comparison with the teacher are restricted to them. None is all.
+      prior: how much likelier each class is on the device (see `classes.prior_weights`): the
+        teacher's predictions take it into account. None leaves them as they are.
       mesh: devices over which every batch is spread, of all processes; each process reads only its
         own rows. None is one device, or with several processes as many devices of each as divide a
         batch.
@@ -105,9 +108,10 @@ def train(
     """
     recipe = Recipe.of(forward, config, options, teacher)
     check_recipe(recipe, params, teacher, data.source, data.train)
-    if classes is not None:
+    weights = None
+    if classes is not None or prior is not None:
         count = class_count(recipe, params, data.preprocess)
-        classes = check_classes(options, classes, count)
+        weights = check_classes(options, classes, prior, count)
     devices = _devices(mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         keeper = None
@@ -117,9 +121,9 @@ def train(
             identity |= {"preprocess": to_plain(data.preprocess)}
             identity |= run_identity(params, data.train, data.validation, masks)
             identity |= {"teacher": teacher_identity(teacher)}
-            identity |= {"classes": None if classes is None else classes.tolist()}
+            identity |= {"classes": weights_identity(weights)}
             keeper = stack.enter_context(Checkpoints(checkpoints, identity))
-        program = _OneRun(recipe, params, data, seed, masks, teacher, classes, devices)
+        program = _OneRun(recipe, params, data, seed, masks, teacher, weights, devices)
         report = None if on_epoch is None else lambda _, epoch, found: on_epoch(epoch, found)
         state, (record,) = run_epochs(program, options, keeper, report)
     best = state["best"] if devices is None else jax.device_get(state["best"])
@@ -158,16 +162,25 @@ def check_recipe(
 
 
 def check_classes(
-    options: TrainConfig, classes: Shaped[np.ndarray, "c"], count: int
-) -> Float[np.ndarray, "c"]:
-    """Class weights of a run, from a mask or weights for so many classes.
+    options: TrainConfig,
+    classes: Shaped[np.ndarray, "c"] | None,
+    prior: Float[np.ndarray, "c"] | None,
+    count: int,
+) -> SoftWeights:
+    """Weights of a run's soft labels, of so many classes.
 
     Raises:
       InputError: classes that nothing would use, or that are not the network's.
     """
     if options.distill == 0 and options.choose != "teacher":
-        raise InputError("classes: nothing uses them, expected distill > 0 or choose='teacher'")
-    return class_weights(classes, count)
+        name = "prior" if classes is None else "classes"
+        raise InputError(f"{name}: nothing uses it, expected distill > 0 or choose='teacher'")
+    return soft_weights(classes, prior, count)
+
+
+def weights_identity(weights: SoftWeights | None) -> list[list[float]] | None:
+    """What checkpoints keep of a run's weights."""
+    return None if weights is None else [found.tolist() for found in weights]
 
 
 def class_count(recipe: Recipe, params: Params, preprocess: Preprocess) -> int:
@@ -261,7 +274,7 @@ class _OneRun(Program):
         seed: int,
         masks: Params | None,
         teacher: Teacher | None,
-        classes: Float[np.ndarray, "c"] | None,
+        classes: SoftWeights | None,
         devices: list[jax.Device] | None,
     ):
         self._recipe, self._data, self._seed = recipe, data, seed

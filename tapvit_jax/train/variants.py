@@ -22,6 +22,7 @@ from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
+from tapvit_jax.train.classes import SoftWeights
 from tapvit_jax.train.evaluate import Forward, Metrics, Teacher, agreement_sums, batch_sums
 from tapvit_jax.train.finetune import (
     all_devices,
@@ -33,6 +34,7 @@ from tapvit_jax.train.finetune import (
     key_data,
     run_identity,
     teacher_identity,
+    weights_identity,
 )
 from tapvit_jax.train.loop import Program, State, TrainResult, best_epoch, run_epochs
 from tapvit_jax.train.step import Recipe, TrainConfig, evaluated, initial_rest, update
@@ -52,6 +54,7 @@ class Variant:
       masks: parameter masks (see `prune.mask.param_masks`), or None.
       seed: for the order of the images and their augmentation.
       classes: a mask or weights of the device's likely classes (see `finetune.train`), or None.
+      prior: how much likelier each class is on the device (see `finetune.train`), or None.
     """
 
     params: Params
@@ -60,6 +63,7 @@ class Variant:
     masks: Params | None = None
     seed: int = 0
     classes: Shaped[np.ndarray, "c"] | None = None
+    prior: Float[np.ndarray, "c"] | None = None
 
 
 def train_variants(
@@ -121,7 +125,7 @@ def train_variants(
                     str(v): run_identity(one.params, one.train, one.validation, one.masks)
                     | {
                         "seed": one.seed,
-                        "classes": None if one.classes is None else classes[v].tolist(),
+                        "classes": weights_identity(classes and classes[v]),
                     }
                     for v, one in enumerate(variants)
                 },
@@ -188,10 +192,10 @@ def _sums_all(
     recipe: Recipe,
     params: Params,
     batch: dict[str, Array],
-    classes: Float[Array, "v c"] | None,
+    classes: SoftWeights | None,
     teacher_params: Params | None,
 ) -> Float[Array, "v 4"]:
-    def one(params: Params, batch: Any, classes: Array | None) -> Array:
+    def one(params: Params, batch: Any, classes: SoftWeights | None) -> Array:
         if recipe.options.choose == "labels":
             return batch_sums(recipe.forward, recipe.config, params, batch)
         against = (recipe.teacher, teacher_params, classes)
@@ -244,7 +248,7 @@ class _ManyRuns(Program):
         source: ImageSource,
         preprocess: Preprocess,
         teacher_params: Params | None,
-        classes: list[Float[np.ndarray, "c"]] | None,
+        classes: list[SoftWeights] | None,
         devices: list[jax.Device],
         workers: int,
     ):
@@ -425,18 +429,17 @@ def _common_masks(variants: Sequence[Variant]) -> list[Params] | None:
 
 def _common_classes(
     variants: Sequence[Variant], recipe: Recipe, preprocess: Preprocess
-) -> list[Float[np.ndarray, "c"]] | None:
-    """Class weights of all variants, ones where a variant has none; None if none has any."""
-    if all(variant.classes is None for variant in variants):
+) -> list[SoftWeights] | None:
+    """Soft labels' weights of all variants, ones where a variant has none; None if none has any."""
+    if all(variant.classes is None and variant.prior is None for variant in variants):
         return None
     count = class_count(recipe, variants[0].params, preprocess)
-    found = [np.ones(count, np.float32)] * len(variants)
+    found = []
     for v, variant in enumerate(variants):
-        if variant.classes is not None:
-            try:
-                found[v] = check_classes(recipe.options, variant.classes, count)
-            except InputError as error:
-                raise InputError(f"variant {v}: {error}") from error
+        try:
+            found.append(check_classes(recipe.options, variant.classes, variant.prior, count))
+        except InputError as error:
+            raise InputError(f"variant {v}: {error}") from error
     return found
 
 

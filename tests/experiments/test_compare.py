@@ -423,14 +423,19 @@ def test_changed_metric_sets_are_chosen_anew(job):
 
 def test_likely_classes_are_those_of_the_metric_set(job, monkeypatch):
     sets = image_sets(job, 1, "selected")
-    assert job._likely_classes(sets) is None
-    before = job._recovery_inputs(1, None, sets, None)
+    options = TrainConfig(distill=0.5)
+    assert job._class_weights(sets, options, prior=False) == {}
+    assert job._class_weights(sets, TrainConfig(distill=0.0), prior=True) == {}
+    weights = job._class_weights(sets, options, prior=True)["prior"]
+    assert weights.shape == (job.dense.config.num_classes,) and np.ptp(weights) > 0.1
+    before = job._recovery_inputs(1, None, sets, None, False)
+    assert job._recovery_inputs(1, None, sets, None, True) != before
     for share, fewer in ((0.5, True), (1.0, False)):
         monkeypatch.setattr(job, "config", dataclasses.replace(job.config, likely_share=share))
-        classes = job._likely_classes(sets)
+        classes = job._class_weights(sets, options, prior=False)["classes"]
         assert classes.shape == (job.dense.config.num_classes,)
         assert 0 < classes.sum() < len(classes) if fewer else classes.all()
-        assert job._recovery_inputs(1, None, sets, None) != before
+        assert job._recovery_inputs(1, None, sets, None, False) != before
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.errors import InputError
 from tapvit_jax.train.classes import (
     class_logits,
-    class_weights,
     likely_classes,
     prior_weights,
+    soft_weights,
 )
 from tapvit_jax.train.evaluate import Teacher, predict
 
@@ -90,7 +90,7 @@ def test_shares_that_are_no_distribution_are_refused(shares):
 )
 def test_a_mask_is_the_softmax_over_the_classes_chosen(mask, seed, temperature):
     logits = np.float32(20 * np.random.default_rng(seed).standard_normal((4, 6)))
-    weights = class_weights(np.array(mask), 6)
+    weights = soft_weights(np.array(mask), None, 6).student
     found = np.asarray(jax.nn.softmax(class_logits(logits, weights, temperature)))
     expected = softmax(np.float64(logits[:, mask]) / temperature)
     np.testing.assert_allclose(found[:, mask], expected, atol=1e-5)
@@ -117,7 +117,16 @@ def test_a_weight_of_two_counts_a_class_twice():
 )
 def test_bad_classes_are_refused(classes, message):
     with pytest.raises(InputError, match=message):
-        class_weights(classes, 3)
+        soft_weights(classes, None, 3)
+    with pytest.raises(InputError, match=message):
+        soft_weights(None, classes, 3)
+
+
+def test_a_prior_is_the_teachers_alone():
+    own, others = soft_weights(np.array([1, 0, 1]), np.array([2.0, 3.0, 0.5]), 3)
+    assert own.tolist() == [1, 0, 1] and others.tolist() == [2, 0, 0.5]
+    own, others = soft_weights(None, np.array([2.0, 3.0]), 2)
+    assert own.tolist() == [1, 1] and others.tolist() == [2, 3]
 
 
 def test_predictions_need_no_labels():

@@ -407,8 +407,10 @@ LINEAR = {"kernel": np.eye(CLASSES, dtype=np.float32)}
             {"teacher": None},
             "^choose='teacher' needs a teacher",
         ),
-        ({"distill": 0.0}, {}, "classes: nothing uses them"),
+        ({"distill": 0.0}, {}, "classes: nothing uses it"),
+        ({"distill": 0.0}, {"classes": None, "prior": np.ones(5)}, "prior: nothing uses it"),
         ({}, {"classes": np.ones(4, bool)}, r"classes has shape \(4,\), expected \(5,\)"),
+        ({}, {"prior": np.ones(4)}, r"prior has shape \(4,\), expected \(5,\)"),
     ],
 )
 def test_recipes_that_do_not_fit_are_refused(options, changes, message):

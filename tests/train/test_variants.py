@@ -163,7 +163,8 @@ EVERYTHING = dataclasses.replace(
 def restricted_variants():
     """Two runs, one with masks and likely classes, one with neither."""
     _, masked, plain, _ = make_variants()
-    return [dataclasses.replace(masked, classes=np.array([True, False, True])), plain]
+    prior = np.array([0.5, 1.0, 2.0])
+    return [dataclasses.replace(masked, classes=np.array([True, False, True]), prior=prior), plain]
 
 
 def test_variants_with_every_option_end_as_sequential_runs(tmp_path, monkeypatch):
@@ -172,7 +173,8 @@ def test_variants_with_every_option_end_as_sequential_runs(tmp_path, monkeypatch
     variants = restricted_variants()
     found = together(variants, EVERYTHING)
     for variant, one in zip(variants, found, strict=True):
-        assert_close(one, alone(variant, EVERYTHING, classes=variant.classes))
+        soft = {"classes": variant.classes, "prior": variant.prior}
+        assert_close(one, alone(variant, EVERYTHING, **soft))
         if variant.masks is not None:
             masks = flatten(variant.masks)
             for path, leaf in flatten(one.params).items():
