@@ -36,10 +36,10 @@ from experiments.cells import (
     seed_config,
 )
 from experiments.config import ExperimentConfig, identity
-from experiments.job import Job
+from experiments.job import Job, Pruned
 from experiments.methods import DEFAULT_METHODS, PEER, RECOVERIES, SETS, find_methods, image_sets
 from experiments.peers import PEERS, available
-from experiments.selection import UNITS, Found, ImageSets
+from experiments.preparation import UNITS, Found, ImageSets
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import (
@@ -253,11 +253,11 @@ class Comparison:
         self, job: Job, cell: Cell, sets: ImageSets, plan: Found | None, start: Found
     ) -> tuple[Found, int]:
         title, options = f"{cell.method}, {cell.epochs} epochs", recipe(job.config, cell.epochs)
-        prior = RECOVERIES[self.grid.methods[cell.method].recover].prior == "metric"
+        prior = RECOVERIES[self.grid.methods[cell.method].recover].moves_prior
         if not cell.partners:
-            on = job.config.recover_on
-            return job.recover(title, cell.device, plan, sets, options, on, start, prior)
-        members, starts, place = [], [], 0
+            pruned = Pruned(cell.device, plan, sets, start, prior)
+            return job.recover(title, pruned, options, job.config.recover_on)
+        members, place = [], 0
         for partner in (self.cells[n] for n in cell.partners):
             if partner == cell:
                 place = len(members)
@@ -271,9 +271,9 @@ class Comparison:
                 except InputError:
                     # It cannot be pruned, whoever asks, and fails on its own.
                     continue
-            members.append((partner.device, found[1], found[0]))
-            starts.append(found[2])
-        return job.recover_together(title, members, place, options, starts, prior)
+            own, kept, begun = found
+            members.append(Pruned(partner.device, kept, own, begun, prior))
+        return job.recover_together(title, members, place, options)
 
     def _job_of(self, cell: Cell) -> Job:
         if self._job is None or self._job[0] != cell.seed:

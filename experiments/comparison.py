@@ -14,8 +14,8 @@ import numpy as np
 
 from experiments import figures
 from experiments.methods import SETS, find_set
+from experiments.preparation import ORACLE, SELECTED
 from experiments.report import LEAKS
-from experiments.selection import ORACLE, SELECTED
 from experiments.statistics import Mean, gap_closed, mean_interval, mean_ranks, paired
 from experiments.tables import document, text_cell, to_table
 from tapvit_jax.files import write_json, write_text

@@ -90,7 +90,8 @@ class ExperimentConfig:
       seed: every random choice follows from it.
       budgets: one per device, such as "macs=0.5" or "macs=0.4,params=0.5"; used in turn.
       extractor_train: recipe of the embedding network, for extractor kind "embedding".
-      compensate: closed-form recovery after pruning, from which fine-tuning starts.
+      compensate: closed-form recovery after pruning, from which fine-tuning starts; its classes'
+        prior is fine-tuning's as well.
       recover: fine-tuning.
       recover_on: fine-tune the "masked" model (one compiled program for all devices) or the
         "reshaped" one (fewer operations, but every device compiles its own).

@@ -15,11 +15,11 @@ from jaxtyping import Int
 
 from experiments import peers
 from experiments.config import ExperimentConfig, identity
-from experiments.selection import (
+from experiments.preparation import (
     UNITS,
     Found,
     ImageSets,
-    Selection,
+    Preparation,
     report_epochs,
     to_arrays,
     to_params,
@@ -62,7 +62,26 @@ _OF_UNITS += ("recover_together", "comparisons", "latency_batch")
 _BATCH = 256
 
 
-class Job(Selection):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pruned:
+    """A device's pruned model before fine-tuning.
+
+    Attributes:
+      device: its number.
+      plan: which units stay; None for a `start` that is small already.
+      sets: images.
+      start: parameters to start from, dense shapes if there is a plan; None is the dense model's.
+      prior: they have the metric dataset's prior, which the teacher then takes as well.
+    """
+
+    device: int
+    plan: Found | None
+    sets: ImageSets
+    start: Found | None = None
+    prior: bool = False
+
+
+class Job(Preparation):
     """All stages for one set of images, dense model, extractor and selection."""
 
     @staticmethod
@@ -199,7 +218,7 @@ class Job(Selection):
         batch_size: int,
     ) -> Found:
         """The masked model, in dense shapes, after closed-form recovery on the metric dataset."""
-        if options == RecoverConfig("none"):
+        if options.method == "none":
             return self.pruned(plan)
         # Every process needs a batch of its own.
         most = max(1, min(batch_size, len(metric) // distributed.process_count()))
@@ -261,29 +280,20 @@ class Job(Selection):
     def recover(
         self,
         title: str,
-        d: int,
-        plan: Found | None,
-        sets: ImageSets,
+        pruned: Pruned,
         options: TrainConfig,
         recover_on: str,
-        start: Found | None = None,
-        prior: bool = False,
     ) -> tuple[Found, int]:
         """The fine-tuned model and its best epoch.
 
         Args:
           title: for the progress.
-          d: the device.
-          plan: which units stay; None for a `start` that is small already.
-          sets: images.
+          pruned: what is fine-tuned.
           options: the recipe.
           recover_on: see `ExperimentConfig`.
-          start: parameters to start from, in dense shapes if there is a plan; None is the dense
-            model's.
-          prior: the teacher, too, takes the classes' prior from the metric dataset.
         """
+        plan, sets, initial = pruned.plan, pruned.sets, self._start(pruned)
         masked = plan is not None and recover_on == "masked"
-        initial = self.dense if start is None else start.value
         if plan is not None and not masked:
             initial = reshape(initial, plan.value)
         options = self._recipe(options)
@@ -294,17 +304,17 @@ class Job(Selection):
                 initial.params,
                 self._train_data(sets.finetune, sets.validation),
                 options,
-                seed=self._recovery_seed(d),
+                seed=self._recovery_seed(pruned),
                 masks=plan_masks(plan.value) if masked else None,
                 teacher=Teacher(self.dense.config, self.dense.params),
-                **self._class_weights(sets, options, prior),
+                **self._class_weights(pruned, options),
                 checkpoints=scratch,
                 on_epoch=report_epochs(step, options),
             )
             meta = {"best_epoch": result.best_epoch, "record": result.record}
             return to_arrays(result.params), meta
 
-        inputs = self._recovery_inputs(d, plan, sets, start, prior) | {
+        inputs = self._recovery_inputs(pruned) | {
             "recover": to_plain(options),
             "recover_on": recover_on,
         }
@@ -315,27 +325,24 @@ class Job(Selection):
     def recover_together(
         self,
         title: str,
-        members: Sequence[tuple[int, Found, ImageSets]],
+        members: Sequence[Pruned],
         place: int,
         options: TrainConfig,
-        starts: Sequence[Found | None] | None = None,
-        prior: bool = False,
     ) -> tuple[Found, int]:
-        """As `recover`, masked, for one of several (device, plan, images) in one program."""
+        """As `recover`, masked, for one of several in one program."""
         options = self._recipe(options)
-        starts = [None] * len(members) if starts is None else starts
 
         def compute(step, scratch):
             variants = [
                 Variant(
-                    (self.dense if start is None else start.value).params,
-                    sets.finetune,
-                    sets.validation,
-                    plan_masks(plan.value),
-                    self._recovery_seed(d),
-                    **self._class_weights(sets, options, prior),
+                    self._start(pruned).params,
+                    pruned.sets.finetune,
+                    pruned.sets.validation,
+                    plan_masks(pruned.plan.value),
+                    self._recovery_seed(pruned),
+                    **self._class_weights(pruned, options),
                 )
-                for (d, plan, sets), start in zip(members, starts, strict=True)
+                for pruned in members
             ]
             share = 1.0 / max(options.epochs * len(members), 1)
             results = train_variants(
@@ -360,10 +367,7 @@ class Job(Selection):
             }
 
         inputs = {
-            "members": [
-                self._recovery_inputs(*member, start, prior)
-                for member, start in zip(members, starts, strict=True)
-            ],
+            "members": [self._recovery_inputs(pruned) for pruned in members],
             "recover": to_plain(options),
         }
         found = self._stage(
@@ -375,19 +379,20 @@ class Job(Selection):
         model = self.dense.replace(params=to_params(arrays))
         return Found(key, model), found.meta["best_epoch"][place]
 
-    def _class_weights(
-        self, sets: ImageSets, options: TrainConfig, prior: bool
-    ) -> dict[str, np.ndarray]:
+    def _start(self, pruned: Pruned) -> Model:
+        return self.dense if pruned.start is None else pruned.start.value
+
+    def _class_weights(self, pruned: Pruned, options: TrainConfig) -> dict[str, np.ndarray]:
         """What fine-tuning is told of the classes: what the dense model sees in the metric set."""
         share = self.config.likely_share
         # Without soft labels nothing would use it.
-        prior = prior and (options.distill > 0 or options.choose == "teacher")
+        prior = pruned.prior and (options.distill > 0 or options.choose == "teacher")
         if share is None and not prior:
             return {}
         found = predict(
             Teacher(self.dense.config, self.dense.params),
             self.source,
-            sets.metric,
+            pruned.sets.metric,
             self.config.data.preprocess,
             _BATCH,
             workers=self.config.data.workers,
@@ -401,24 +406,23 @@ class Job(Selection):
         # Every variant gets as many steps: the whole pool is sampled afresh every epoch.
         return dataclasses.replace(options, images_per_epoch=self.config.select.finetune_count)
 
-    def _recovery_seed(self, d: int) -> int:
-        return self.seed + 100 + d
+    def _recovery_seed(self, pruned: Pruned) -> int:
+        return self.seed + 100 + pruned.device
 
-    def _recovery_inputs(
-        self, d: int, plan: Found | None, sets: ImageSets, start: Found | None, prior: bool
-    ) -> dict[str, Any]:
+    def _recovery_inputs(self, pruned: Pruned) -> dict[str, Any]:
+        plan, sets, start = pruned.plan, pruned.sets, pruned.start
         # A start of its own is named, so that the keys of runs without one are what they were.
         named = {} if start is None else {"start": start.key}
         if self.config.likely_share is not None:
             named["likely"] = self.config.likely_share, self._images_key(sets.metric)
-        if prior:
+        if pruned.prior:
             named["prior"] = self._images_key(sets.metric)
         return named | {
             "plan": plan and plan.key,
             "dense": self._dense.key,
             "finetune": self._images_key(sets.finetune),
             "validation": self._images_key(sets.validation),
-            "seed": self._recovery_seed(d),
+            "seed": self._recovery_seed(pruned),
         }
 
     def top1(self, model: Found, indices: np.ndarray) -> float:

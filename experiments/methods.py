@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from experiments.job import Job
-from experiments.selection import ORACLE, SELECTED, ImageSets
+from experiments.preparation import ORACLE, SELECTED, ImageSets
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.importance.layers import LayerConfig
@@ -43,7 +43,6 @@ RECOVERIES = {
     "none": RecoverConfig("none"),
     "mean": RecoverConfig("mean"),
     "prior": RecoverConfig(prior="metric"),
-    "shift": RecoverConfig("none", prior="metric"),
     "ridge": RecoverConfig(),
     "parallel": RecoverConfig(order="parallel"),
     "kept": RecoverConfig(attention="kept"),
@@ -51,9 +50,9 @@ RECOVERIES = {
     "nuwa": RecoverConfig(order="parallel", attention="weights", head=False),
     "corp": RecoverConfig(order="parallel", attention="kept", head=False),
 }
-"""Closed-form recoveries by name: ours is "prior", "ridge" leaves the classes' prior as it is, and
-"shift" does nothing else; "corp" is all that CORP does, "nuwa" has NuWa's subspaces and least
-squares, but also solves for attention's projection; others lie between.
+"""Closed-form recoveries by name: ours is "prior", "ridge" the same without the classes' prior;
+"corp" is all that CORP does, "nuwa" has NuWa's subspaces and least squares, but also solves for
+attention's projection; others lie between.
 """
 
 _WIDTHS = ("sensitivity", "greedy", "exact", "depth", "softmax", "uniform", "global", "isomorphic")
@@ -164,8 +163,8 @@ METHODS = _methods()
 """Methods by name: CRITERION[_loop][_WIDTHS][_RECOVERY], and "ours", the defaults."""
 
 DEFAULT_METHODS = (
-    *("ours", "tap", "tap_mean", "tap_ridge", "tap_published", "tap_published_ridge"),
-    *("taylor", "taylor_ridge", "magnitude_l2", "magnitude_l2_ridge", "random", "random_ridge"),
+    *("ours", "tap", "tap_mean", "tap_ridge", "tap_published", "tap_published_prior"),
+    *("taylor", "taylor_prior", "magnitude_l2", "magnitude_l2_prior", "random", "random_prior"),
 )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from experiments import arguments, report
 from experiments.config import ExperimentConfig, identity
-from experiments.job import Job, described, keep_ratios
+from experiments.job import Job, Pruned, described, keep_ratios
 from experiments.methods import image_sets
-from experiments.selection import SELECTED, UNITS
+from experiments.preparation import SELECTED, UNITS
 from tapvit_jax import distributed
 from tapvit_jax.files import file_lock, remove_leftovers, write_json
 from tapvit_jax.models import store
@@ -90,16 +90,8 @@ class Experiment:
             compensated = job.compensate(
                 title, plan, sets.metric, config.compensate, config.prune.batch_size
             )
-            recovered, best_epoch = job.recover(
-                title,
-                d,
-                plan,
-                sets,
-                config.recover,
-                config.recover_on,
-                compensated,
-                config.compensate.prior == "metric",
-            )
+            pruned = Pruned(d, plan, sets, compensated, config.compensate.moves_prior)
+            recovered, best_epoch = job.recover(title, pruned, config.recover, config.recover_on)
             variants[variant] = {
                 "pruned": job.top1(job.pruned(plan), test),
                 "compensated": job.top1(compensated, test),
@@ -115,7 +107,7 @@ class Experiment:
                 **small.history,
                 "budget": str(budget),
                 "device": d,
-                "recovery": config.compensate.method,
+                "recovered": to_plain(config.compensate),
                 "recover_epochs": config.recover.epochs,
             },
         )

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from experiments import arguments, joined
 from experiments.config import ExperimentConfig, grid, identity
-from experiments.job import Job, keep_ratios
-from experiments.selection import UNITS, Found, ImageSets
+from experiments.job import Job, Pruned, keep_ratios
+from experiments.preparation import UNITS, Found, ImageSets
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import (
@@ -42,7 +42,6 @@ from tapvit_jax.prune.allocate import check_budget
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.recover import Method as RecoverMethod
-from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.runtime import one_line, run_program, set_up_jax
 from tapvit_jax.stages import Stages, all_succeed, claim_workdir, from_main, on_main
 from tapvit_jax.structs import from_plain, to_plain
@@ -148,8 +147,6 @@ def _unit(base: ExperimentConfig, number: int, overrides: Mapping[str, Any]) -> 
     recovery = _named(where, "recovery", overrides.get("recovery", "finetune"), RECOVERIES)
     method = RECOVERIES[recovery][0] or config.compensate.method
     compensate = dataclasses.replace(config.compensate, method=method)
-    if RECOVERIES[recovery][0] == "none":
-        compensate = RecoverConfig("none")
     config = dataclasses.replace(config, compensate=compensate)
     identified = {"config": identity(config), "device": device, "recovery": recovery}
     key = content_hash(identified)
@@ -389,25 +386,27 @@ class Sweep:
 
     def _recovered(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> tuple[Found, int]:
         title, options = f"unit {unit.number}", unit.config.recover
-        prior = unit.config.compensate.prior == "metric"
         if unit.config.recover_together == 1:
-            on, start = unit.config.recover_on, self._compensated(job, unit, plan, sets)
-            return job.recover(title, unit.device, plan, sets, options, on, start, prior)
-        members, starts, place = [], [], 0
+            pruned = self._pruned(job, unit, plan, sets)
+            return job.recover(title, pruned, options, unit.config.recover_on)
+        members, place = [], 0
         for number in unit.partners:
             partner = self.units[number]
             if number == unit.number:
                 place = len(members)
             try:
-                found = (sets, plan) if number == unit.number else self._plan(job, partner)
+                own, kept = (sets, plan) if partner is unit else self._plan(job, partner)
             except WriteError:
                 raise
             except InputError:
                 # It cannot be pruned, whoever asks, and fails on its own.
                 continue
-            starts.append(self._compensated(job, partner, found[1], found[0]))
-            members.append((partner.device, found[1], found[0]))
-        return job.recover_together(title, members, place, options, starts, prior)
+            members.append(self._pruned(job, partner, kept, own))
+        return job.recover_together(title, members, place, options)
+
+    def _pruned(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> Pruned:
+        start = self._compensated(job, unit, plan, sets)
+        return Pruned(unit.device, plan, sets, start, unit.config.compensate.moves_prior)
 
     def _job_of(self, unit: Unit) -> Job:
         key = Job.shared_key(unit.config)

@@ -94,10 +94,11 @@ def test_payload_can_be_given_instead_of_a_selection(work, tmp_path, capsys):
           "--extractor", work / "extractor", "--method", "magnitude_l2",
           "--recover", "mean", "--label-free")  # fmt: skip
     printed = capsys.readouterr().out
-    assert "agreement with the dense model" in printed and "100.0 % dense, " in printed
+    assert "agreement with the dense model under these images' prior on" in printed
     small = tap.load(tmp_path / "small")
     assert small.name == "dense-pruned"
     assert (small.history["criterion"], small.history["recovery"]) == ("magnitude_l2", "mean")
+    assert small.history["recovered"]["prior"] == "metric"
 
 
 def test_published_method_without_any_recovery(work, tmp_path, capsys):

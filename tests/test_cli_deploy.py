@@ -141,7 +141,8 @@ def test_latency_is_measured_fitted_and_kept(work, tmp_path, capsys):  # noqa: F
     call("prune", "--model", work / "dense", "--payload", work / "device.gmm", "--extractor",
          work / "extractor", "--pool", work / "pool", "--latency-table", table, "--budget",
          f"latency_ms={100 * slow},macs=0.6", "--count", "32", "--recover-epochs", "0",
-         "--out", tmp_path / "small")  # fmt: skip
+         "--prior", "dense", "--out", tmp_path / "small")  # fmt: skip
+    assert tap.load(tmp_path / "small").history["recovered"]["prior"] == "dense"
     assert "ONNX Runtime, batch 2, 1 threads:" in capsys.readouterr().out
     measured = tap.load(tmp_path / "small").history["latency"]
     assert measured["pruned_ms"] <= measured["limit_ms"]

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -54,8 +54,8 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import apply_masks
 from tapvit_jax.prune.recover import Method as RecoverMethod
-from tapvit_jax.prune.recover import RecoverConfig, recover
-from tapvit_jax.train.classes import prior_weights
+from tapvit_jax.prune.recover import RecoverConfig, has_prior, recover
+from tapvit_jax.train.classes import prior_weights, soft_weights
 from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
@@ -157,7 +157,7 @@ def prune(args: argparse.Namespace) -> None:
         else:
             plan, measured = allocate(model, units, layers, budget, config=config.allocate), None
     training, validation = hold_out(finetune, args.seed)
-    options = _recover_config(args)
+    options = RecoverConfig(args.recover, prior=args.prior)
     with progress.step("recover in closed form", 1) as step:
         # What is printed at the end is of images that nothing was fitted to.
         fitted = metric[~np.isin(metric, validation)]
@@ -170,7 +170,7 @@ def prune(args: argparse.Namespace) -> None:
             on_share=step.advance,
         )
     teacher, prior = Teacher(model.config, model.params), None
-    if options.prior == "metric":
+    if options.moves_prior and not has_prior(model):
         # The start has the prior; its teacher is to have it, too.
         found = predict(teacher, source, fitted, preprocess, size)
         prior = prior_weights(found.mean(axis=0), len(found))
@@ -214,22 +214,26 @@ def prune(args: argparse.Namespace) -> None:
         models["recovered in closed form"] = solved
     if args.recover_epochs:
         models["fine-tuned"] = small
-    reference = None if labelled else teacher
+    reference = {} if labelled else {"teacher": teacher}
+    if not labelled and prior is not None:
+        reference["weights"] = soft_weights(None, prior, len(prior))
     shares = [
-        f"{100 * _top1(found, source, validation, reference):.1f} % {name}"
+        f"{100 * _top1(found, source, validation, **reference):.1f} % {name}"
         for name, found in models.items()
     ]
     compared = "top-1" if labelled else "agreement with the dense model"
+    compared += " under these images' prior" if "weights" in reference else ""
     print(
         f"{compared} on {len(validation)} of the chosen public images, which neither recovery nor "
         f"fine-tuning was fitted to: {', '.join(shares)}"
     )
 
 
-def _top1(model: Model, source: ImageSource, indices: np.ndarray, teacher: Teacher | None) -> float:
+def _top1(model: Model, source: ImageSource, indices: np.ndarray, **reference: Any) -> float:
     """Accuracy; with a teacher, how often its answer is given."""
+    preprocess = preprocess_of(model)
     found = evaluate_indices(
-        model.config, model.params, source, indices, preprocess_of(model), 256, teacher=teacher
+        model.config, model.params, source, indices, preprocess, 256, **reference
     )
     return found.top1
 
@@ -239,12 +243,6 @@ def _measure(latency: LatencyModel, dense: Model, pruned: Model) -> tuple[float,
         {"dense": dense, "pruned": pruned}, batch_size=latency.batch_size, threads=latency.threads
     )
     return found["dense"].median, found["pruned"].median
-
-
-def _recover_config(args: argparse.Namespace) -> RecoverConfig:
-    if args.recover == "none":
-        return RecoverConfig("none")
-    return RecoverConfig(args.recover, prior=args.prior)
 
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:

@@ -5,7 +5,7 @@ to kernels as they appear, and a backward pass where the gradient counts. Blocks
 share their compiled code. Only sums travel from batch to batch, on the device, and nothing is read
 back to the host before the end.
 
-Letters: b images, n tokens, h heads, k dims of a head, f MLP hidden, u units, c classes.
+Letters: b images, n tokens, h heads, k dims of a head, f MLP hidden, u units.
 """
 
 import dataclasses

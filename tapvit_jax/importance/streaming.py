@@ -112,7 +112,8 @@ def sum_over_batches(
         stacked = _stack_group(group, mesh)
         total = _add_batches(model.config, statistic, mesh, params, total, *stacked, key)
     if not any(distributed.gather(np.array(total is not None))):
-        raise InputError(f"scoring needs at least one batch, of {fewest} images or more")
+        images = f"{fewest} image{'s' * (fewest > 1)} or more"
+        raise InputError(f"scoring needs at least one batch of {images}")
     if total is None:
         total = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape)), shapes)
     found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(total))
@@ -130,7 +131,7 @@ def _usable_batches(
         if len(images) < fewest:
             continue
         if needs_labels and not _labelled(labels):
-            raise InputError("scoring needs batches with labels")
+            raise InputError("these scores need batches with labels")
         labels = np.zeros(len(images), np.int32) if labels is None else labels
         yield index + i * processes, images, labels
 

@@ -48,9 +48,10 @@ class RecoverConfig:
         keeps the dims that the plan names and solves around them; "weights" takes the subspace of
         the weights alone, as NuWa does (arXiv 2504.03118).
       head: also solve the classifier, towards the dense logits.
-      prior: "metric" moves the classifier's bias to the classes that the dense model finds in the
-        metric dataset, whatever the method and the plan are (see `prior_weights`): more accurate on
-        a device that sees some classes, less faithful to the dense model. "dense" leaves it alone.
+      prior: "metric" also moves the classifier's bias to the classes that the dense model finds in
+        the metric dataset, whatever the plan is (see `prior_weights`): more accurate on a device
+        that sees some classes, less faithful to the dense model. "dense" leaves the bias alone, and
+        so does a dense model whose own was moved before.
     """
 
     method: Method = "ridge"
@@ -61,6 +62,11 @@ class RecoverConfig:
 
     def __post_init__(self):
         check_choices(self)
+
+    @property
+    def moves_prior(self) -> bool:
+        """Whether what it recovers gets the metric dataset's prior."""
+        return self.method != "none" and self.prior == "metric"
 
 
 def recover(
@@ -107,8 +113,9 @@ def recover(
     if method is not None:
         config = dataclasses.replace(config, method=method)
     masked = apply_masks(model, plan)
-    whole = config.method == "none" or all(mask.all() for mask in plan.keep.values())
-    if whole and config.prior == "dense":
+    whole = all(mask.all() for mask in plan.keep.values())
+    shifts = config.moves_prior and not has_prior(model)
+    if config.method == "none" or (whole and not shifts):
         return masked
     streams = Streams(model, batches, mesh)
     params = jax.tree.map(np.asarray, masked.params)
@@ -118,7 +125,7 @@ def recover(
         keep = {
             key.partition("/")[2]: m for key, m in plan.keep.items() if key.startswith(f"{name}/")
         }
-        untouched = untouched and (whole or all(mask.all() for mask in keep.values()))
+        untouched = untouched and all(mask.all() for mask in keep.values())
         if untouched:
             streams.skip(i)
         else:
@@ -128,10 +135,18 @@ def recover(
     solvable = config.order == "sequential" and not getattr(model.config, "distilled", False)
     if config.head and config.method == "ridge" and solvable and not whole:
         params = params | {"head": _solve_head(model, streams.head_moments())}
-    if config.prior == "metric":
+    if shifts:
         params = params | _shifted_heads(params, prior_weights(*streams.class_shares()))
     history = {**model.history, "recovered": to_plain(config)}
+    if has_prior(model):
+        history["recovered"]["prior"] = "metric"
     return model.replace(params=jax.tree.map(jnp.asarray, params), history=history)
+
+
+def has_prior(model: Model) -> bool:
+    """Whether the model's logits have a device's prior already, which counts once."""
+    found = model.history.get("recovered", {})
+    return found.get("prior") == "metric" and found.get("method") != "none"
 
 
 def _shifted_heads(params: Params, weights: Float[np.ndarray, "c"]) -> Params:

@@ -73,25 +73,22 @@ def prior_weights(shares: Float[np.ndarray, "c"], images: int) -> Float[np.ndarr
 
 
 class SoftWeights(NamedTuple):
-    """Weights of the classes in soft labels, see `class_logits`.
+    """Weights of the classes in soft labels.
 
     Attributes:
-      student: in the network's own predictions.
-      teacher: in its teacher's.
+      classes: in what the network and its teacher predict alike.
+      prior: in what the teacher predicts, at temperature 1 whatever the soft labels' is: a network
+        that has the prior in its own logits then agrees with its teacher at any temperature.
     """
 
-    student: Float[Array, "c"]
-    teacher: Float[Array, "c"]
+    classes: Float[Array, "c"]
+    prior: Float[Array, "c"]
 
 
 def soft_weights(
     classes: Shaped[np.ndarray, "c"] | None, prior: Float[np.ndarray, "c"] | None, count: int
 ) -> SoftWeights:
-    """Weights of soft labels of `count` classes.
-
-    Args:
-      classes: a mask or weights for student and teacher; None is one for each.
-      prior: further weights for the teacher alone; None is one for each.
+    """Weights of soft labels of `count` classes, from a mask or weights; None is one for each.
 
     Raises:
       InputError: another number of classes, negative or infinite weights, or none above 0.
@@ -105,7 +102,16 @@ def soft_weights(
             raise InputError(f"{name} has shape {weights.shape}, expected ({count},)")
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
             raise InputError(f"{name} holds no weights, expected 0 or more, one of them above 0")
-    return SoftWeights(found[0], found[0] * found[1])
+    return SoftWeights(*found)
+
+
+def teacher_logits(
+    logits: Float[Array, "b c"], weights: SoftWeights | None, temperature: float = 1.0
+) -> Float[Array, "b c"]:
+    """`class_logits` of a teacher, whose predictions take the prior into account."""
+    if weights is None:
+        return class_logits(logits, None, temperature)
+    return class_logits(class_logits(logits, weights.prior), weights.classes, temperature)
 
 
 def class_logits(

@@ -19,7 +19,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.sharding import replicate, shard_rows
-from tapvit_jax.train.classes import SoftWeights, class_logits
+from tapvit_jax.train.classes import SoftWeights, class_logits, teacher_logits
 
 Forward = Callable[[Any, Params, Float[Array, "b s s ch"]], Float[Array, "b c"]]
 """Logits from (config, params, images)."""
@@ -89,16 +89,16 @@ def agreement_sums(
     batch: Mapping[str, Array],
     teacher: tuple[Forward, Any],
     teacher_params: Params,
-    classes: SoftWeights | None,
+    weights: SoftWeights | None,
 ) -> Float[Array, "4"]:
     """As `batch_sums` with a teacher for the labels: agreeing, KL(teacher || network), examples, 0.
 
     Labels are not read. Source: ours.
     """
     teacher_forward, teacher_config = teacher
-    own, others = (None, None) if classes is None else classes
-    logits = class_logits(forward(config, params, batch["image"]), own)
-    wanted = class_logits(teacher_forward(teacher_config, teacher_params, batch["image"]), others)
+    logits = class_logits(forward(config, params, batch["image"]), weights and weights.classes)
+    wanted = teacher_forward(teacher_config, teacher_params, batch["image"])
+    wanted = teacher_logits(wanted, weights)
     log_p, log_t = jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted)
     kl = (jnp.exp(log_t) * (log_t - log_p)).sum(axis=-1)
     agrees = (logits.argmax(axis=-1) == wanted.argmax(axis=-1)).astype(jnp.float32)
@@ -124,7 +124,7 @@ def evaluate(
     forward: Forward = backbone.apply,
     *,
     teacher: Teacher | None = None,
-    classes: SoftWeights | None = None,
+    weights: SoftWeights | None = None,
     mesh: Mesh | None = None,
     shared: bool = False,
 ) -> Metrics:
@@ -138,7 +138,7 @@ def evaluate(
       batches: the examples; padding has mask 0.
       forward: logits from (config, params, images).
       teacher: stands for the labels, which are not read then (see `Metrics`).
-      classes: weights of the classes in that comparison; None is one for each.
+      weights: of the classes in that comparison; None is one for each.
       mesh: devices of this process over which the rows of a batch are spread; None is one device.
       shared: `batches` are this process's share of the examples; sums are added over all processes.
 
@@ -164,7 +164,7 @@ def evaluate(
         else:
             network = (teacher.forward, teacher.config)
             found = _agreement_sums(
-                forward, config, params, batch, network, teacher.params, classes
+                forward, config, params, batch, network, teacher.params, weights
             )
         total = found if total is None else total + found
     sums = np.append(np.zeros(4) if total is None else np.asarray(total, np.float64), unlabelled)
@@ -184,7 +184,7 @@ def predict(
     *,
     workers: int = 0,
 ) -> Float[np.ndarray, "n c"]:
-    """Class probabilities of images of a source, for `classes.likely_classes`; labels are not read.
+    """Class probabilities of images of a source, for what `classes` makes of them; without labels.
 
     Every process reads its own share of the images, and all of them return the same.
 
@@ -216,14 +216,14 @@ def evaluate_indices(
     forward: Forward = backbone.apply,
     *,
     teacher: Teacher | None = None,
-    classes: SoftWeights | None = None,
+    weights: SoftWeights | None = None,
     mesh: Mesh | None = None,
     workers: int = 0,
 ) -> Metrics:
     """Top-1 and cross-entropy over images of a source, on any number of hosts.
 
     Every process reads and evaluates its own share of the images, `batch_size` at a time, and all
-    of them return the same. `teacher` and `classes` are as for `evaluate`.
+    of them return the same. `teacher` and `weights` are as for `evaluate`.
 
     Raises:
       InputError: as `evaluate`, or an image cannot be read.
@@ -235,5 +235,5 @@ def evaluate_indices(
     )
     shared = distributed.process_count() > 1
     return evaluate(
-        config, params, found, forward, teacher=teacher, classes=classes, mesh=mesh, shared=shared
+        config, params, found, forward, teacher=teacher, weights=weights, mesh=mesh, shared=shared
     )

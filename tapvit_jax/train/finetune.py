@@ -111,7 +111,7 @@ def train(
     weights = None
     if classes is not None or prior is not None:
         count = class_count(recipe, params, data.preprocess)
-        weights = check_classes(options, classes, prior, count)
+        weights = check_weights(options, classes, prior, count)
     devices = _devices(mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         keeper = None
@@ -161,7 +161,7 @@ def check_recipe(
         raise InputError("training on labels needs labels; without them set distill to 1.0")
 
 
-def check_classes(
+def check_weights(
     options: TrainConfig,
     classes: Shaped[np.ndarray, "c"] | None,
     prior: Float[np.ndarray, "c"] | None,
@@ -170,11 +170,11 @@ def check_classes(
     """Weights of a run's soft labels, of so many classes.
 
     Raises:
-      InputError: classes that nothing would use, or that are not the network's.
+      InputError: classes or a prior that nothing would use, or that are not the network's.
     """
-    if options.distill == 0 and options.choose != "teacher":
-        name = "prior" if classes is None else "classes"
-        raise InputError(f"{name}: nothing uses it, expected distill > 0 or choose='teacher'")
+    for name, given in (("classes", classes), ("prior", prior)):
+        if given is not None and options.distill == 0 and options.choose != "teacher":
+            raise InputError(f"{name}: nothing uses it, expected distill > 0 or choose='teacher'")
     return soft_weights(classes, prior, count)
 
 
@@ -274,14 +274,14 @@ class _OneRun(Program):
         seed: int,
         masks: Params | None,
         teacher: Teacher | None,
-        classes: SoftWeights | None,
+        weights: SoftWeights | None,
         devices: list[jax.Device] | None,
     ):
         self._recipe, self._data, self._seed = recipe, data, seed
         self._key = key_data(seed)
         self._params, self._masks = params, masks
         self._teacher_params = teacher.params if teacher else None
-        self._weights = self._classes = classes
+        self._soft_weights = self._weights = weights
         self._reference = teacher if recipe.options.choose == "teacher" else None
         self._schedule = np.asarray(recipe.options.schedule_steps(len(data.train)), np.float32)
         self.steps = (recipe.options.steps_per_epoch(len(data.train)),)
@@ -289,8 +289,8 @@ class _OneRun(Program):
         if devices is not None:
             own = [d for d in devices if d.process_index == distributed.process_index()]
             self._mesh, self._local_mesh = data_mesh(devices), data_mesh(own)
-            fixed = (self._masks, self._teacher_params, self._classes, self._schedule, self._key)
-            self._masks, self._teacher_params, self._classes, self._schedule, self._key = (
+            fixed = (self._masks, self._teacher_params, self._weights, self._schedule, self._key)
+            self._masks, self._teacher_params, self._weights, self._schedule, self._key = (
                 self._copy_to_all(fixed)
             )
             if self._reference is not None:
@@ -355,7 +355,7 @@ class _OneRun(Program):
             batch,
             self._masks,
             self._teacher_params,
-            self._classes,
+            self._weights,
             self._schedule,
             self._key,
             np.int32(epoch),
@@ -380,7 +380,7 @@ class _OneRun(Program):
                 self._recipe.options.batch_size,
                 self._recipe.forward,
                 teacher=self._reference,
-                classes=self._weights,
+                weights=self._soft_weights,
                 mesh=self._local_mesh,
                 workers=data.workers,
             )

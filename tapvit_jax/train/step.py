@@ -14,7 +14,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import check_choices
-from tapvit_jax.train.classes import SoftWeights, class_logits
+from tapvit_jax.train.classes import SoftWeights, class_logits, teacher_logits
 from tapvit_jax.train.evaluate import Forward, Teacher
 from tapvit_jax.train.features import apply_with_features, feature_loss
 
@@ -258,7 +258,7 @@ def update(
     batch: Mapping[str, Array],
     masks: Params | None,
     teacher_params: Params | None,
-    classes: SoftWeights | None,
+    weights: SoftWeights | None,
     schedule: Float[Array, "2"],
     key: UInt32[Array, "2"],
     epoch: Int[Array, ""],
@@ -276,7 +276,7 @@ def update(
       batch: "image", "label" and "mask" (0 for padding).
       masks: parameter masks; masked entries stay zero.
       teacher_params: for distillation.
-      classes: weights of the classes in soft labels; None is one for each.
+      weights: of the classes in soft labels; None is one for each.
       schedule: total and warm-up steps.
       key: data of the run's random key.
       epoch: from 1.
@@ -288,14 +288,12 @@ def update(
     options = recipe.options
     key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), epoch), i)
     images = augment(options, batch["image"], key)
-    weight = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1.0)
+    share = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1.0)
     soft, wanted = None, None
     if options.distill > 0 or options.feature_distill > 0:
         logits, wanted = _forward(options, *recipe.teacher, teacher_params, images)
         if options.distill > 0:
-            soft = jax.nn.softmax(
-                class_logits(logits, classes and classes.teacher, options.temperature)
-            )
+            soft = jax.nn.softmax(teacher_logits(logits, weights, options.temperature))
 
     def loss_fn(params: Params) -> Array:
         if masks is not None:
@@ -310,12 +308,12 @@ def update(
             hard = optax.smooth_labels(hard, options.label_smoothing)
             loss += (1.0 - options.distill) * optax.softmax_cross_entropy(logits, hard)
         if soft is not None:
-            restricted = class_logits(logits, classes and classes.student, options.temperature)
+            restricted = class_logits(logits, weights and weights.classes, options.temperature)
             soft_loss = optax.softmax_cross_entropy(restricted, soft)
             loss += options.distill * options.temperature**2 * soft_loss
         if wanted:
             loss += options.feature_distill * feature_loss(features, wanted)
-        return (loss * weight).sum()
+        return (loss * share).sum()
 
     loss, gradients = jax.value_and_grad(loss_fn)(params)
     updates, moments = optimizer(options).update(gradients, rest["moments"], params)

@@ -26,8 +26,8 @@ from tapvit_jax.train.classes import SoftWeights
 from tapvit_jax.train.evaluate import Forward, Metrics, Teacher, agreement_sums, batch_sums
 from tapvit_jax.train.finetune import (
     all_devices,
-    check_classes,
     check_recipe,
+    check_weights,
     class_count,
     epoch_order,
     even_devices,
@@ -111,7 +111,7 @@ def train_variants(
         return []
     recipe = Recipe.of(forward, config, options, teacher)
     _check_variants(variants, source, recipe, teacher)
-    classes = _common_classes(variants, recipe, preprocess)
+    weights = _common_weights(variants, recipe, preprocess)
     with contextlib.ExitStack() as stack:
         keeper = None
         if checkpoints is not None:
@@ -125,7 +125,7 @@ def train_variants(
                     str(v): run_identity(one.params, one.train, one.validation, one.masks)
                     | {
                         "seed": one.seed,
-                        "classes": weights_identity(classes and classes[v]),
+                        "classes": weights_identity(weights and weights[v]),
                     }
                     for v, one in enumerate(variants)
                 },
@@ -134,7 +134,7 @@ def train_variants(
         teacher_params = teacher.params if teacher else None
         devices = all_devices(mesh)
         program = _ManyRuns(
-            recipe, variants, source, preprocess, teacher_params, classes, devices, workers
+            recipe, variants, source, preprocess, teacher_params, weights, devices, workers
         )
         state, records = run_epochs(program, options, keeper, on_epoch)
         best = program.to_host(state["best"])
@@ -180,7 +180,7 @@ def _step_all(
     i: Int[Array, ""],
 ) -> tuple[Params, dict[str, Any]]:
     def one(params: Params, rest: Any, batch: Any, fixed: Any, alive: Array) -> Any:
-        given = (fixed["masks"], teacher_params, fixed["classes"], fixed["schedule"], fixed["key"])
+        given = (fixed["masks"], teacher_params, fixed["weights"], fixed["schedule"], fixed["key"])
         after = update(recipe, params, rest, batch, *given, epoch, i)
         moves = alive & (i < fixed["steps"])
         return jax.tree.map(lambda new, old: jnp.where(moves, new, old), after, (params, rest))
@@ -192,16 +192,16 @@ def _sums_all(
     recipe: Recipe,
     params: Params,
     batch: dict[str, Array],
-    classes: SoftWeights | None,
+    weights: SoftWeights | None,
     teacher_params: Params | None,
 ) -> Float[Array, "v 4"]:
-    def one(params: Params, batch: Any, classes: SoftWeights | None) -> Array:
+    def one(params: Params, batch: Any, weights: SoftWeights | None) -> Array:
         if recipe.options.choose == "labels":
             return batch_sums(recipe.forward, recipe.config, params, batch)
-        against = (recipe.teacher, teacher_params, classes)
+        against = (recipe.teacher, teacher_params, weights)
         return agreement_sums(recipe.forward, recipe.config, params, batch, *against)
 
-    return jax.vmap(one)(params, batch, classes)
+    return jax.vmap(one)(params, batch, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ class _ManyRuns(Program):
         source: ImageSource,
         preprocess: Preprocess,
         teacher_params: Params | None,
-        classes: list[SoftWeights] | None,
+        weights: list[SoftWeights] | None,
         devices: list[jax.Device],
         workers: int,
     ):
@@ -277,7 +277,7 @@ class _ManyRuns(Program):
         self._fixed = self._stack(
             lambda v: {
                 "masks": masks and masks[v],
-                "classes": classes and classes[v],
+                "weights": weights and weights[v],
                 "schedule": np.asarray(options.schedule_steps(len(variants[v].train)), np.float32),
                 "key": key_data(variants[v].seed),
                 "steps": np.int32(self.steps[v]),
@@ -398,7 +398,7 @@ class _ManyRuns(Program):
         total = None
         for batch in self._read(orders):
             found = self._programs.sums(
-                evaluated(state), batch, self._fixed["classes"], self._teacher_params
+                evaluated(state), batch, self._fixed["weights"], self._teacher_params
             )
             total = found if total is None else total + found
         sums = self.to_host(total)
@@ -427,7 +427,7 @@ def _common_masks(variants: Sequence[Variant]) -> list[Params] | None:
     return [jax.tree.unflatten(structure, row) for row in zip(*columns, strict=True)]
 
 
-def _common_classes(
+def _common_weights(
     variants: Sequence[Variant], recipe: Recipe, preprocess: Preprocess
 ) -> list[SoftWeights] | None:
     """Soft labels' weights of all variants, ones where a variant has none; None if none has any."""
@@ -437,7 +437,7 @@ def _common_classes(
     found = []
     for v, variant in enumerate(variants):
         try:
-            found.append(check_classes(recipe.options, variant.classes, variant.prior, count))
+            found.append(check_weights(recipe.options, variant.classes, variant.prior, count))
         except InputError as error:
             raise InputError(f"variant {v}: {error}") from error
     return found

@@ -19,7 +19,7 @@ from experiments import arguments, comparison
 from experiments.cells import Grid, as_published, cells_of, parse_budget, recipe
 from experiments.compare import Comparison
 from experiments.config import identity, read
-from experiments.job import Job
+from experiments.job import Job, Pruned
 from experiments.methods import METHODS, PEER, Method, find_methods, find_set, image_sets
 from experiments.peers import PEERS
 from experiments.statistics import gap_closed, mean_interval, mean_ranks, paired
@@ -424,18 +424,19 @@ def test_changed_metric_sets_are_chosen_anew(job):
 def test_likely_classes_are_those_of_the_metric_set(job, monkeypatch):
     sets = image_sets(job, 1, "selected")
     options = TrainConfig(distill=0.5)
-    assert job._class_weights(sets, options, prior=False) == {}
-    assert job._class_weights(sets, TrainConfig(distill=0.0), prior=True) == {}
-    weights = job._class_weights(sets, options, prior=True)["prior"]
+    plain, moved = (Pruned(1, None, sets, prior=prior) for prior in (False, True))
+    assert job._class_weights(plain, options) == {}
+    assert job._class_weights(moved, TrainConfig(distill=0.0)) == {}
+    weights = job._class_weights(moved, options)["prior"]
     assert weights.shape == (job.dense.config.num_classes,) and np.ptp(weights) > 0.1
-    before = job._recovery_inputs(1, None, sets, None, False)
-    assert job._recovery_inputs(1, None, sets, None, True) != before
+    before = job._recovery_inputs(plain)
+    assert job._recovery_inputs(moved) != before
     for share, fewer in ((0.5, True), (1.0, False)):
         monkeypatch.setattr(job, "config", dataclasses.replace(job.config, likely_share=share))
-        classes = job._class_weights(sets, options, prior=False)["classes"]
+        classes = job._class_weights(plain, options)["classes"]
         assert classes.shape == (job.dense.config.num_classes,)
         assert 0 < classes.sum() < len(classes) if fewer else classes.all()
-        assert job._recovery_inputs(1, None, sets, None, False) != before
+        assert job._recovery_inputs(plain) != before
 
 
 @pytest.mark.parametrize(
@@ -458,15 +459,13 @@ def test_fine_tuning_starts_where_it_is_told_to(job):
     moved = jax.tree.map(lambda leaf: 1.5 * leaf, pruned.value.params)
     start = dataclasses.replace(pruned, key="moved", value=pruned.value.replace(params=moved))
     options = dataclasses.replace(job.config.recover, epochs=0)
-    alone, _ = job.recover("", 0, plan, sets, options, "masked", start)
-    members = [(0, plan, sets), (0, plan, sets)]
-    together = [
-        job.recover_together("", members, place, options, [None, start])[0] for place in (0, 1)
-    ]
+    members = [Pruned(0, plan, sets), Pruned(0, plan, sets, start)]
+    alone, _ = job.recover("", members[1], options, "masked")
+    together = [job.recover_together("", members, place, options)[0] for place in (0, 1)]
     for found, expected in ((alone, moved), (together[1], moved), (together[0], pruned)):
         expected = getattr(getattr(expected, "value", None), "params", expected)
         jax.tree.map(np.testing.assert_array_equal, found.value.params, expected)
-    small, _ = job.recover("", 0, plan, sets, options, "reshaped", start)
+    small, _ = job.recover("", members[1], options, "reshaped")
     assert small.value.config != pruned.value.config
     images = job.source.load(sets.metric[:4], job.config.data.preprocess)
     masked = np.asarray(start.value.apply(images))

@@ -10,7 +10,7 @@ import pytest
 
 import tapvit_jax as tap
 from configs import digits, tiny_imagenet_40, tiny_imagenet_40_swin
-from experiments import job, selection
+from experiments import job, preparation
 from experiments.config import read
 from experiments.run import Experiment
 from tapvit_jax.errors import InputError
@@ -89,7 +89,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("training again")
 
-    monkeypatch.setattr(selection, "train", refuse)
+    monkeypatch.setattr(preparation, "train", refuse)
     monkeypatch.setattr(job, "train", refuse)
     again = Experiment(read(tiny()), workdir, quiet=True).run()
     for row, other in zip(results["devices"], again["devices"], strict=True):
@@ -106,7 +106,7 @@ def test_a_killed_run_continues_to_the_same_result(finished, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(selection, "train", interrupted)
+    monkeypatch.setattr(preparation, "train", interrupted)
     monkeypatch.setattr(job, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Experiment(read(tiny()), tmp_path / "run", quiet=True).run()

@@ -91,9 +91,7 @@ def test_recoveries_choose_the_closed_form_and_fine_tuning():
     }
     found = units(grid({"device": (0,), "recovery": tuple(expected)}), config)
     for unit, (method, finetuned) in zip(found, expected.values(), strict=True):
-        # Without a closed form there is no prior either.
-        made = dataclasses.replace(options, method=method)
-        assert unit.config.compensate == (RecoverConfig("none") if method == "none" else made)
+        assert unit.config.compensate == dataclasses.replace(options, method=method)
         assert unit.finetuned == finetuned
     (default,) = units([{"device": 0}], config)
     assert default.key == found[3].key

@@ -418,7 +418,7 @@ def test_groups_without_units_get_scores_without_entries(tiny_config, images):
 
 @pytest.mark.parametrize("batches", [[], [np.zeros((1, 8, 8, 3), np.float32)]])
 def test_too_few_images_are_refused(tiny_model, batches):
-    with pytest.raises(InputError, match="at least one batch, of 2 images"):
+    with pytest.raises(InputError, match="at least one batch of 2 images or more"):
         neuron_importance(tiny_model, batches)
 
 
@@ -426,7 +426,7 @@ def test_missing_labels_are_refused(tiny_model, images, labels):
     config = NeuronConfig.taylor("label")
     unknown = np.where(labels == 2, -1, labels)
     for batch in (images, (images, unknown), {"image": images}):
-        with pytest.raises(InputError, match="needs batches with labels"):
+        with pytest.raises(InputError, match="need batches with labels"):
             neuron_importance(tiny_model, [batch], config=config)
 
 

@@ -14,6 +14,7 @@ from tapvit_jax.train.classes import (
     likely_classes,
     prior_weights,
     soft_weights,
+    teacher_logits,
 )
 from tapvit_jax.train.evaluate import Teacher, predict
 
@@ -90,7 +91,7 @@ def test_shares_that_are_no_distribution_are_refused(shares):
 )
 def test_a_mask_is_the_softmax_over_the_classes_chosen(mask, seed, temperature):
     logits = np.float32(20 * np.random.default_rng(seed).standard_normal((4, 6)))
-    weights = soft_weights(np.array(mask), None, 6).student
+    weights = soft_weights(np.array(mask), None, 6).classes
     found = np.asarray(jax.nn.softmax(class_logits(logits, weights, temperature)))
     expected = softmax(np.float64(logits[:, mask]) / temperature)
     np.testing.assert_allclose(found[:, mask], expected, atol=1e-5)
@@ -122,11 +123,16 @@ def test_bad_classes_are_refused(classes, message):
         soft_weights(None, classes, 3)
 
 
-def test_a_prior_is_the_teachers_alone():
-    own, others = soft_weights(np.array([1, 0, 1]), np.array([2.0, 3.0, 0.5]), 3)
-    assert own.tolist() == [1, 0, 1] and others.tolist() == [2, 0, 0.5]
-    own, others = soft_weights(None, np.array([2.0, 3.0]), 2)
-    assert own.tolist() == [1, 1] and others.tolist() == [2, 3]
+@given(st.integers(0, 10**6), st.floats(0.5, 8.0), st.booleans())
+def test_who_has_the_prior_agrees_with_its_teacher_at_any_temperature(seed, temperature, masked):
+    rng = np.random.default_rng(seed)
+    logits, prior = rng.standard_normal((4, 5)), rng.uniform(0.1, 3.0, 5)
+    weights = soft_weights(np.arange(5) % 2 if masked else None, prior, 5)
+    found = teacher_logits(np.float32(logits), weights, temperature)
+    own = class_logits(np.float32(logits + np.log(prior)), weights.classes, temperature)
+    np.testing.assert_allclose(jax.nn.softmax(found), jax.nn.softmax(own), atol=1e-5)
+    plain = teacher_logits(np.float32(logits), None, temperature)
+    np.testing.assert_allclose(plain, logits / temperature, rtol=1e-5)
 
 
 def test_predictions_need_no_labels():

@@ -83,6 +83,7 @@ def make_plan():
 
 
 PLAN = make_plan()
+PRIOR = np.array([0.5, 2.0, 1.0, 0.2, 3.0])
 MASKS = param_masks(CONFIG, unit_masks(PLAN))
 TEACHER = Teacher(CONFIG, make_params(5))
 
@@ -134,7 +135,8 @@ def test_all_options_equal_a_loop_by_hand():
     options = dataclasses.replace(ALL, epochs=4, batch_size=COUNT)
     start, teacher = make_params(0, config), make_params(5, config)
     with measured() as states:
-        result = tune(options, model=Model(config, start), teacher=Teacher(config, teacher))
+        teaching = {"teacher": Teacher(config, teacher), "prior": PRIOR}
+        result = tune(options, model=Model(config, start), **teaching)
 
     data = make_data()
     images = jnp.asarray(data.source.images[:COUNT])
@@ -156,7 +158,8 @@ def test_all_options_equal_a_loop_by_hand():
     def loss(params):
         logits, features = network(params)
         found = 0.5 * -(hard * jax.nn.log_softmax(logits)).sum(axis=1).mean()
-        p = jnp.exp(soft(teacher_logits))
+        # The prior counts at temperature 1.
+        p = jnp.exp(soft(teacher_logits + np.log(PRIOR)))
         found += 0.5 * 9.0 * -(p * soft(logits)).sum(axis=1).mean()
         for s, t in zip(features, teacher_features, strict=True):
             error = ((s - t) ** 2).sum(axis=(1, 2)) / (t**2).sum(axis=(1, 2))
@@ -263,13 +266,13 @@ FREE = dataclasses.replace(ALL, distill=1.0, choose="teacher")
 def test_training_without_labels_measures_against_the_teacher():
     unlabelled = make_data(labels=np.full(COUNT + 9, -1))
     with measured() as states:
-        free, labelled = tune(FREE, unlabelled), tune(FREE)
+        free, labelled = tune(FREE, unlabelled, prior=PRIOR), tune(FREE, prior=PRIOR)
     assert free.record == labelled.record
     assert len({row["loss"] for row in free.record}) == len(free.record)
 
     images = unlabelled.source.images[unlabelled.validation]
-    log_t = jax.nn.log_softmax(forward(CONFIG, TEACHER.params, images)[:, LIKELY])
-    log_t = np.asarray(log_t)
+    wanted = forward(CONFIG, TEACHER.params, images) + np.log(PRIOR)
+    log_t = np.asarray(jax.nn.log_softmax(wanted[:, LIKELY]))
     for state, row in zip(states, free.record, strict=False):
         logits = forward(CONFIG, state["rest"]["ema"], images)[:, LIKELY]
         log_p = np.asarray(jax.nn.log_softmax(logits))
@@ -283,6 +286,12 @@ def test_a_student_like_its_teacher_agrees_with_it():
     (start,) = tune(options, teacher=Teacher(CONFIG, make_params(0))).record
     assert start["top1"] == 1.0
     assert start["loss"] == pytest.approx(0.0, abs=1e-6)
+    # With the prior in its biases, it agrees with a teacher that takes it into account.
+    moved = make_params(0)
+    moved["head"] = moved["head"] | {"bias": moved["head"]["bias"] + np.log(PRIOR)}
+    teaching = {"teacher": Teacher(CONFIG, make_params(0)), "prior": PRIOR}
+    (start,) = tune(options, model=Model(CONFIG, moved), **teaching).record
+    assert (start["top1"], start["loss"]) == (1.0, pytest.approx(0.0, abs=1e-6))
 
 
 def test_missing_labels_are_refused_where_they_are_read():

@@ -67,7 +67,7 @@ class Found:
     value: Any
 
 
-class Selection:
+class Preparation:
     """The stages up to every device's images: dense model, extractor, mixtures, selection.
 
     Args:
