@@ -25,6 +25,7 @@ from tapvit_jax.prune.allocate import check_budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.runtime import run_program, set_up_jax
 from tapvit_jax.stages import Stages, claim_workdir, on_main
+from tapvit_jax.structs import to_plain
 
 _OUTPUTS = ("results.json", "results.csv", "report.html", "extractor", "models/dense")
 _WAITING = "another process works in this directory; waiting for it to end"
