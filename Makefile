@@ -11,7 +11,7 @@ run: $(SETUP)
 	$(BIN)/python -m experiments.run --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

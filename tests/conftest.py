@@ -31,6 +31,14 @@ from tapvit_jax.models.swin import swin_config
 settings.register_profile("tapvit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tapvit")
 
+# Few tests that take long.
+LONGEST = ("test_sweep.py", "test_distributed.py", "test_configs.py", "test_run.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 def realistic(params, seed=0):
     """Weights of the scale that trained networks have: logits and attention really vary."""
