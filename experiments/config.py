@@ -135,7 +135,7 @@ class ExperimentConfig:
         if self.likely_share is not None:
             if not 0 < self.likely_share <= 1:
                 raise InputError(f"likely_share is {self.likely_share}, expected (0, 1]")
-            if not self.recover.distill and self.recover.choose != "teacher":
+            if not self.recover.asks_teacher:
                 raise InputError("likely_share needs recover.distill or recover.choose 'teacher'")
         if not 0 < self.validation_share <= 1:
             raise InputError(f"validation_share is {self.validation_share}, expected (0, 1]")

@@ -386,7 +386,7 @@ class Job(Preparation):
         """What fine-tuning is told of the classes: what the dense model sees in the metric set."""
         share = self.config.likely_share
         # Without soft labels nothing would use it.
-        prior = pruned.prior and (options.distill > 0 or options.choose == "teacher")
+        prior = pruned.prior and options.asks_teacher
         if share is None and not prior:
             return {}
         found = predict(

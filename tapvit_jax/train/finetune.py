@@ -173,7 +173,7 @@ def check_weights(
       InputError: classes or a prior that nothing would use, or that are not the network's.
     """
     for name, given in (("classes", classes), ("prior", prior)):
-        if given is not None and options.distill == 0 and options.choose != "teacher":
+        if given is not None and not options.asks_teacher:
             raise InputError(f"{name}: nothing uses it, expected distill > 0 or choose='teacher'")
     return soft_weights(classes, prior, count)
 
@@ -281,7 +281,7 @@ class _OneRun(Program):
         self._key = key_data(seed)
         self._params, self._masks = params, masks
         self._teacher_params = teacher.params if teacher else None
-        self._soft_weights = self._weights = weights
+        self._own_weights = self._weights = weights
         self._reference = teacher if recipe.options.choose == "teacher" else None
         self._schedule = np.asarray(recipe.options.schedule_steps(len(data.train)), np.float32)
         self.steps = (recipe.options.steps_per_epoch(len(data.train)),)
@@ -380,7 +380,7 @@ class _OneRun(Program):
                 self._recipe.options.batch_size,
                 self._recipe.forward,
                 teacher=self._reference,
-                weights=self._soft_weights,
+                weights=self._own_weights,
                 mesh=self._local_mesh,
                 workers=data.workers,
             )

@@ -104,6 +104,11 @@ class TrainConfig:
             if not fine:
                 raise InputError(f"{field} is {getattr(self, field)!r}, expected {expected}")
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a teacher's predictions count: in the loss, or in the choice of the epoch."""
+        return self.distill > 0 or self.choose == "teacher"
+
     @classmethod
     def as_published(cls) -> "TrainConfig":
         """Adam, 1e-5 constant, 50 epochs, batch 64, cross-entropy (TAP-ViTs, 2601.02437)."""
