@@ -55,7 +55,7 @@ def get_config():
             "gmm": {"components": tuple(range(1, 9)), "min_members": 4},
             "select": {"method": "importance", "metric_count": 128, "finetune_count": 384},
             "prune": {"batch_size": 64},
-            "compensate": {"prior": "metric"},
+            "compensate": {"prior": "mixture"},
             "budgets": ("macs=0.5", "macs=0.4", "macs=0.5,params=0.45", "macs=0.35"),
             "recover": {
                 "epochs": 10,

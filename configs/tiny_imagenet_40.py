@@ -40,7 +40,7 @@ def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
             "gmm": {"components": tuple(range(1, 11))},
             # A probe costs a third of a forward pass: 128 images settle which layers matter.
             "prune": {"layers": {"max_batches": 2}},
-            "compensate": {"prior": "metric"},
+            "compensate": {"prior": "mixture"},
             "select": {"method": "top", "metric_count": 640, "finetune_count": 1600},
             "budgets": ("macs=0.5", "macs=0.35", "macs=0.5,params=0.45", "macs=0.25"),
             "recover": {

@@ -247,15 +247,15 @@ class Comparison:
             layers = job.layer_scores(title, sets.metric, units, prune)
         plan = job.plan_from(units, layers, prune.allocate, budget)
         options, size = RECOVERIES[method.recover], prune.batch_size
-        return plan, job.compensate(title, plan, sets.metric, options, size)
+        return plan, job.compensate(title, plan, sets, options, size)
 
     def _finetuned(
         self, job: Job, cell: Cell, sets: ImageSets, plan: Found | None, start: Found
     ) -> tuple[Found, int]:
         title, options = f"{cell.method}, {cell.epochs} epochs", recipe(job.config, cell.epochs)
-        prior = RECOVERIES[self.grid.methods[cell.method].recover].moves_prior
+        recovery = RECOVERIES[self.grid.methods[cell.method].recover]
         if not cell.partners:
-            pruned = Pruned(cell.device, plan, sets, start, prior)
+            pruned = Pruned(cell.device, plan, sets, start, recovery)
             return job.recover(title, pruned, options, job.config.recover_on)
         members, place = [], 0
         for partner in (self.cells[n] for n in cell.partners):
@@ -272,7 +272,7 @@ class Comparison:
                     # It cannot be pruned, whoever asks, and fails on its own.
                     continue
             own, kept, begun = found
-            members.append(Pruned(partner.device, kept, own, begun, prior))
+            members.append(Pruned(partner.device, kept, own, begun, recovery))
         return job.recover_together(title, members, place, options)
 
     def _job_of(self, cell: Cell) -> Job:

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from experiments import peers
 from experiments.config import ExperimentConfig, identity
 from experiments.preparation import (
+    BATCH,
     UNITS,
     Found,
     ImageSets,
@@ -59,8 +60,6 @@ from tapvit_jax.versions import library_versions
 _OF_UNITS = ("name", "budgets", "prune", "compensate", "recover", "recover_on")
 _OF_UNITS += ("recover_together", "comparisons", "latency_batch")
 
-_BATCH = 256
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pruned:
@@ -71,14 +70,15 @@ class Pruned:
       plan: which units stay; None for a `start` that is small already.
       sets: images.
       start: parameters to start from, dense shapes if there is a plan; None is the dense model's.
-      prior: they have the metric dataset's prior, which the teacher then takes as well.
+      recovery: what closed-form recovery they had; if it moved the classes' prior, the teacher's is
+        moved as well.
     """
 
     device: int
     plan: Found | None
     sets: ImageSets
     start: Found | None = None
-    prior: bool = False
+    recovery: RecoverConfig = RecoverConfig("none")
 
 
 class Job(Preparation):
@@ -213,13 +213,15 @@ class Job(Preparation):
         self,
         title: str,
         plan: Found,
-        metric: Int[np.ndarray, "m"],
+        sets: ImageSets,
         options: RecoverConfig,
         batch_size: int,
     ) -> Found:
         """The masked model, in dense shapes, after closed-form recovery on the metric dataset."""
         if options.method == "none":
             return self.pruned(plan)
+        metric = sets.metric
+        prior = self.class_prior(sets) if options.prior == "mixture" else None
         # Every process needs a batch of its own.
         most = max(1, min(batch_size, len(metric) // distributed.process_count()))
 
@@ -229,6 +231,7 @@ class Job(Preparation):
                 plan.value,
                 self._even_batches(metric, most),
                 config=options,
+                prior=prior and prior.value,
                 on_share=step.advance,
             )
             return to_arrays(found.params), {}
@@ -240,6 +243,8 @@ class Job(Preparation):
             "recover": to_plain(options),
             "batch_size": most,
         }
+        if prior is not None:
+            inputs["prior"] = prior.key
         found = self._stage(
             "compensate", f"{title}: closed-form recovery", UNITS["compensate"], inputs, compute
         )
@@ -383,24 +388,29 @@ class Job(Preparation):
         return self.dense if pruned.start is None else pruned.start.value
 
     def _class_weights(self, pruned: Pruned, options: TrainConfig) -> dict[str, np.ndarray]:
-        """What fine-tuning is told of the classes: what the dense model sees in the metric set."""
-        share = self.config.likely_share
+        """What fine-tuning is told of the classes that the device sees."""
+        share, weights = self.config.likely_share, {}
         # Without soft labels nothing would use it.
-        prior = pruned.prior and options.asks_teacher
-        if share is None and not prior:
-            return {}
-        found = predict(
-            Teacher(self.dense.config, self.dense.params),
-            self.source,
-            pruned.sets.metric,
-            self.config.data.preprocess,
-            _BATCH,
-            workers=self.config.data.workers,
-        )
-        weights = {} if share is None else {"classes": likely_classes(found, share)}
-        if prior:
-            weights["prior"] = prior_weights(found.mean(axis=0), len(found))
+        prior = self._prior_of(pruned) if options.asks_teacher else "dense"
+        if share is not None or prior == "metric":
+            found = predict(
+                Teacher(self.dense.config, self.dense.params),
+                self.source,
+                pruned.sets.metric,
+                self.config.data.preprocess,
+                BATCH,
+                workers=self.config.data.workers,
+            )
+            if share is not None:
+                weights["classes"] = likely_classes(found, share)
+            if prior == "metric":
+                weights["prior"] = prior_weights(found.mean(axis=0), len(found))
+        if prior == "mixture":
+            weights["prior"] = self.class_prior(pruned.sets).value
         return weights
+
+    def _prior_of(self, pruned: Pruned) -> str:
+        return pruned.recovery.prior if pruned.recovery.moves_prior else "dense"
 
     def _recipe(self, options: TrainConfig) -> TrainConfig:
         # Every variant gets as many steps: the whole pool is sampled afresh every epoch.
@@ -415,8 +425,10 @@ class Job(Preparation):
         named = {} if start is None else {"start": start.key}
         if self.config.likely_share is not None:
             named["likely"] = self.config.likely_share, self._images_key(sets.metric)
-        if pruned.prior:
+        if (prior := self._prior_of(pruned)) == "metric":
             named["prior"] = self._images_key(sets.metric)
+        elif prior == "mixture":
+            named["prior"] = self.class_prior(sets).key
         return named | {
             "plan": plan and plan.key,
             "dense": self._dense.key,
@@ -435,7 +447,7 @@ class Job(Preparation):
                 self.source,
                 indices,
                 self.config.data.preprocess,
-                _BATCH,
+                BATCH,
                 workers=self.config.data.workers,
             )
             return {}, {"top1": found.top1}

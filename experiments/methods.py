@@ -42,7 +42,8 @@ PEER = "peer"
 RECOVERIES = {
     "none": RecoverConfig("none"),
     "mean": RecoverConfig("mean"),
-    "prior": RecoverConfig(prior="metric"),
+    "prior": RecoverConfig(prior="mixture"),
+    "metric_prior": RecoverConfig(prior="metric"),
     "ridge": RecoverConfig(),
     "parallel": RecoverConfig(order="parallel"),
     "kept": RecoverConfig(attention="kept"),
@@ -50,9 +51,11 @@ RECOVERIES = {
     "nuwa": RecoverConfig(order="parallel", attention="weights", head=False),
     "corp": RecoverConfig(order="parallel", attention="kept", head=False),
 }
-"""Closed-form recoveries by name: ours is "prior", "ridge" the same without the classes' prior;
-"corp" is all that CORP does, "nuwa" has NuWa's subspaces and least squares, but also solves for
-attention's projection; others lie between.
+"""Closed-form recoveries by name.
+
+Ours is "prior", with the classes' prior from the mixture; "metric_prior" has it from the dense
+model's predictions on the metric set, "ridge" has none. "corp" is all that CORP does; "nuwa" has
+NuWa's subspaces and least squares, but also solves for attention's projection; others lie between.
 """
 
 _WIDTHS = ("sensitivity", "greedy", "exact", "depth", "softmax", "uniform", "global", "isomorphic")

@@ -33,15 +33,27 @@ from tapvit_jax.proxy.features import Extractor, build_extractor, embedding_netw
 from tapvit_jax.proxy.gmm import Gmm, GmmConfig, fit_report
 from tapvit_jax.proxy.pool_features import pool_features
 from tapvit_jax.proxy.select import SelectConfig, select, selection_report
+from tapvit_jax.proxy.shares import (
+    ClassGaussians,
+    class_shares,
+    fit_classes,
+    mixture_shares,
+    rows_for_classes,
+)
 from tapvit_jax.stages import Artefact, Stages, all_succeed, on_main
 from tapvit_jax.structs import to_plain
-from tapvit_jax.train.finetune import TrainConfig, TrainData, train
+from tapvit_jax.train.classes import prior_weights
+from tapvit_jax.train.evaluate import predict
+from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
 SELECTED, ORACLE = "selected", "oracle"
 
+BATCH = 256
+"""Images of one step where nothing depends on how many."""
+
 # Rough costs of the steps, in seconds on two cores; only their ratios matter, for the ETA.
 UNITS = {"data": 1, "dense": 60, "extractor": 10, "device": 1, "select": 3, "score": 8}
-UNITS |= {"peer": 30, "compensate": 2, "recover": 10, "latency": 3, "report": 3}
+UNITS |= {"classes": 3, "peer": 30, "compensate": 2, "recover": 10, "latency": 3, "report": 3}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,11 +64,13 @@ class ImageSets:
       metric: they score units and layers.
       finetune: they recover the pruned model.
       validation: they choose its epoch.
+      mixture: what chose them; None where no mixture did.
     """
 
     metric: Int[np.ndarray, "m"]
     finetune: Int[np.ndarray, "n"]
     validation: Int[np.ndarray, "v"]
+    mixture: Gmm | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -392,11 +406,13 @@ class Preparation:
         select_config, pool = select_config or self.config.select, self.parts.public_pool
         self._check_counts(select_config)
         if kind == SELECTED:
-            chosen = self._chosen(select_config, mixtures or self.config.gmm)
+            mixtures = mixtures or self.config.gmm
+            chosen = self._chosen(select_config, mixtures)
             finetune, validation = (chosen.arrays[n][d] for n in ("finetune", "validation"))
             if self.config.data.partition.leaks:
                 validation = self.parts.devices[d].private_test
-            return ImageSets(finetune[: select_config.metric_count], finetune, validation)
+            metric = finetune[: select_config.metric_count]
+            return ImageSets(metric, finetune, validation, self._received(mixtures)[d][0])
         validation = self.parts.public_validation
         if kind == "random":
             order = np.random.default_rng([self.seed, d]).permutation(pool)
@@ -410,6 +426,53 @@ class Preparation:
             own = validation[np.isin(self.files.labels[validation], split.classes)]
             return ImageSets(order[: select_config.metric_count], finetune, own)
         return ImageSets(pool, pool, validation)
+
+    # Cloud: the classes that a device sees.
+
+    @functools.cached_property
+    def _classes(self) -> Found:
+        """Gaussians of the classes, on some images of the pool under the dense model's names."""
+        pool, preprocess = self.parts.public_pool, self.config.data.preprocess
+        rows = rows_for_classes(len(pool), len(self.files.class_names), self.config.seed)
+
+        def compute(step, scratch):
+            predictions = predict(
+                Teacher(self.dense.config, self.dense.params),
+                self.source,
+                pool[rows],
+                preprocess,
+                BATCH,
+                workers=self.config.data.workers,
+            )
+            found = fit_classes(self._features(pool)[rows], predictions)
+            return {"means": found.means, "precision": found.precision}, {}
+
+        inputs = {"extractor": self.extractor.fingerprint, "dense": self._dense.key}
+        inputs |= self._images_key(pool[rows])
+        found = self._stage("classes", "classes' features", UNITS["classes"], inputs, compute)
+        return Found(found.key, ClassGaussians(**found.arrays))
+
+    def class_prior(self, sets: ImageSets) -> Found:
+        """How much likelier each class is on a device, see `prior_weights`.
+
+        From the mixture that chose the images; where none did, from the metric images' features.
+        """
+
+        def compute():
+            if sets.mixture is not None:
+                shares = mixture_shares(sets.mixture, self._classes.value)
+            else:
+                features = self.extractor.features(self.source, sets.metric)
+                shares = class_shares(self._classes.value, features)
+            return {"weights": prior_weights(shares, len(sets.metric))}, {}
+
+        inputs = {"classes": self._classes.key, "count": len(sets.metric)}
+        if sets.mixture is not None:
+            inputs["gmm"] = [array.tolist() for array in _gmm_arrays(sets.mixture).values()]
+        else:
+            inputs |= self._images_key(sets.metric)
+        found = self.stages.run("prior", inputs, compute)
+        return Found(found.key, found.arrays["weights"])
 
 
 def _save_payload(gmm: Gmm, path: Path, extractor: str) -> None:

@@ -110,7 +110,7 @@ def _honest() -> dict[str, Any]:
         "select": {"method": "importance", "metric_count": 640, "finetune_count": 6400},
         # A probe costs a third of a forward pass: 128 images settle which layers matter.
         "prune": {"layers": {"max_batches": 2}},
-        "compensate": {"prior": "metric"},
+        "compensate": {"prior": "mixture"},
         "recover": {
             "epochs": 20,
             "batch_size": 64,

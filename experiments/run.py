@@ -89,9 +89,9 @@ class Experiment:
             title, sets = f"device {d}, {variant}", image_sets(job, d, variant)
             plan = job.plan(title, sets, config.prune, budget)
             compensated = job.compensate(
-                title, plan, sets.metric, config.compensate, config.prune.batch_size
+                title, plan, sets, config.compensate, config.prune.batch_size
             )
-            pruned = Pruned(d, plan, sets, compensated, config.compensate.moves_prior)
+            pruned = Pruned(d, plan, sets, compensated, config.compensate)
             recovered, best_epoch = job.recover(title, pruned, config.recover, config.recover_on)
             variants[variant] = {
                 "pruned": job.top1(job.pruned(plan), test),

@@ -382,7 +382,7 @@ class Sweep:
 
     def _compensated(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> Found:
         options, size = unit.config.compensate, unit.config.prune.batch_size
-        return job.compensate(f"unit {unit.number}", plan, sets.metric, options, size)
+        return job.compensate(f"unit {unit.number}", plan, sets, options, size)
 
     def _recovered(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> tuple[Found, int]:
         title, options = f"unit {unit.number}", unit.config.recover
@@ -406,7 +406,7 @@ class Sweep:
 
     def _pruned(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> Pruned:
         start = self._compensated(job, unit, plan, sets)
-        return Pruned(unit.device, plan, sets, start, unit.config.compensate.moves_prior)
+        return Pruned(unit.device, plan, sets, start, unit.config.compensate)
 
     def _job_of(self, unit: Unit) -> Job:
         key = Job.shared_key(unit.config)

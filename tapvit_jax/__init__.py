@@ -7,6 +7,7 @@ The public face, one line each, in the order of use:
     features = tap.pool_features(extractor, source, indices, directory)     # out of core, cached
     logp   = tap.log_likelihood([gmm, ...], features)
     chosen = tap.select([gmm, ...], features, count=640)
+    shares = tap.mixture_shares(gmm, tap.fit_classes(features, predictions)) # of the classes
     units  = tap.unit_importance(model, batches, method="tap")              # any of tap.CRITERIA
     layers = tap.layer_importance(model, batches, units, sparsity=(0.5, 0.7, 0.9))
     plan   = tap.allocate(model, units, layers, tap.Budget(macs=0.5))
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from tapvit_jax.proxy.gmm import Gmm, GmmConfig
     from tapvit_jax.proxy.pool_features import pool_features
     from tapvit_jax.proxy.select import SelectConfig, select
+    from tapvit_jax.proxy.shares import class_shares, fit_classes, mixture_shares
     from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, allocate
     from tapvit_jax.prune.budget import Budget
     from tapvit_jax.prune.cost import Cost, cost
@@ -67,6 +69,7 @@ _HOMES = {
     "proxy.gmm": "Gmm GmmConfig",
     "proxy.pool_features": "pool_features",
     "proxy.select": "SelectConfig select",
+    "proxy.shares": "class_shares fit_classes mixture_shares",
     "prune.allocate": "AllocateConfig RoundTo allocate",
     "prune.budget": "Budget",
     "prune.cost": "Cost cost",
@@ -102,10 +105,12 @@ __all__ = [
     "Variant",
     "allocate",
     "apply_masks",
+    "class_shares",
     "cost",
     "export_onnx",
     "export_stablehlo",
     "export_timm",
+    "fit_classes",
     "fit_latency",
     "layer_importance",
     "likely_classes",
@@ -114,6 +119,7 @@ __all__ = [
     "load_stablehlo",
     "load_timm",
     "log_likelihood",
+    "mixture_shares",
     "neuron_importance",
     "pool_features",
     "prior_weights",

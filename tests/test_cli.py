@@ -98,7 +98,25 @@ def test_payload_can_be_given_instead_of_a_selection(work, tmp_path, capsys):
     small = tap.load(tmp_path / "small")
     assert small.name == "dense-pruned"
     assert (small.history["criterion"], small.history["recovery"]) == ("magnitude_l2", "mean")
-    assert small.history["recovered"]["prior"] == "metric"
+    assert small.history["recovered"]["prior"] == "mixture"
+
+
+def test_the_prior_is_the_mixtures_the_images_or_the_dense_models(work, tmp_path, capsys):
+    found = {}
+    for prior in ("mixture", "metric", "dense"):
+        prune(work, tmp_path / prior, "--payload", work / "device.gmm", "--extractor",
+              work / "extractor", "--method", "magnitude_l2", "--recover", "mean", "--prior",
+              prior, "--recover-epochs", "0", "--label-free")  # fmt: skip
+        small = tap.load(tmp_path / prior)
+        assert small.history["recovered"]["prior"] == prior
+        found[prior] = np.asarray(small.params["head"]["bias"])
+    expected = tap.load(work / "dense").params["head"]["bias"]
+    np.testing.assert_array_equal(found["dense"], expected)
+    moved = {prior: found[prior] - found["dense"] for prior in ("mixture", "metric")}
+    assert all(np.ptp(shift) > 0.05 for shift in moved.values())
+    assert np.abs(moved["mixture"] - moved["metric"]).max() > 1e-3
+    with pytest.raises(tap.InputError, match="--prior mixture needs --payload"):
+        prune(work, tmp_path / "none", "--selection", "any.json", "--prior", "mixture")
 
 
 def test_published_method_without_any_recovery(work, tmp_path, capsys):

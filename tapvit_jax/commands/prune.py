@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from jaxtyping import Float
 
 from tapvit_jax.commands.common import (
     Command,
@@ -48,6 +49,7 @@ from tapvit_jax.pipeline import (
 from tapvit_jax.progress import Progress
 from tapvit_jax.proxy.features import Extractor, build_extractor
 from tapvit_jax.proxy.gmm import Gmm
+from tapvit_jax.proxy.shares import fit_classes, mixture_shares, rows_for_classes
 from tapvit_jax.prune.allocate import RoundTo, allocate, check_budget
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
@@ -97,10 +99,10 @@ def register(command: Command) -> None:
     )
     c.add_argument(
         "--prior",
-        choices=("metric", "dense"),
-        default="metric",
+        choices=("mixture", "metric", "dense"),
         help="with --recover ridge or mean: move the classifier's bias to the classes that the "
-        "chosen images show (metric, the default), or leave it as it is (dense)",
+        "payload's mixture tells of (mixture, the default with --payload), to those that the "
+        "chosen images show (metric, the default with --selection), or leave it as it is (dense)",
     )
     c.add_argument(
         "--recover-epochs", type=int, default=5, help="fine-tuning after that; 0 for none"
@@ -119,6 +121,10 @@ def prune(args: argparse.Namespace) -> None:
     check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
     if (args.selection is None) == (args.payload is None):
         raise InputError("prune needs either --selection or --payload")
+    if args.prior is None:
+        args.prior = "metric" if args.payload is None else "mixture"
+    if args.prior == "mixture" and args.payload is None:
+        raise InputError("--prior mixture needs --payload, a selection file holds no mixture")
     model = open_model(args)
     preprocess = preprocess_of(model)
     budget = Budget.parse(args.budget)
@@ -135,7 +141,8 @@ def prune(args: argparse.Namespace) -> None:
     )
     progress = Progress(5.0 + args.recover_epochs)
     with progress.step("select", 1):
-        metric, finetune = _chosen_images(args, model, pool)
+        device = None if args.payload is None else _device(args, model, pool)
+        metric, finetune = _chosen_images(args, device, pool)
     source, labelled = pool.source, not args.label_free and labels_fit(model, pool.source)
     labelled = labelled and bool((source.labels[finetune] >= 0).all())
     if CRITERIA[args.method].needs_labels and not labelled:
@@ -162,16 +169,21 @@ def prune(args: argparse.Namespace) -> None:
         # What is printed at the end is of images that nothing was fitted to.
         fitted = metric[~np.isin(metric, validation)]
         size = even_batch_size(len(fitted), config.batch_size)
+        given = options.method != "none" and options.prior == "mixture"
+        prior = _mixture_prior(*device, model, pool, len(fitted)) if given else None
         solved = recover(
             model,
             plan,
             scoring_batches(source, fitted, preprocess, size),
             config=options,
+            prior=prior,
             on_share=step.advance,
         )
-    teacher, prior = Teacher(model.config, model.params), None
-    if options.moves_prior and not has_prior(model):
-        # The start has the prior; its teacher is to have it, too.
+    # The start has the prior; its teacher is to have it, too.
+    teacher = Teacher(model.config, model.params)
+    if has_prior(model):
+        prior = None
+    elif options.moves_prior and not given:
         found = predict(teacher, source, fitted, preprocess, size)
         prior = prior_weights(found.mean(axis=0), len(found))
     with progress.step("fine-tune", args.recover_epochs + 1) as step:
@@ -271,21 +283,25 @@ def _scores(
     return units, layer_importance(model, metric_batches(), units, config=config.layers)
 
 
+def _device(args: argparse.Namespace, model: Model, pool: Images) -> tuple[Gmm, Extractor]:
+    """The payload's mixture, and what its features were made with."""
+    Gmm.load(args.payload)  # what cannot be read is said before the pool is
+    extractor = _extractor(args, model, pool)
+    try:
+        return load_payload(args.payload, extractor), extractor
+    except InputError as error:
+        if args.extractor is not None:
+            raise
+        raise InputError(
+            f"{error}; without --extractor, the extractor is the default one of this model and pool"
+        ) from error
+
+
 def _chosen_images(
-    args: argparse.Namespace, model: Model, pool: Images
+    args: argparse.Namespace, device: tuple[Gmm, Extractor] | None, pool: Images
 ) -> tuple[np.ndarray, np.ndarray]:
-    if args.payload is not None:
-        Gmm.load(args.payload)  # what cannot be read is said before the pool is
-        extractor = _extractor(args, model, pool)
-        try:
-            gmm = load_payload(args.payload, extractor)
-        except InputError as error:
-            if args.extractor is not None:
-                raise
-            raise InputError(
-                f"{error}; without --extractor, the extractor is the default one of this model "
-                "and pool"
-            ) from error
+    if device is not None:
+        gmm, extractor = device
         chosen = select_images(args, [gmm], extractor, pool)[0]
         return chosen[: args.count], chosen
     selection = read_selection(Path(args.selection))
@@ -296,6 +312,18 @@ def _chosen_images(
         raise InputError(f"--device is {args.device}, expected 0 to {len(devices) - 1}")
     chosen = np.asarray(devices[args.device]["indices"])
     return chosen[: selection["metric_count"]], chosen
+
+
+def _mixture_prior(
+    gmm: Gmm, extractor: Extractor, model: Model, pool: Images, images: int
+) -> Float[np.ndarray, "c"]:
+    """Weights of the classes from a mixture that stands for so many images."""
+    rows = rows_for_classes(len(pool.indices), model.config.num_classes)
+    chosen, preprocess = pool.indices[rows], preprocess_of(model)
+    teacher = Teacher(model.config, model.params)
+    predictions = predict(teacher, pool.source, chosen, preprocess, 256)
+    classes = fit_classes(extractor.features(pool.source, chosen), predictions)
+    return prior_weights(mixture_shares(gmm, classes), images)
 
 
 def _extractor(args: argparse.Namespace, model: Model, pool: Images) -> Extractor:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
+from tapvit_jax.errors import InputError
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import Plan, apply_masks, check_plan
@@ -48,25 +49,27 @@ class RecoverConfig:
         keeps the dims that the plan names and solves around them; "weights" takes the subspace of
         the weights alone, as NuWa does (arXiv 2504.03118).
       head: also solve the classifier, towards the dense logits.
-      prior: "metric" also moves the classifier's bias to the classes that the dense model finds in
-        the metric dataset, whatever the plan is (see `prior_weights`): more accurate on a device
-        that sees some classes, less faithful to the dense model. "dense" leaves the bias alone, and
-        so does a dense model whose own was moved before.
+      prior: moves the classifier's bias to the classes that the device sees, whatever the plan is
+        (see `prior_weights`): more accurate on a device that sees some classes, less faithful to
+        the dense model. "mixture" takes weights that `recover` is given, such as those from the
+        device's mixture (see `proxy.shares`), "metric" the dense model's mean prediction on the
+        metric dataset. "dense" leaves the bias alone, and so does a dense model whose own was moved
+        before.
     """
 
     method: Method = "ridge"
     order: Literal["sequential", "parallel"] = "sequential"
     attention: Literal["low_rank", "kept", "weights"] = "low_rank"
     head: bool = True
-    prior: Literal["dense", "metric"] = "dense"
+    prior: Literal["dense", "metric", "mixture"] = "dense"
 
     def __post_init__(self):
         check_choices(self)
 
     @property
     def moves_prior(self) -> bool:
-        """Whether what it recovers gets the metric dataset's prior."""
-        return self.method != "none" and self.prior == "metric"
+        """Whether what it recovers gets a device's prior."""
+        return self.method != "none" and self.prior != "dense"
 
 
 def recover(
@@ -76,6 +79,7 @@ def recover(
     method: Method | None = None,
     *,
     config: RecoverConfig | None = None,
+    prior: Float[np.ndarray, "c"] | None = None,
     mesh: Mesh | None = None,
     on_share: Callable[[float], None] = lambda share: None,
 ) -> Model:
@@ -96,6 +100,7 @@ def recover(
         several processes, each brings its own. All tokens of all images are kept, twice.
       method: overrides the config's.
       config: see `RecoverConfig`.
+      prior: weights of the classes (see `prior_weights`), for the config's prior "mixture".
       mesh: devices of this process that share every batch's images; by default all.
       on_share: called with every share of the work that is done.
 
@@ -103,7 +108,8 @@ def recover(
       The masked model: dense shapes, pruned entries zero, so that `reshape` makes it smaller.
 
     Raises:
-      InputError: a plan for another config, no images, or activations that are not finite.
+      InputError: a plan for another config, no images, activations that are not finite, or a prior
+        that is missing, that nothing uses, or that is no weight above 0 for every class.
 
     Source: ours; least squares behind pruned units as in CORP (arXiv 2602.05243) and NuWa (arXiv
     2504.03118), low-rank attention as NuWa's, in the activations' metric.
@@ -112,6 +118,7 @@ def recover(
     config = config or RecoverConfig()
     if method is not None:
         config = dataclasses.replace(config, method=method)
+    _check_prior(model, config, prior)
     masked = apply_masks(model, plan)
     whole = all(mask.all() for mask in plan.keep.values())
     shifts = config.moves_prior and not has_prior(model)
@@ -136,17 +143,33 @@ def recover(
     if config.head and config.method == "ridge" and solvable and not whole:
         params = params | {"head": _solve_head(model, streams.head_moments())}
     if shifts:
-        params = params | _shifted_heads(params, prior_weights(*streams.class_shares()))
+        weights = prior_weights(*streams.class_shares()) if prior is None else prior
+        params = params | _shifted_heads(params, weights)
     history = {**model.history, "recovered": to_plain(config)}
     if has_prior(model):
-        history["recovered"]["prior"] = "metric"
+        history["recovered"]["prior"] = model.history["recovered"]["prior"]
     return model.replace(params=jax.tree.map(jnp.asarray, params), history=history)
 
 
 def has_prior(model: Model) -> bool:
     """Whether the model's logits have a device's prior already, which counts once."""
     found = model.history.get("recovered", {})
-    return found.get("prior") == "metric" and found.get("method") != "none"
+    return found.get("prior", "dense") != "dense" and found.get("method") != "none"
+
+
+def _check_prior(model: Model, config: RecoverConfig, prior: Float[np.ndarray, "c"] | None) -> None:
+    expected = config.method != "none" and config.prior == "mixture"
+    if prior is None:
+        if expected:
+            raise InputError("prior is missing, expected weights of the classes for 'mixture'")
+        return
+    if not expected:
+        raise InputError("prior: nothing uses it, expected config.prior 'mixture'")
+    weights, count = np.asarray(prior), model.config.num_classes
+    if weights.shape != (count,):
+        raise InputError(f"prior has shape {weights.shape}, expected ({count},)")
+    if not (np.isfinite(weights) & (weights > 0)).all():
+        raise InputError("prior holds no weights, expected finite ones above 0")
 
 
 def _shifted_heads(params: Params, weights: Float[np.ndarray, "c"]) -> Params:

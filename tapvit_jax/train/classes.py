@@ -33,11 +33,7 @@ def likely_classes(
 
     Source: ours.
     """
-    p = np.asarray(probabilities, np.float64)
-    if p.ndim != 2 or 0 in p.shape:
-        raise InputError(f"probabilities have shape {p.shape}, expected (images, classes)")
-    if not ((p >= 0).all() and np.allclose(p.sum(axis=1), 1.0, atol=1e-3)):
-        raise InputError("probabilities are no distributions, expected rows that sum to 1")
+    p = check_probabilities(probabilities)
     if not 0 < share <= 1:
         raise InputError(f"share is {share}, expected more than 0, at most 1")
     mean = p.mean(axis=0)
@@ -49,6 +45,20 @@ def likely_classes(
     return mask
 
 
+def check_probabilities(probabilities: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
+    """Predictions in float64.
+
+    Raises:
+      InputError: no images, or rows that are no probabilities.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if p.ndim != 2 or 0 in p.shape:
+        raise InputError(f"probabilities have shape {p.shape}, expected (images, classes)")
+    if not ((p >= 0).all() and np.allclose(p.sum(axis=1), 1.0, atol=1e-3)):
+        raise InputError("probabilities are no distributions, expected rows that sum to 1")
+    return p
+
+
 def prior_weights(shares: Float[np.ndarray, "c"], images: int) -> Float[np.ndarray, "c"]:
     """How much likelier each class is on a device than it was to the dense model.
 
@@ -58,13 +68,14 @@ def prior_weights(shares: Float[np.ndarray, "c"], images: int) -> Float[np.ndarr
     equally likely. As many images as there are classes, one of each, are added to those seen.
 
     Args:
-      shares: q, the dense model's mean prediction on the device's metric dataset.
-      images: that it is the mean over.
+      shares: q, from the device's mixture (see `proxy.shares`), or the dense model's mean
+        prediction on the device's metric dataset.
+      images: how many of the device's they stand for; those that the mean is over.
 
     Raises:
       InputError: shares that are no distribution.
 
-    Source: label shift (Saerens et al., 2002), its first step, smoothed (ours).
+    Source: label shift (Saerens et al., 2002); the smoothing is ours.
     """
     q = np.asarray(shares, np.float64)
     if q.ndim != 1 or not ((q >= 0).all() and abs(q.sum() - 1.0) <= 1e-3):

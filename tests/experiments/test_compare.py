@@ -32,6 +32,7 @@ from tapvit_jax.progress import Progress
 from tapvit_jax.proxy.gmm import GmmConfig
 from tapvit_jax.proxy.select import SelectConfig
 from tapvit_jax.prune.allocate import AllocateConfig, allocate
+from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.train.step import TrainConfig
 from tests.experiments import tiny_sweep
@@ -424,19 +425,48 @@ def test_changed_metric_sets_are_chosen_anew(job):
 def test_likely_classes_are_those_of_the_metric_set(job, monkeypatch):
     sets = image_sets(job, 1, "selected")
     options = TrainConfig(distill=0.5)
-    plain, moved = (Pruned(1, None, sets, prior=prior) for prior in (False, True))
+    plain, *moved = (
+        Pruned(1, None, sets, recovery=RecoverConfig(prior=prior))
+        for prior in ("dense", "metric", "mixture")
+    )
     assert job._class_weights(plain, options) == {}
-    assert job._class_weights(moved, TrainConfig(distill=0.0)) == {}
-    weights = job._class_weights(moved, options)["prior"]
-    assert weights.shape == (job.dense.config.num_classes,) and np.ptp(weights) > 0.1
-    before = job._recovery_inputs(plain)
-    assert job._recovery_inputs(moved) != before
+    before, different = job._recovery_inputs(plain), set()
+    for pruned in moved:
+        assert job._class_weights(pruned, TrainConfig(distill=0.0)) == {}
+        weights = job._class_weights(pruned, options)["prior"]
+        assert weights.shape == (job.dense.config.num_classes,) and np.ptp(weights) > 0.1
+        assert job._recovery_inputs(pruned) != before
+        different.add(str(job._recovery_inputs(pruned)))
+    assert len(different) == 2
+    np.testing.assert_array_equal(weights, job.class_prior(sets).value)
+    none = Pruned(1, None, sets, recovery=RecoverConfig("none", prior="mixture"))
+    assert job._class_weights(none, options) == {} and job._recovery_inputs(none) == before
     for share, fewer in ((0.5, True), (1.0, False)):
         monkeypatch.setattr(job, "config", dataclasses.replace(job.config, likely_share=share))
         classes = job._class_weights(plain, options)["classes"]
         assert classes.shape == (job.dense.config.num_classes,)
         assert 0 < classes.sum() < len(classes) if fewer else classes.all()
         assert job._recovery_inputs(plain) != before
+
+
+def test_the_prior_follows_the_mixture_or_the_images(job):
+    names = ("selected", "selected:components=1", "random", "oracle")
+    sets = {name: image_sets(job, 1, name) for name in names}
+    found = {name: job.class_prior(images) for name, images in sets.items()}
+    assert len({prior.key for prior in found.values()}) == len(names)
+    for name, prior in found.items():
+        assert (sets[name].mixture is None) == (name in ("random", "oracle"))
+        assert np.isfinite(prior.value).all() and (prior.value > 0).all()
+        np.testing.assert_allclose(prior.value.mean(), 1.0)
+    # The device's own images are of its classes.
+    own = np.asarray(job.parts.devices[1].classes)
+    others = np.setdiff1d(np.arange(len(found["oracle"].value)), own)
+    assert found["oracle"].value[own].mean() > found["oracle"].value[others].mean()
+    # What the images are does not matter where a mixture speaks for the device, only how many.
+    shuffled = dataclasses.replace(sets["selected"], metric=sets["selected"].metric[::-1])
+    assert job.class_prior(shuffled).key == found["selected"].key
+    fewer = dataclasses.replace(sets["selected"], metric=sets["selected"].metric[:4])
+    assert np.ptp(job.class_prior(fewer).value) < np.ptp(found["selected"].value)
 
 
 @pytest.mark.parametrize(

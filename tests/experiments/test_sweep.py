@@ -204,8 +204,10 @@ def test_more_budgets_compute_no_shared_stage_again(finished):
         **dict.fromkeys(("dense", "extractor", "select", "score", "plan", "latency"), 1),
         **dict.fromkeys(("gmm", "evaluate"), 2),
     }
-    # Four plans and models more, one of them recovered; nothing that comes before a budget.
+    # Four plans and models more, one of them recovered, for which the classes' prior is needed;
+    # nothing that comes before a budget.
     expected = {"plan": 4, "latency": 4, "evaluate": 6, "compensate": 1, "recover": 1}
+    expected |= {"classes": 1, "prior": 1}
     assert counts(second) == expected
 
 

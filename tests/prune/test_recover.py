@@ -474,6 +474,40 @@ def test_the_prior_of_the_metric_set_only_moves_the_biases(case):
     )
 
 
+def test_the_prior_of_a_mixture_only_moves_the_biases(case):
+    model, plan, images = case
+    weights = np.random.default_rng(0).uniform(0.2, 3.0, model.config.num_classes)
+    options = dataclasses.replace(METRIC_PRIOR, prior="mixture")
+    mean = recovered(model, plan, [images], "mean").apply(images)
+    everything = Plan(model.config, {})
+    for kept, expected in ((everything, model.apply(images)), (plan, mean)):
+        found = recovered(model, kept, [images], config=options, prior=weights)
+        np.testing.assert_allclose(found.apply(images), expected + np.log(weights), atol=1e-4)
+        assert found.history["recovered"]["prior"] == "mixture"
+        # A device's prior counts once, whichever it is.
+        for again, given in ((options, weights), (METRIC_PRIOR, None)):
+            twice = recovered(found, everything, [images], config=again, prior=given)
+            assert_same(twice.params, found.params)
+            assert twice.history["recovered"]["prior"] == "mixture"
+
+
+@pytest.mark.parametrize(
+    ("config", "prior", "message"),
+    [
+        (RecoverConfig(prior="mixture"), None, "prior is missing"),
+        (RecoverConfig(prior="metric"), np.ones(5), "prior: nothing uses it"),
+        (RecoverConfig("none", prior="mixture"), np.ones(5), "prior: nothing uses it"),
+        (RecoverConfig(prior="mixture"), np.ones(4), r"prior has shape \(4,\), expected \(5,\)"),
+        (RecoverConfig(prior="mixture"), np.arange(5), "prior holds no weights"),
+        (RecoverConfig(prior="mixture"), np.array([1, 1, np.nan, 1, 1]), "prior holds no weights"),
+    ],
+)
+def test_a_prior_that_cannot_be_used_is_refused(tiny, config, prior, message):
+    assert tiny.config.num_classes == 5
+    with pytest.raises(InputError, match=message):
+        recovered(tiny, uneven_plan(tiny.config), [images_of(2)], config=config, prior=prior)
+
+
 def test_a_process_without_images_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "gather", lambda array: np.stack([array, ~array]))
     with pytest.raises(InputError, match="images in every process"):
