@@ -50,8 +50,8 @@ from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.structs import to_plain
-from tapvit_jax.train.classes import likely_classes, prior_weights
-from tapvit_jax.train.evaluate import evaluate_indices, predict
+from tapvit_jax.train.classes import likely_classes
+from tapvit_jax.train.evaluate import evaluate_indices
 from tapvit_jax.train.finetune import Teacher, TrainConfig, train
 from tapvit_jax.train.variants import Variant, train_variants
 from tapvit_jax.versions import library_versions
@@ -221,7 +221,7 @@ class Job(Preparation):
         if options.method == "none":
             return self.pruned(plan)
         metric = sets.metric
-        prior = self.class_prior(sets) if options.prior == "mixture" else None
+        prior = self.class_prior(sets, options.prior) if options.moves_prior else None
         # Every process needs a batch of its own.
         most = max(1, min(batch_size, len(metric) // distributed.process_count()))
 
@@ -389,28 +389,13 @@ class Job(Preparation):
 
     def _class_weights(self, pruned: Pruned, options: TrainConfig) -> dict[str, np.ndarray]:
         """What fine-tuning is told of the classes that the device sees."""
-        share, weights = self.config.likely_share, {}
+        weights = {}
+        if (share := self.config.likely_share) is not None:
+            weights["classes"] = likely_classes(self.predictions(pruned.sets.metric), share)
         # Without soft labels nothing would use it.
-        prior = self._prior_of(pruned) if options.asks_teacher else "dense"
-        if share is not None or prior == "metric":
-            found = predict(
-                Teacher(self.dense.config, self.dense.params),
-                self.source,
-                pruned.sets.metric,
-                self.config.data.preprocess,
-                BATCH,
-                workers=self.config.data.workers,
-            )
-            if share is not None:
-                weights["classes"] = likely_classes(found, share)
-            if prior == "metric":
-                weights["prior"] = prior_weights(found.mean(axis=0), len(found))
-        if prior == "mixture":
-            weights["prior"] = self.class_prior(pruned.sets).value
+        if pruned.recovery.moves_prior and options.asks_teacher:
+            weights["prior"] = self.class_prior(pruned.sets, pruned.recovery.prior).value
         return weights
-
-    def _prior_of(self, pruned: Pruned) -> str:
-        return pruned.recovery.prior if pruned.recovery.moves_prior else "dense"
 
     def _recipe(self, options: TrainConfig) -> TrainConfig:
         # Every variant gets as many steps: the whole pool is sampled afresh every epoch.
@@ -425,10 +410,8 @@ class Job(Preparation):
         named = {} if start is None else {"start": start.key}
         if self.config.likely_share is not None:
             named["likely"] = self.config.likely_share, self._images_key(sets.metric)
-        if (prior := self._prior_of(pruned)) == "metric":
-            named["prior"] = self._images_key(sets.metric)
-        elif prior == "mixture":
-            named["prior"] = self.class_prior(sets).key
+        if pruned.recovery.moves_prior:
+            named["prior"] = self.class_prior(sets, pruned.recovery.prior).key
         return named | {
             "plan": plan and plan.key,
             "dense": self._dense.key,

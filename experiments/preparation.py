@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from experiments.config import ExperimentConfig
 from tapvit_jax import distributed
@@ -432,19 +432,11 @@ class Preparation:
     @functools.cached_property
     def _classes(self) -> Found:
         """Gaussians of the classes, on some images of the pool under the dense model's names."""
-        pool, preprocess = self.parts.public_pool, self.config.data.preprocess
+        pool = self.parts.public_pool
         rows = rows_for_classes(len(pool), len(self.files.class_names), self.config.seed)
 
         def compute(step, scratch):
-            predictions = predict(
-                Teacher(self.dense.config, self.dense.params),
-                self.source,
-                pool[rows],
-                preprocess,
-                BATCH,
-                workers=self.config.data.workers,
-            )
-            found = fit_classes(self._features(pool)[rows], predictions)
+            found = fit_classes(self._features(pool)[rows], self.predictions(pool[rows]))
             return {"means": found.means, "precision": found.precision}, {}
 
         inputs = {"extractor": self.extractor.fingerprint, "dense": self._dense.key}
@@ -452,27 +444,42 @@ class Preparation:
         found = self._stage("classes", "classes' features", UNITS["classes"], inputs, compute)
         return Found(found.key, ClassGaussians(**found.arrays))
 
-    def class_prior(self, sets: ImageSets) -> Found:
+    def class_prior(self, sets: ImageSets, kind: str) -> Found:
         """How much likelier each class is on a device, see `prior_weights`.
 
-        From the mixture that chose the images; where none did, from the metric images' features.
+        Of kind "metric", from the dense model's mean prediction on the metric images. Of kind
+        "mixture", from the mixture that chose them; where none did, from their features.
         """
 
         def compute():
-            if sets.mixture is not None:
+            if kind == "metric":
+                shares = self.predictions(sets.metric).mean(axis=0)
+            elif sets.mixture is not None:
                 shares = mixture_shares(sets.mixture, self._classes.value)
             else:
                 features = self.extractor.features(self.source, sets.metric)
                 shares = class_shares(self._classes.value, features)
             return {"weights": prior_weights(shares, len(sets.metric))}, {}
 
-        inputs = {"classes": self._classes.key, "count": len(sets.metric)}
-        if sets.mixture is not None:
+        inputs = {"dense": self._dense.key} if kind == "metric" else {"classes": self._classes.key}
+        if kind == "mixture" and sets.mixture is not None:
             inputs["gmm"] = [array.tolist() for array in _gmm_arrays(sets.mixture).values()]
+            inputs["count"] = len(sets.metric)
         else:
             inputs |= self._images_key(sets.metric)
         found = self.stages.run("prior", inputs, compute)
         return Found(found.key, found.arrays["weights"])
+
+    def predictions(self, indices: np.ndarray) -> Float[np.ndarray, "n c"]:
+        """The dense model's predictions on some images."""
+        return predict(
+            Teacher(self.dense.config, self.dense.params),
+            self.source,
+            indices,
+            self.config.data.preprocess,
+            BATCH,
+            workers=self.config.data.workers,
+        )
 
 
 def _save_payload(gmm: Gmm, path: Path, extractor: str) -> None:

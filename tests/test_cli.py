@@ -149,7 +149,7 @@ def test_inspect_reads_everything(work, tmp_path, capsys):
          "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip
     expected = {
         work / "dense": "block  1: 2 heads x (8 qk, 8 v)",
-        work / "extractor": "extractor: backbone, 4 features",
+        work / "extractor": "extractor: pooled, 4 features",
         work / "device.gmm": "4 dimensions, diag covariance",
         tmp_path / "s.json": "device.gmm",
     }

@@ -39,7 +39,7 @@ from tapvit_jax.train.finetune import TrainConfig, TrainData, train
 SELECTION_FORMAT = "tapvit-selection"
 SELECTION_VERSION = 1
 
-DEFAULT_EXTRACTOR = ExtractorConfig(kind="backbone", dim=16, depth=2)
+DEFAULT_EXTRACTOR = ExtractorConfig(kind="pooled", dim=16)
 """Follows from the model and the pool alone, so that both sides can build it."""
 
 

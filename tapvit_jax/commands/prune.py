@@ -61,6 +61,8 @@ from tapvit_jax.train.classes import prior_weights, soft_weights
 from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
+_BATCH = 256
+
 
 def register(command: Command) -> None:
     """Add the command of this module."""
@@ -169,8 +171,10 @@ def prune(args: argparse.Namespace) -> None:
         # What is printed at the end is of images that nothing was fitted to.
         fitted = metric[~np.isin(metric, validation)]
         size = even_batch_size(len(fitted), config.batch_size)
-        given = options.method != "none" and options.prior == "mixture"
-        prior = _mixture_prior(*device, model, pool, len(fitted)) if given else None
+        prior = None
+        if options.moves_prior and not has_prior(model):
+            told = device if options.prior == "mixture" else None
+            prior = prior_weights(_class_shares(told, model, pool, fitted), len(fitted))
         solved = recover(
             model,
             plan,
@@ -179,13 +183,7 @@ def prune(args: argparse.Namespace) -> None:
             prior=prior,
             on_share=step.advance,
         )
-    # The start has the prior; its teacher is to have it, too.
     teacher = Teacher(model.config, model.params)
-    if has_prior(model):
-        prior = None
-    elif options.moves_prior and not given:
-        found = predict(teacher, source, fitted, preprocess, size)
-        prior = prior_weights(found.mean(axis=0), len(found))
     with progress.step("fine-tune", args.recover_epochs + 1) as step:
         recipe = TrainConfig(
             epochs=args.recover_epochs,
@@ -245,7 +243,7 @@ def _top1(model: Model, source: ImageSource, indices: np.ndarray, **reference: A
     """Accuracy; with a teacher, how often its answer is given."""
     preprocess = preprocess_of(model)
     found = evaluate_indices(
-        model.config, model.params, source, indices, preprocess, 256, **reference
+        model.config, model.params, source, indices, preprocess, _BATCH, **reference
     )
     return found.top1
 
@@ -314,16 +312,19 @@ def _chosen_images(
     return chosen[: selection["metric_count"]], chosen
 
 
-def _mixture_prior(
-    gmm: Gmm, extractor: Extractor, model: Model, pool: Images, images: int
+def _class_shares(
+    device: tuple[Gmm, Extractor] | None, model: Model, pool: Images, metric: np.ndarray
 ) -> Float[np.ndarray, "c"]:
-    """Weights of the classes from a mixture that stands for so many images."""
-    rows = rows_for_classes(len(pool.indices), model.config.num_classes)
-    chosen, preprocess = pool.indices[rows], preprocess_of(model)
+    """How often the device sees each class: by its mixture, else by the metric dataset."""
+    chosen, preprocess = metric, preprocess_of(model)
+    if device is not None:
+        chosen = pool.indices[rows_for_classes(len(pool.indices), model.config.num_classes)]
     teacher = Teacher(model.config, model.params)
-    predictions = predict(teacher, pool.source, chosen, preprocess, 256)
-    classes = fit_classes(extractor.features(pool.source, chosen), predictions)
-    return prior_weights(mixture_shares(gmm, classes), images)
+    predictions = predict(teacher, pool.source, chosen, preprocess, _BATCH)
+    if device is None:
+        return predictions.mean(axis=0)
+    gmm, extractor = device
+    return mixture_shares(gmm, fit_classes(extractor.features(pool.source, chosen), predictions))
 
 
 def _extractor(args: argparse.Namespace, model: Model, pool: Images) -> Extractor:

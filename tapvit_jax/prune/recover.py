@@ -51,10 +51,9 @@ class RecoverConfig:
       head: also solve the classifier, towards the dense logits.
       prior: moves the classifier's bias to the classes that the device sees, whatever the plan is
         (see `prior_weights`): more accurate on a device that sees some classes, less faithful to
-        the dense model. "mixture" takes weights that `recover` is given, such as those from the
-        device's mixture (see `proxy.shares`), "metric" the dense model's mean prediction on the
-        metric dataset. "dense" leaves the bias alone, and so does a dense model whose own was moved
-        before.
+        the dense model. They follow from the device's mixture (see `proxy.shares`) with "mixture",
+        from the dense model's mean prediction on the metric dataset with "metric". "dense" leaves
+        the bias alone, and so does a dense model whose own was moved before.
     """
 
     method: Method = "ridge"
@@ -100,7 +99,8 @@ def recover(
         several processes, each brings its own. All tokens of all images are kept, twice.
       method: overrides the config's.
       config: see `RecoverConfig`.
-      prior: weights of the classes (see `prior_weights`), for the config's prior "mixture".
+      prior: weights of the classes (see `prior_weights`) for the config's prior; without them,
+        "metric" predicts the batches itself.
       mesh: devices of this process that share every batch's images; by default all.
       on_share: called with every share of the work that is done.
 
@@ -158,13 +158,12 @@ def has_prior(model: Model) -> bool:
 
 
 def _check_prior(model: Model, config: RecoverConfig, prior: Float[np.ndarray, "c"] | None) -> None:
-    expected = config.method != "none" and config.prior == "mixture"
     if prior is None:
-        if expected:
+        if config.moves_prior and config.prior == "mixture" and not has_prior(model):
             raise InputError("prior is missing, expected weights of the classes for 'mixture'")
         return
-    if not expected:
-        raise InputError("prior: nothing uses it, expected config.prior 'mixture'")
+    if not config.moves_prior:
+        raise InputError("prior: nothing uses it, expected config.prior 'mixture' or 'metric'")
     weights, count = np.asarray(prior), model.config.num_classes
     if weights.shape != (count,):
         raise InputError(f"prior has shape {weights.shape}, expected ({count},)")

@@ -438,7 +438,7 @@ def test_likely_classes_are_those_of_the_metric_set(job, monkeypatch):
         assert job._recovery_inputs(pruned) != before
         different.add(str(job._recovery_inputs(pruned)))
     assert len(different) == 2
-    np.testing.assert_array_equal(weights, job.class_prior(sets).value)
+    np.testing.assert_array_equal(weights, job.class_prior(sets, "mixture").value)
     none = Pruned(1, None, sets, recovery=RecoverConfig("none", prior="mixture"))
     assert job._class_weights(none, options) == {} and job._recovery_inputs(none) == before
     for share, fewer in ((0.5, True), (1.0, False)):
@@ -452,7 +452,7 @@ def test_likely_classes_are_those_of_the_metric_set(job, monkeypatch):
 def test_the_prior_follows_the_mixture_or_the_images(job):
     names = ("selected", "selected:components=1", "random", "oracle")
     sets = {name: image_sets(job, 1, name) for name in names}
-    found = {name: job.class_prior(images) for name, images in sets.items()}
+    found = {name: job.class_prior(images, "mixture") for name, images in sets.items()}
     assert len({prior.key for prior in found.values()}) == len(names)
     for name, prior in found.items():
         assert (sets[name].mixture is None) == (name in ("random", "oracle"))
@@ -464,9 +464,9 @@ def test_the_prior_follows_the_mixture_or_the_images(job):
     assert found["oracle"].value[own].mean() > found["oracle"].value[others].mean()
     # What the images are does not matter where a mixture speaks for the device, only how many.
     shuffled = dataclasses.replace(sets["selected"], metric=sets["selected"].metric[::-1])
-    assert job.class_prior(shuffled).key == found["selected"].key
+    assert job.class_prior(shuffled, "mixture").key == found["selected"].key
     fewer = dataclasses.replace(sets["selected"], metric=sets["selected"].metric[:4])
-    assert np.ptp(job.class_prior(fewer).value) < np.ptp(found["selected"].value)
+    assert np.ptp(job.class_prior(fewer, "mixture").value) < np.ptp(found["selected"].value)
 
 
 @pytest.mark.parametrize(

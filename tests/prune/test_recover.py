@@ -468,6 +468,8 @@ def test_the_prior_of_the_metric_set_only_moves_the_biases(case):
         # It counts once, and "none" is none.
         again = recovered(found, everything, batches, config=METRIC_PRIOR)
         assert_same(again.params, found.params)
+    given = recovered(model, plan, [images], config=METRIC_PRIOR, prior=np.exp(shift))
+    np.testing.assert_allclose(given.apply(images), mean + shift, atol=1e-4)
     none = dataclasses.replace(METRIC_PRIOR, method="none")
     assert_same(
         recovered(model, plan, [images], config=none).params, apply_masks(model, plan).params
@@ -485,7 +487,7 @@ def test_the_prior_of_a_mixture_only_moves_the_biases(case):
         np.testing.assert_allclose(found.apply(images), expected + np.log(weights), atol=1e-4)
         assert found.history["recovered"]["prior"] == "mixture"
         # A device's prior counts once, whichever it is.
-        for again, given in ((options, weights), (METRIC_PRIOR, None)):
+        for again, given in ((options, weights), (options, None), (METRIC_PRIOR, None)):
             twice = recovered(found, everything, [images], config=again, prior=given)
             assert_same(twice.params, found.params)
             assert twice.history["recovered"]["prior"] == "mixture"
@@ -495,7 +497,7 @@ def test_the_prior_of_a_mixture_only_moves_the_biases(case):
     ("config", "prior", "message"),
     [
         (RecoverConfig(prior="mixture"), None, "prior is missing"),
-        (RecoverConfig(prior="metric"), np.ones(5), "prior: nothing uses it"),
+        (RecoverConfig(), np.ones(5), "prior: nothing uses it"),
         (RecoverConfig("none", prior="mixture"), np.ones(5), "prior: nothing uses it"),
         (RecoverConfig(prior="mixture"), np.ones(4), r"prior has shape \(4,\), expected \(5,\)"),
         (RecoverConfig(prior="mixture"), np.arange(5), "prior holds no weights"),
