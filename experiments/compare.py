@@ -241,7 +241,7 @@ class Comparison:
         prune = method.prune(job.config.prune)
         # Before any work: a budget that cannot be met is refused now.
         check_budget(job.dense_config, budget, prune.allocate)
-        units = job.unit_scores(title, sets.metric, method.criterion, prune)
+        units = job.unit_scores(title, sets.metric, prune)
         layers = None
         if method.by_layers:
             layers = job.layer_scores(title, sets.metric, units, prune)

@@ -5,9 +5,8 @@ only in a budget or a seed of their own share all that they can.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,9 +26,8 @@ from experiments.preparation import (
 )
 from tapvit_jax import distributed
 from tapvit_jax.files import content_hash
-from tapvit_jax.importance.criteria import CriterionConfig, unit_importance
 from tapvit_jax.importance.layers import LayerScores, layer_importance
-from tapvit_jax.importance.neurons import Method, Scores, neuron_importance
+from tapvit_jax.importance.neurons import Scores
 from tapvit_jax.models import backbone
 from tapvit_jax.models.registry import Model
 from tapvit_jax.pipeline import (
@@ -40,6 +38,7 @@ from tapvit_jax.pipeline import (
     reshape_checked,
     score,
     score_arrays,
+    score_units,
     scores_from_arrays,
     scoring_batches,
 )
@@ -115,6 +114,7 @@ class Job(Preparation):
             "dense": self._dense.key,
             **self._images_key(sets.metric),
             "neurons": to_plain(prune.neurons),
+            "criterion": prune.criterion,
             "layers": to_plain(prune.layers),
             "batch_size": prune.batch_size,
             "seed": seed,
@@ -138,24 +138,18 @@ class Job(Preparation):
         found = self.stages.run("plan", inputs, compute)
         return Found(found.key, Plan(self.dense.config, found.arrays))
 
-    def unit_scores(
-        self, title: str, metric: Int[np.ndarray, "m"], criterion: str, prune: PruneConfig
-    ) -> Found:
-        """Scores of all units by a criterion of the registry; `prune.neurons` says how for ours."""
-        most = prune.neurons.max_batches
-        own = criterion in get_args(Method)
-        options = prune.neurons if own else CriterionConfig(max_batches=most)
-        score = neuron_importance if own else functools.partial(unit_importance, method=criterion)
+    def unit_scores(self, title: str, metric: Int[np.ndarray, "m"], prune: PruneConfig) -> Found:
+        """Scores of all units."""
 
         def compute(step, scratch):
-            found = self._scoring_batches(metric, prune, most)
-            return score(self.dense, found, config=options, seed=self.seed), {}
+            found = self._scoring_batches(metric, prune, prune.neurons.max_batches)
+            return score_units(self.dense, found, prune, self.seed), {}
 
         inputs = {
             "dense": self._dense.key,
             **self._images_key(metric),
-            "criterion": criterion,
-            "options": to_plain(options),
+            "neurons": to_plain(prune.neurons),
+            "criterion": prune.criterion,
             "batch_size": prune.batch_size,
             "seed": self.seed,
         }

@@ -115,13 +115,10 @@ class Method:
         Raises:
           InputError: widths that do not go with the criterion, or changes that it does not know.
         """
-        neurons = base.neurons
-        if self.criterion in get_args(Composite):
-            neurons = NeuronConfig.of_method(self.criterion)
-        elif self.changes:
+        if self.changes and self.criterion not in get_args(Composite):
             raise InputError(f"{self.criterion} knows no changes: {', '.join(self.changes)}")
-        neurons = dataclasses.replace(neurons, max_batches=base.neurons.max_batches)
-        neurons = _changed(neurons, self.changes)
+        scored = base if self.widths == PEER else base.ranked_by(self.criterion)
+        neurons = _changed(scored.neurons, self.changes)
         layers, allocate = base.layers, base.allocate
         if self.widths == "published":
             layers = LayerConfig.as_published()
@@ -134,7 +131,7 @@ class Method:
             if depth:
                 layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
             layers = dataclasses.replace(layers, recovery="ridge" if self.loop else "none")
-        return PruneConfig(neurons, layers, allocate, base.batch_size)
+        return PruneConfig(neurons, layers, allocate, base.batch_size, scored.criterion)
 
 
 def _changed(neurons: NeuronConfig, changes: Changes) -> NeuronConfig:

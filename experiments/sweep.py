@@ -11,10 +11,9 @@ one unit, for cluster schedulers. --list says what the units are, --status how f
 
 import contextlib
 import dataclasses
-import functools
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,7 +35,6 @@ from tapvit_jax.files import (
     remove_leftovers,
     write_json,
 )
-from tapvit_jax.importance.neurons import Method, NeuronConfig
 from tapvit_jax.progress import Progress
 from tapvit_jax.prune.allocate import check_budget
 from tapvit_jax.prune.budget import Budget
@@ -59,16 +57,6 @@ RECOVERIES: dict[str, tuple[RecoverMethod | None, bool]] = {
 """Recoveries by name: the closed form, None as configured, and whether fine-tuning follows."""
 
 _OWN_NAMES = ("device", "budget", "criterion", "recovery")
-
-
-def _of_method(method: Method, base: NeuronConfig) -> NeuronConfig:
-    return dataclasses.replace(NeuronConfig.of_method(method), max_batches=base.max_batches)
-
-
-CRITERIA: dict[str, Callable[[NeuronConfig], NeuronConfig]] = {
-    method: functools.partial(_of_method, method) for method in get_args(Method)
-}
-"""Named ways to score units, each made from the config's own `prune.neurons`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +113,11 @@ def _unit(base: ExperimentConfig, number: int, overrides: Mapping[str, Any]) -> 
     if not isinstance(overrides, Mapping):
         raise InputError(f"{where}: is {overrides!r}, expected a mapping of names to values")
     plain = to_plain(base)
-    criterion = overrides.get("criterion")
-    if criterion is not None:
-        known = _named(where, "criterion", criterion, CRITERIA)
-        plain["prune"]["neurons"] = to_plain(CRITERIA[known](base.prune.neurons))
+    try:
+        if (criterion := overrides.get("criterion")) is not None:
+            plain["prune"] = to_plain(base.prune.ranked_by(criterion))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     for name, value in overrides.items():
         if name not in _OWN_NAMES:
             _set(plain, where, str(name), to_plain(value))

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -15,7 +15,9 @@ from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
+from tapvit_jax.importance.criteria import CriterionConfig, criterion, unit_importance
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
+from tapvit_jax.importance.neurons import Method as Composite
 from tapvit_jax.importance.neurons import NeuronConfig, Scores, neuron_importance
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
@@ -35,18 +37,38 @@ class PruneConfig:
 
     Attributes:
       batch_size: images in a scoring batch; the kernels compare images within a batch.
+      criterion: name in `CRITERIA` that ranks the units instead of `neurons`, of which only
+        `max_batches` then counts; None is what `neurons` says.
     """
 
     neurons: NeuronConfig = NeuronConfig()
     layers: LayerConfig = LayerConfig()
     allocate: AllocateConfig = AllocateConfig()
     batch_size: int = 64
+    criterion: str | None = None
 
     def __post_init__(self):
-        if self.allocate.coupled and not self.neurons.couple_qk_vo:
-            raise InputError("allocate.coupled needs neurons.couple_qk_vo, so that scores agree")
+        if self.criterion is not None:
+            criterion(self.criterion)
+        if self.allocate.coupled and (self.criterion or not self.neurons.couple_qk_vo):
+            raise InputError(
+                "allocate.coupled needs neurons.couple_qk_vo and no other criterion, so that "
+                "scores agree"
+            )
         if self.batch_size < 2:
             raise InputError(f"batch_size is {self.batch_size}, expected 2 or more")
+
+    def ranked_by(self, name: str) -> "PruneConfig":
+        """The same with units ranked by a criterion of the registry.
+
+        Raises:
+          InputError: an unknown criterion.
+        """
+        if name not in get_args(Composite):
+            return dataclasses.replace(self, criterion=name)
+        neurons = NeuronConfig.of_method(name)
+        neurons = dataclasses.replace(neurons, max_batches=self.neurons.max_batches)
+        return dataclasses.replace(self, neurons=neurons, criterion=None)
 
     @classmethod
     def as_published(cls, probe_sparsity: float = 0.5) -> "PruneConfig":
@@ -98,8 +120,22 @@ def score(
             yield batch
             on_share(effort[kind] * processes / whole)
 
-    units = neuron_importance(model, metric_batches("neurons"), config=config.neurons, seed=seed)
+    units = score_units(model, metric_batches("neurons"), config, seed)
     return units, layer_importance(model, metric_batches("layers"), units, config=config.layers)
+
+
+def score_units(
+    model: Model, found: Iterable[dict[str, np.ndarray]], config: PruneConfig, seed: int = 0
+) -> Scores:
+    """Unit scores of batches by the config's criterion, or as its `neurons` say.
+
+    Raises:
+      InputError: see `unit_importance`.
+    """
+    if config.criterion is None:
+        return neuron_importance(model, found, config=config.neurons, seed=seed)
+    options = CriterionConfig(max_batches=config.neurons.max_batches)
+    return unit_importance(model, found, config.criterion, config=options, seed=seed)
 
 
 def scoring_batches(

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,9 +32,7 @@ from tapvit_jax.data.base import ImageSource
 from tapvit_jax.errors import InputError
 from tapvit_jax.export.latency import compare_latency
 from tapvit_jax.files import check_directory
-from tapvit_jax.importance.criteria import CRITERIA, CriterionConfig, unit_importance
-from tapvit_jax.importance.layers import LayerScores, layer_importance
-from tapvit_jax.importance.neurons import Scores
+from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model
 from tapvit_jax.pipeline import (
@@ -44,6 +41,7 @@ from tapvit_jax.pipeline import (
     even_batch_size,
     plan_masks,
     reshape_checked,
+    score,
     scoring_batches,
 )
 from tapvit_jax.progress import Progress
@@ -151,7 +149,7 @@ def prune(args: argparse.Namespace) -> None:
         why = "--label-free is given" if args.label_free else f"{args.pool} has none that fit"
         raise InputError(f"--method {args.method} needs the labels of the pool, but {why}")
     with progress.step("score units and layers", 2) as step:
-        units, layers = _scores(args, model, source, metric, config, step.advance)
+        units, layers = score(model, source, metric, config, seed=args.seed, on_share=step.advance)
     with progress.step("plan", 0):
         if budget.needs_latency:
             plan, measured = allocate_measured(
@@ -257,28 +255,9 @@ def _measure(latency: LatencyModel, dense: Model, pruned: Model) -> tuple[float,
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:
     published = args.method == "tap_published"
-    config = PruneConfig.as_published() if published else PruneConfig()
+    config = PruneConfig.as_published() if published else PruneConfig().ranked_by(args.method)
     steps = dataclasses.replace(config.allocate, round_to=RoundTo.parse(args.round_to))
     return dataclasses.replace(config, allocate=steps)
-
-
-def _scores(
-    args: argparse.Namespace,
-    model: Model,
-    source: ImageSource,
-    metric: np.ndarray,
-    config: PruneConfig,
-    on_share: Callable[[float], None],
-) -> tuple[Scores, LayerScores]:
-    size = even_batch_size(len(metric), config.batch_size)
-
-    def metric_batches() -> Iterator[dict[str, np.ndarray]]:
-        return scoring_batches(source, metric, preprocess_of(model), size)
-
-    options = CriterionConfig(max_batches=config.neurons.max_batches)
-    units = unit_importance(model, metric_batches(), args.method, seed=args.seed, config=options)
-    on_share(0.2)
-    return units, layer_importance(model, metric_batches(), units, config=config.layers)
 
 
 def _device(args: argparse.Namespace, model: Model, pool: Images) -> tuple[Gmm, Extractor]:

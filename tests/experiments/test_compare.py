@@ -483,7 +483,7 @@ def test_likely_classes_need_a_teacher(changes, message):
 
 def test_fine_tuning_starts_where_it_is_told_to(job):
     sets, prune = image_sets(job, 0, "random"), METHODS["random_uniform"].prune(job.config.prune)
-    units = job.unit_scores("", sets.metric, "random", prune)
+    units = job.unit_scores("", sets.metric, prune)
     plan = job.plan_from(units, None, prune.allocate, parse_budget("macs=0.6"))
     pruned = job.pruned(plan)
     moved = jax.tree.map(lambda leaf: 1.5 * leaf, pruned.value.params)

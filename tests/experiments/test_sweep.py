@@ -19,7 +19,9 @@ from experiments.sweep import Sweep, default_grid, print_status, resolve
 from tapvit_jax import files
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import WriteError, file_lock
+from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.importance.neurons import NeuronConfig
+from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.prune.recover import RecoverConfig
 from tests.experiments import tiny_sweep
 
@@ -79,6 +81,21 @@ def test_overrides_reach_the_config():
     assert config.data == tiny().data
 
 
+def test_any_criterion_of_the_registry_can_rank_the_units():
+    found = units(grid({"device": (0,), "criterion": tuple(CRITERIA)}))
+    assert len({unit.key for unit in found}) == len(CRITERIA)
+    base = tiny().prune
+    for unit, name in zip(found, CRITERIA, strict=True):
+        neurons, own = unit.config.prune.neurons, name in ("tap", "tap_published", "taylor")
+        assert neurons.max_batches == base.neurons.max_batches
+        assert unit.config.prune.criterion == (None if own else name)
+        assert unit.config.prune.layers == base.layers and (own or neurons == base.neurons)
+    # What is coupled by the config has scores of its own.
+    coupled = dataclasses.replace(tiny(), prune=PruneConfig.as_published())
+    with pytest.raises(InputError, match=r"unit 0: allocate\.coupled needs"):
+        units([{"device": 0, "criterion": "magnitude_l2"}], coupled)
+
+
 def test_recoveries_choose_the_closed_form_and_fine_tuning():
     options = RecoverConfig("mean", order="parallel", prior="metric")
     config = dataclasses.replace(tiny(), compensate=options)
@@ -104,7 +121,7 @@ def test_units_that_differ_have_different_keys_and_others_the_same():
         base | {"device": 1},
         base | {"budget": "macs=0.4"},
         *({**base, "recovery": name} for name in ("none", "mean", "ridge", "finetune_only")),
-        base | {"criterion": "taylor"},
+        *({**base, "criterion": name} for name in ("taylor", "taylor_squared", "fisher")),
         base | {"seed": 3},
         base | {"prune.batch_size": 32},
     ]
@@ -125,7 +142,7 @@ def test_units_that_differ_have_different_keys_and_others_the_same():
         ({"device": 2}, "unit 1: device is 2, expected 0 to 1"),
         ({"budget": "macs=0.5"}, "unit 1: device is None, expected 0 to 1"),
         ({"device": 0, "budget": "flops=1"}, "unit 1: .*flops"),
-        ({"device": 0, "criterion": "magic"}, "unit 1: criterion is 'magic', expected one of tap,"),
+        ({"device": 0, "criterion": "magic"}, "unit 1: criterion is 'magic', expected one of random, "),
         ({"device": 0, "recovery": "pray"}, "unit 1: recovery is 'pray', expected one of none, "),
         ([0], r"unit 1: is \[0\], expected a mapping"),
     ],
