@@ -142,7 +142,10 @@ def test_units_that_differ_have_different_keys_and_others_the_same():
         ({"device": 2}, "unit 1: device is 2, expected 0 to 1"),
         ({"budget": "macs=0.5"}, "unit 1: device is None, expected 0 to 1"),
         ({"device": 0, "budget": "flops=1"}, "unit 1: .*flops"),
-        ({"device": 0, "criterion": "magic"}, "unit 1: criterion is 'magic', expected one of random, "),
+        (
+            {"device": 0, "criterion": "magic"},
+            "unit 1: criterion is 'magic', expected one of random",
+        ),
         ({"device": 0, "recovery": "pray"}, "unit 1: recovery is 'pray', expected one of none, "),
         ([0], r"unit 1: is \[0\], expected a mapping"),
     ],
