@@ -44,6 +44,10 @@ class Moments(NamedTuple):
         rows = self.xx[kept][:, kept]
         return self._replace(mean_x=self.mean_x[kept], xx=rows, xy=self.xy[kept])
 
+    def targets(self, columns: slice) -> "Moments":
+        """The moments with some of the targets."""
+        return self._replace(mean_y=self.mean_y[columns], xy=self.xy[:, columns])
+
     def project(self, basis: Float[np.ndarray, "f k"]) -> "Moments":
         """The moments of linear combinations of the features."""
         xx = basis.T @ self.xx @ basis

@@ -211,10 +211,11 @@ def _recover_block(
     else:
         streams.pass_no_attention()
     if "mlp" in dense and keep["mlp_branch"]:
-        folds = streams.hidden_moments(part | {"mlp": dense["mlp"]})
-        solved = solve_mlp(dense["mlp"], folds, keep["mlp"], ridge, layer_scale(dense, "ls2"))
-        part = part | {"mlp": solved}
-    streams.pass_mlp(part)
+        mlp, scale = dense["mlp"], layer_scale(dense, "ls2")
+        kernel = np.asarray(mlp["fc2"]["kernel"] * scale, np.float32)
+        folds = streams.kept_hidden_moments(part | {"mlp": mlp}, keep["mlp"], kernel)
+        part = part | {"mlp": solve_kept_mlp(mlp, *folds, keep["mlp"], ridge, scale)}
+    streams.pass_mlp(part, keep.get("mlp"))
     return part
 
 
@@ -256,6 +257,29 @@ def solve_mlp(
     dense = np.asarray(mlp["fc2"]["kernel"], np.float64) * scale
     inputs = [fold.select(kept) for fold in folds]
     linear = [fold.with_linear_target(dense).select(kept) for fold in folds]
+    return solve_kept_mlp(mlp, inputs, linear, keep, ridge, scale)
+
+
+def solve_kept_mlp(
+    mlp: Params,
+    inputs: Sequence[Moments],
+    linear: Sequence[Moments],
+    keep: Bool[np.ndarray, "f"],
+    ridge: bool = True,
+    scale: Float[np.ndarray, "d"] | float = 1.0,
+) -> Params:
+    """`solve_mlp` from moments of the kept units alone.
+
+    Args:
+      mlp: dense parameters.
+      inputs: moments of the kept units and what the branch should add to the stream.
+      linear: of the kept units and what the dense second layer makes of all units.
+      keep: units that stay.
+      ridge: solve the second layer, else its bias only.
+      scale: layer scale behind the branch.
+    """
+    kept = np.flatnonzero(keep)
+    dense = np.asarray(mlp["fc2"]["kernel"], np.float64) * scale
     found, bias = _solve(inputs, linear, dense[kept], ridge)
     kernel = np.zeros_like(dense)
     kernel[kept] = found

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
@@ -170,9 +170,39 @@ class Streams:
             sums = _add_hidden(self._spec, self._mesh.size, part, x, target, real, weights, sums)
         return _checked(sums)
 
-    def pass_mlp(self, part: Params) -> None:
-        """Take both streams out of the block."""
-        self._found = [_pass_mlp(self._spec, part, x) for x in self._found]
+    def kept_hidden_moments(
+        self, part: Params, keep: Bool[np.ndarray, "f"], kernel: Float[np.ndarray, "f d"]
+    ) -> tuple[list[Moments], list[Moments]]:
+        """Of the kept hidden units, with what the MLP should add to the stream as targets, and with
+        what all hidden units make of a kernel.
+
+        Products with pruned units, most of `hidden_moments`' work, are left out.
+        """
+        weights = _token_weights(self._config, self._block)
+        units, there = _few_shapes(keep)
+        # In this order the kept ones are a slice: picking them out would take longer than products
+        # with all.
+        order = np.concatenate([units, np.setdiff1d(np.arange(len(keep)), units)])
+        part = part | {"mlp": _reordered(part["mlp"], order)}
+        sums = None
+        for x, target, real in zip(self._found, self._behind, self._real, strict=True):
+            given = part, there, kernel[order], x, target, real, weights, sums
+            sums = _add_kept_hidden(self._spec, self._mesh.size, *given)
+        folds = [fold.select(np.arange(np.sum(keep))) for fold in _checked(sums)]
+        dim = kernel.shape[1]
+        return [fold.targets(slice(dim)) for fold in folds], [
+            fold.targets(slice(dim, None)) for fold in folds
+        ]
+
+    def pass_mlp(self, part: Params, keep: Bool[np.ndarray, "f"] | None) -> None:
+        """Take both streams out of the block, whose pruned hidden units, if any, are zero."""
+        spec = self._spec
+        if keep is not None and not keep.all():
+            units, _ = _few_shapes(keep)
+            part = part | {"mlp": _reordered(part["mlp"], units)}
+            widths = dataclasses.replace(spec.widths, mlp_dim=len(units))
+            spec = dataclasses.replace(spec, widths=widths)
+        self._found = [_pass_mlp(spec, part, x) for x in self._found]
         self._target = self._behind
 
     def head_moments(self) -> list[Moments]:
@@ -262,6 +292,44 @@ def _add_hidden(
     """Add the moments of an MLP's hidden units, which take too much memory to keep."""
     hidden = apply_block_with_taps(_behind_attention(spec), part, x)[1]["mlp"]
     return _add_rows(devices, hidden, target - x, real[:, None] * weights, sums)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _add_kept_hidden(
+    spec: BlockSpec,
+    devices: int,
+    part: Params,
+    there: Float[Array, "k"],
+    kernel: Float[Array, "f d"],
+    x: Float[Array, "b n d"],
+    target: Float[Array, "b n d"],
+    real: Float[Array, "b"],
+    weights: Float[Array, "n"],
+    sums: tuple[Moments, ...] | None,
+) -> tuple[Moments, ...]:
+    hidden = apply_block_with_taps(_behind_attention(spec), part, x)[1]["mlp"]
+    hidden = hidden.astype(jnp.float32)
+    targets = jnp.concatenate([(target - x).astype(jnp.float32), hidden @ kernel], axis=-1)
+    kept = hidden[..., : len(there)] * there
+    return _add_rows(devices, kept, targets, real[:, None] * weights, sums)
+
+
+def _few_shapes(keep: Bool[np.ndarray, "f"]) -> tuple[Int[np.ndarray, "k"], Float[np.ndarray, "k"]]:
+    """The kept units, filled up with others to an eighth of all, and 1 for those that are kept.
+
+    Every number of units would be a program of its own.
+    """
+    kept, step = np.flatnonzero(keep), max(1, -(-len(keep) // 8))
+    more = min(len(keep), step * max(1, -(-len(kept) // step))) - len(kept)
+    units = np.concatenate([kept, np.flatnonzero(~keep)[:more]])
+    return units, (np.arange(len(units)) < len(kept)).astype(np.float32)
+
+
+def _reordered(mlp: Params, units: Int[np.ndarray, "k"]) -> Params:
+    """An MLP with these of its hidden units."""
+    first = {name: np.asarray(leaf)[..., units] for name, leaf in mlp["fc1"].items()}
+    second = mlp["fc2"] | {"kernel": np.asarray(mlp["fc2"]["kernel"])[units]}
+    return {"fc1": first, "fc2": second}
 
 
 @functools.partial(jax.jit, static_argnums=0)

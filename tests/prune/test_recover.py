@@ -23,6 +23,7 @@ from tapvit_jax.prune.recover import (
     solve_values,
 )
 from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.prune.streams import Streams
 from tapvit_jax.prune.units import unit_table
 from tapvit_jax.sharding import data_mesh
 from tapvit_jax.train.classes import prior_weights
@@ -446,6 +447,27 @@ def test_devices_batches_and_processes_change_nothing(tiny, monkeypatch):
         np.testing.assert_allclose(
             other.apply(images), alone, atol=1e-4 * np.abs(alone).max(), err_msg=name
         )
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, None])
+def test_moments_of_kept_units_are_those_of_all_units(tiny, kept):
+    streams = Streams(tiny, [images_of(8), images_of(8)], None)
+    dense = streams.begin(0, parallel=True)
+    streams.see_dense_middle()
+    kernel = dense["mlp"]["fc2"]["kernel"]
+    keep = np.random.default_rng(0).permutation(len(kernel)) < (
+        len(kernel) if kept is None else kept
+    )
+    whole, units = streams.hidden_moments(dense), np.flatnonzero(keep)
+    expected = [
+        [fold.select(units) for fold in whole],
+        [fold.with_linear_target(np.float64(kernel)).select(units) for fold in whole],
+    ]
+    found = streams.kept_hidden_moments(dense, keep, kernel)
+    for folds, others in zip(found, expected, strict=True):
+        for fold, other in zip(folds, others, strict=True):
+            for name, value in fold._asdict().items():
+                np.testing.assert_allclose(value, getattr(other, name), atol=1e-4, err_msg=name)
 
 
 def test_the_prior_of_the_metric_set_only_moves_the_biases(case):
