@@ -113,8 +113,7 @@ class Job(Preparation):
         inputs = {
             "dense": self._dense.key,
             **self._images_key(sets.metric),
-            "neurons": to_plain(prune.neurons),
-            "criterion": prune.criterion,
+            **_scored_by(prune),
             "layers": to_plain(prune.layers),
             "batch_size": prune.batch_size,
             "seed": seed,
@@ -148,8 +147,7 @@ class Job(Preparation):
         inputs = {
             "dense": self._dense.key,
             **self._images_key(metric),
-            "neurons": to_plain(prune.neurons),
-            "criterion": prune.criterion,
+            **_scored_by(prune),
             "batch_size": prune.batch_size,
             "seed": self.seed,
         }
@@ -460,6 +458,13 @@ class Job(Preparation):
         }
         found = self._stage("latency", f"{title}: latency", UNITS["latency"], inputs, compute)
         return dict(found.meta)
+
+
+def _scored_by(prune: PruneConfig) -> dict[str, Any]:
+    """What unit scores depend on."""
+    if prune.criterion is None:
+        return {"neurons": to_plain(prune.neurons)}
+    return {"criterion": prune.criterion, "max_batches": prune.neurons.max_batches}
 
 
 def described(job: Job) -> dict[str, Any]:

@@ -117,8 +117,8 @@ class Method:
         """
         if self.changes and self.criterion not in get_args(Composite):
             raise InputError(f"{self.criterion} knows no changes: {', '.join(self.changes)}")
-        scored = base if self.widths == PEER else base.ranked_by(self.criterion)
-        neurons = _changed(scored.neurons, self.changes)
+        ranked = {} if self.widths == PEER else base.ranked_by(self.criterion)
+        neurons = _changed(ranked.get("neurons", base.neurons), self.changes)
         layers, allocate = base.layers, base.allocate
         if self.widths == "published":
             layers = LayerConfig.as_published()
@@ -131,7 +131,8 @@ class Method:
             if depth:
                 layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
             layers = dataclasses.replace(layers, recovery="ridge" if self.loop else "none")
-        return PruneConfig(neurons, layers, allocate, base.batch_size, scored.criterion)
+        named = ranked.get("criterion")
+        return PruneConfig(neurons, layers, allocate, base.batch_size, named)
 
 
 def _changed(neurons: NeuronConfig, changes: Changes) -> NeuronConfig:

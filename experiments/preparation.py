@@ -53,7 +53,7 @@ BATCH = 256
 
 # Rough costs of the steps, in seconds on two cores; only their ratios matter, for the ETA.
 UNITS = {"data": 1, "dense": 60, "extractor": 10, "device": 1, "select": 3, "score": 8}
-UNITS |= {"classes": 3, "peer": 30, "compensate": 2, "recover": 10, "latency": 3, "report": 3}
+UNITS |= {"peer": 30, "compensate": 2, "recover": 10, "latency": 3, "report": 3}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -441,7 +441,7 @@ class Preparation:
 
         inputs = {"extractor": self.extractor.fingerprint, "dense": self._dense.key}
         inputs |= self._images_key(pool[rows])
-        found = self._stage("classes", "classes' features", UNITS["classes"], inputs, compute)
+        found = self._stage("classes", "classes' features", 0, inputs, compute)
         return Found(found.key, ClassGaussians(**found.arrays))
 
     def class_prior(self, sets: ImageSets, kind: str) -> Found:

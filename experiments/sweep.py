@@ -115,7 +115,7 @@ def _unit(base: ExperimentConfig, number: int, overrides: Mapping[str, Any]) -> 
     plain = to_plain(base)
     try:
         if (criterion := overrides.get("criterion")) is not None:
-            plain["prune"] = to_plain(base.prune.ranked_by(criterion))
+            plain["prune"] |= to_plain(base.prune.ranked_by(criterion))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     for name, value in overrides.items():

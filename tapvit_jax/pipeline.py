@@ -50,25 +50,23 @@ class PruneConfig:
     def __post_init__(self):
         if self.criterion is not None:
             criterion(self.criterion)
-        if self.allocate.coupled and (self.criterion or not self.neurons.couple_qk_vo):
-            raise InputError(
-                "allocate.coupled needs neurons.couple_qk_vo and no other criterion, so that "
-                "scores agree"
-            )
+        uncoupled = self.criterion is None and not self.neurons.couple_qk_vo
+        if self.allocate.coupled and uncoupled:
+            raise InputError("allocate.coupled needs neurons.couple_qk_vo, so that scores agree")
         if self.batch_size < 2:
             raise InputError(f"batch_size is {self.batch_size}, expected 2 or more")
 
-    def ranked_by(self, name: str) -> "PruneConfig":
-        """The same with units ranked by a criterion of the registry.
+    def ranked_by(self, name: str) -> dict[str, Any]:
+        """The fields `neurons` and `criterion` that rank units by a criterion of the registry.
 
         Raises:
           InputError: an unknown criterion.
         """
         if name not in get_args(Composite):
-            return dataclasses.replace(self, criterion=name)
+            return {"neurons": self.neurons, "criterion": criterion(name).name}
         neurons = NeuronConfig.of_method(name)
         neurons = dataclasses.replace(neurons, max_batches=self.neurons.max_batches)
-        return dataclasses.replace(self, neurons=neurons, criterion=None)
+        return {"neurons": neurons, "criterion": None}
 
     @classmethod
     def as_published(cls, probe_sparsity: float = 0.5) -> "PruneConfig":
@@ -97,12 +95,12 @@ def score(
       source: images.
       metric: indices of the metric dataset.
       config: how units and layers are scored.
-      seed: for the classes that the Fisher loss samples.
+      seed: for the classes that losses draw, and for random scores.
       workers: processes that decode images; see `data.pipeline.batches`.
       on_share: called with every share of the work that is done.
 
     Raises:
-      InputError: too few images, or images that cannot be read.
+      InputError: too few images, images that cannot be read, or labels missing for the criterion.
     """
     if model.preprocess is None:
         raise InputError(f"{model.name}: does not say how its images are prepared")

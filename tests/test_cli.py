@@ -85,6 +85,8 @@ def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
     assert small.preprocess == PREPROCESS
     assert small.history["budget"] == "macs=0.5"
     assert (small.history["criterion"], small.history["recovery"]) == ("tap", "ridge")
+    # A selection file holds no mixture to tell of the classes.
+    assert small.history["recovered"]["prior"] == "metric"
     call("evaluate", "--model", tmp_path / "small", "--images", work / "private")
     assert "top-1" in capsys.readouterr().out
 
@@ -94,7 +96,7 @@ def test_payload_can_be_given_instead_of_a_selection(work, tmp_path, capsys):
           "--extractor", work / "extractor", "--method", "magnitude_l2",
           "--recover", "mean", "--label-free")  # fmt: skip
     printed = capsys.readouterr().out
-    assert "agreement with the dense model under these images' prior on" in printed
+    assert "agreement with the dense model under the device's prior on" in printed
     small = tap.load(tmp_path / "small")
     assert small.name == "dense-pruned"
     assert (small.history["criterion"], small.history["recovery"]) == ("magnitude_l2", "mean")

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from tapvit_jax.commands.common import (
     Command,
@@ -163,7 +163,7 @@ def choose(args: argparse.Namespace) -> None:
     pool = open_images(
         args.pool, extractor.preprocess, split=args.split, skip_corrupt=args.skip_corrupt
     )
-    chosen = select_images(args, gmms, extractor, pool)
+    chosen, _ = select_images(args, gmms, extractor, pool)
     write_json(args.out, _selection(args, pool.source, args.payload, chosen))
     print(f"{args.out}: {len(gmms)} devices, {chosen.shape[1]} of {len(pool.indices)} images each")
 
@@ -179,8 +179,8 @@ def load_payload(path: str, extractor: Extractor) -> Gmm:
 
 def select_images(
     args: argparse.Namespace, gmms: list[Gmm], extractor: Extractor, pool: Images
-) -> Int[np.ndarray, "v n"]:
-    """Indices of the images chosen for each mixture, the metric dataset first."""
+) -> tuple[Int[np.ndarray, "v n"], Float[np.ndarray, "p d"]]:
+    """Indices of the images chosen for each mixture, metric dataset first; the pool's features."""
     found = extractor.features(pool.source, pool.indices)
     # Small pools are used whole for fine-tuning; only the metric dataset's size is binding.
     finetune = min(max(args.finetune_count, args.count), len(pool.indices))
@@ -192,7 +192,7 @@ def select_images(
         seed=args.seed,
         finetune_count=max(finetune, args.count),
     )
-    return pool.indices[positions]
+    return pool.indices[positions], found
 
 
 def _selection(

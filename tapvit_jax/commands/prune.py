@@ -139,10 +139,12 @@ def prune(args: argparse.Namespace) -> None:
         split=args.split,
         skip_corrupt=args.skip_corrupt,
     )
-    progress = Progress(5.0 + args.recover_epochs)
+    progress = Progress(6.0 + args.recover_epochs)
     with progress.step("select", 1):
-        device = None if args.payload is None else _device(args, model, pool)
-        metric, finetune = _chosen_images(args, device, pool)
+        if args.payload is None:
+            (metric, finetune), device = _read_selection(args, pool), None
+        else:
+            metric, finetune, device = _select(args, model, pool)
     source, labelled = pool.source, not args.label_free and labels_fit(model, pool.source)
     labelled = labelled and bool((source.labels[finetune] >= 0).all())
     if CRITERIA[args.method].needs_labels and not labelled:
@@ -165,14 +167,14 @@ def prune(args: argparse.Namespace) -> None:
             plan, measured = allocate(model, units, layers, budget, config=config.allocate), None
     training, validation = hold_out(finetune, args.seed)
     options = RecoverConfig(args.recover, prior=args.prior)
-    with progress.step("recover in closed form", 1) as step:
-        # What is printed at the end is of images that nothing was fitted to.
-        fitted = metric[~np.isin(metric, validation)]
-        size = even_batch_size(len(fitted), config.batch_size)
-        prior = None
-        if options.moves_prior and not has_prior(model):
+    # What is printed at the end is of images that nothing was fitted to.
+    fitted, prior = metric[~np.isin(metric, validation)], None
+    if options.moves_prior and not has_prior(model):
+        with progress.step("predict public images", 1):
             told = device if options.prior == "mixture" else None
             prior = prior_weights(_class_shares(told, model, pool, fitted), len(fitted))
+    with progress.step("recover in closed form", 1) as step:
+        size = even_batch_size(len(fitted), config.batch_size)
         solved = recover(
             model,
             plan,
@@ -230,7 +232,7 @@ def prune(args: argparse.Namespace) -> None:
         for name, found in models.items()
     ]
     compared = "top-1" if labelled else "agreement with the dense model"
-    compared += " under these images' prior" if "weights" in reference else ""
+    compared += " under the device's prior" if "weights" in reference else ""
     print(
         f"{compared} on {len(validation)} of the chosen public images, which neither recovery nor "
         f"fine-tuning was fitted to: {', '.join(shares)}"
@@ -255,32 +257,31 @@ def _measure(latency: LatencyModel, dense: Model, pruned: Model) -> tuple[float,
 
 def _prune_config(args: argparse.Namespace) -> PruneConfig:
     published = args.method == "tap_published"
-    config = PruneConfig.as_published() if published else PruneConfig().ranked_by(args.method)
+    config = PruneConfig.as_published() if published else PruneConfig()
+    config = dataclasses.replace(config, **config.ranked_by(args.method))
     steps = dataclasses.replace(config.allocate, round_to=RoundTo.parse(args.round_to))
     return dataclasses.replace(config, allocate=steps)
 
 
-def _device(args: argparse.Namespace, model: Model, pool: Images) -> tuple[Gmm, Extractor]:
-    """The payload's mixture, and what its features were made with."""
+def _select(
+    args: argparse.Namespace, model: Model, pool: Images
+) -> tuple[np.ndarray, np.ndarray, tuple[Gmm, np.ndarray]]:
+    """The images chosen for a payload, its mixture and the pool's features."""
     Gmm.load(args.payload)  # what cannot be read is said before the pool is
     extractor = _extractor(args, model, pool)
     try:
-        return load_payload(args.payload, extractor), extractor
+        gmm = load_payload(args.payload, extractor)
     except InputError as error:
         if args.extractor is not None:
             raise
         raise InputError(
             f"{error}; without --extractor, the extractor is the default one of this model and pool"
         ) from error
+    (chosen,), features = select_images(args, [gmm], extractor, pool)
+    return chosen[: args.count], chosen, (gmm, features)
 
 
-def _chosen_images(
-    args: argparse.Namespace, device: tuple[Gmm, Extractor] | None, pool: Images
-) -> tuple[np.ndarray, np.ndarray]:
-    if device is not None:
-        gmm, extractor = device
-        chosen = select_images(args, [gmm], extractor, pool)[0]
-        return chosen[: args.count], chosen
+def _read_selection(args: argparse.Namespace, pool: Images) -> tuple[np.ndarray, np.ndarray]:
     selection = read_selection(Path(args.selection))
     if selection["pool"] != pool.source.fingerprint():
         raise InputError(f"{args.selection}: was made for another pool than {args.pool}")
@@ -292,18 +293,19 @@ def _chosen_images(
 
 
 def _class_shares(
-    device: tuple[Gmm, Extractor] | None, model: Model, pool: Images, metric: np.ndarray
+    device: tuple[Gmm, np.ndarray] | None, model: Model, pool: Images, metric: np.ndarray
 ) -> Float[np.ndarray, "c"]:
     """How often the device sees each class: by its mixture, else by the metric dataset."""
-    chosen, preprocess = metric, preprocess_of(model)
-    if device is not None:
-        chosen = pool.indices[rows_for_classes(len(pool.indices), model.config.num_classes)]
-    teacher = Teacher(model.config, model.params)
-    predictions = predict(teacher, pool.source, chosen, preprocess, _BATCH)
+
+    def predicted(images: np.ndarray) -> Float[np.ndarray, "n c"]:
+        teacher = Teacher(model.config, model.params)
+        return predict(teacher, pool.source, images, preprocess_of(model), _BATCH)
+
     if device is None:
-        return predictions.mean(axis=0)
-    gmm, extractor = device
-    return mixture_shares(gmm, fit_classes(extractor.features(pool.source, chosen), predictions))
+        return predicted(metric).mean(axis=0)
+    gmm, features = device
+    rows = rows_for_classes(len(features), model.config.num_classes)
+    return mixture_shares(gmm, fit_classes(features[rows], predicted(pool.indices[rows])))
 
 
 def _extractor(args: argparse.Namespace, model: Model, pool: Images) -> Extractor:

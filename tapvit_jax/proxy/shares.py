@@ -65,7 +65,8 @@ def fit_classes(
 
         mu_c = sum_i p_ic x_i / sum_i p_ic,   Sigma = sum_ic p_ic (x_i - mu_c) (x_i - mu_c)^T / n
 
-    with the off-diagonal part of Sigma shrunk by a tenth.
+    with the off-diagonal part of Sigma shrunk by a tenth, and one image like the whole pool more in
+    every class.
 
     Args:
       features: of public images of all classes.

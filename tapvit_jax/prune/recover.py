@@ -30,6 +30,8 @@ from tapvit_jax.train.classes import prior_weights
 
 Method = Literal["none", "mean", "ridge"]
 
+# Beyond this share of an MLP's units, products with all of them cost less than a target more.
+_MOSTLY_KEPT = 0.75
 # Keeps Cholesky factors of Gram matrices finite: relative to the mean eigenvalue.
 _JITTER = 1e-6
 
@@ -100,7 +102,7 @@ def recover(
       method: overrides the config's.
       config: see `RecoverConfig`.
       prior: weights of the classes (see `prior_weights`) for the config's prior; without them,
-        "metric" predicts the batches itself.
+        "metric" predicts the batches itself. A model that has a prior keeps it.
       mesh: devices of this process that share every batch's images; by default all.
       on_share: called with every share of the work that is done.
 
@@ -211,10 +213,15 @@ def _recover_block(
     else:
         streams.pass_no_attention()
     if "mlp" in dense and keep["mlp_branch"]:
-        mlp, scale = dense["mlp"], layer_scale(dense, "ls2")
-        kernel = np.asarray(mlp["fc2"]["kernel"] * scale, np.float32)
-        folds = streams.kept_hidden_moments(part | {"mlp": mlp}, keep["mlp"], kernel)
-        part = part | {"mlp": solve_kept_mlp(mlp, *folds, keep["mlp"], ridge, scale)}
+        mlp, kept, scale = dense["mlp"], keep["mlp"], layer_scale(dense, "ls2")
+        if np.sum(kept) >= _MOSTLY_KEPT * len(kept):
+            folds = streams.hidden_moments(part | {"mlp": mlp})
+            solved = solve_mlp(mlp, folds, kept, ridge, scale)
+        else:
+            kernel = np.asarray(mlp["fc2"]["kernel"] * scale, np.float32)
+            folds = streams.kept_hidden_moments(part | {"mlp": mlp}, kept, kernel)
+            solved = solve_kept_mlp(mlp, *folds, kept, ridge, scale)
+        part = part | {"mlp": solved}
     streams.pass_mlp(part, keep.get("mlp"))
     return part
 

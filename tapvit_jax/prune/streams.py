@@ -179,15 +179,15 @@ class Streams:
         Products with pruned units, most of `hidden_moments`' work, are left out.
         """
         weights = _token_weights(self._config, self._block)
-        units, there = _few_shapes(keep)
+        units = _few_shapes(keep)
         # In this order the kept ones are a slice: picking them out would take longer than products
         # with all.
         order = np.concatenate([units, np.setdiff1d(np.arange(len(keep)), units)])
-        part = part | {"mlp": _reordered(part["mlp"], order)}
+        part, kernel = part | {"mlp": _reordered(part["mlp"], order)}, kernel[order]
         sums = None
         for x, target, real in zip(self._found, self._behind, self._real, strict=True):
-            given = part, there, kernel[order], x, target, real, weights, sums
-            sums = _add_kept_hidden(self._spec, self._mesh.size, *given)
+            given = part, kernel, x, target, real, weights, sums
+            sums = _add_kept_hidden(self._spec, self._mesh.size, len(units), *given)
         folds = [fold.select(np.arange(np.sum(keep))) for fold in _checked(sums)]
         dim = kernel.shape[1]
         return [fold.targets(slice(dim)) for fold in folds], [
@@ -198,7 +198,7 @@ class Streams:
         """Take both streams out of the block, whose pruned hidden units, if any, are zero."""
         spec = self._spec
         if keep is not None and not keep.all():
-            units, _ = _few_shapes(keep)
+            units = _few_shapes(keep)
             part = part | {"mlp": _reordered(part["mlp"], units)}
             widths = dataclasses.replace(spec.widths, mlp_dim=len(units))
             spec = dataclasses.replace(spec, widths=widths)
@@ -294,12 +294,12 @@ def _add_hidden(
     return _add_rows(devices, hidden, target - x, real[:, None] * weights, sums)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _add_kept_hidden(
     spec: BlockSpec,
     devices: int,
+    first: int,
     part: Params,
-    there: Float[Array, "k"],
     kernel: Float[Array, "f d"],
     x: Float[Array, "b n d"],
     target: Float[Array, "b n d"],
@@ -310,19 +310,17 @@ def _add_kept_hidden(
     hidden = apply_block_with_taps(_behind_attention(spec), part, x)[1]["mlp"]
     hidden = hidden.astype(jnp.float32)
     targets = jnp.concatenate([(target - x).astype(jnp.float32), hidden @ kernel], axis=-1)
-    kept = hidden[..., : len(there)] * there
-    return _add_rows(devices, kept, targets, real[:, None] * weights, sums)
+    return _add_rows(devices, hidden[..., :first], targets, real[:, None] * weights, sums)
 
 
-def _few_shapes(keep: Bool[np.ndarray, "f"]) -> tuple[Int[np.ndarray, "k"], Float[np.ndarray, "k"]]:
-    """The kept units, filled up with others to an eighth of all, and 1 for those that are kept.
+def _few_shapes(keep: Bool[np.ndarray, "f"]) -> Int[np.ndarray, "k"]:
+    """The kept units, then others, so that they are a multiple of an eighth of all.
 
     Every number of units would be a program of its own.
     """
     kept, step = np.flatnonzero(keep), max(1, -(-len(keep) // 8))
-    more = min(len(keep), step * max(1, -(-len(kept) // step))) - len(kept)
-    units = np.concatenate([kept, np.flatnonzero(~keep)[:more]])
-    return units, (np.arange(len(units)) < len(kept)).astype(np.float32)
+    more = step * max(1, -(-len(kept) // step)) - len(kept)
+    return np.concatenate([kept, np.flatnonzero(~keep)[:more]])
 
 
 def _reordered(mlp: Params, units: Int[np.ndarray, "k"]) -> Params:

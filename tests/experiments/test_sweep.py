@@ -90,10 +90,13 @@ def test_any_criterion_of_the_registry_can_rank_the_units():
         assert neurons.max_batches == base.neurons.max_batches
         assert unit.config.prune.criterion == (None if own else name)
         assert unit.config.prune.layers == base.layers and (own or neurons == base.neurons)
-    # What is coupled by the config has scores of its own.
+    # Fields of a unit count together, whatever stands in the config.
     coupled = dataclasses.replace(tiny(), prune=PruneConfig.as_published())
-    with pytest.raises(InputError, match=r"unit 0: allocate\.coupled needs"):
-        units([{"device": 0, "criterion": "magnitude_l2"}], coupled)
+    with pytest.raises(InputError, match=r"unit 0: config.*allocate\.coupled needs"):
+        units([{"device": 0, "criterion": "tap"}], coupled)
+    (unit,) = units([{"device": 0, "criterion": "tap", "prune.allocate.coupled": False}], coupled)
+    assert unit.config.prune.neurons.couple_qk_vo is False
+    assert units([{"device": 0, "criterion": "fisher"}], coupled)[0].config.prune.allocate.coupled
 
 
 def test_recoveries_choose_the_closed_form_and_fine_tuning():
