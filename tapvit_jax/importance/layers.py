@@ -35,7 +35,13 @@ from tapvit_jax.models.layers import BlockConfig, BlockSpec, Gates
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import top_k_mask
-from tapvit_jax.prune.recover import layer_scale, solve_mlp, solve_queries_keys, solve_values
+from tapvit_jax.prune.recover import (
+    kept_moments,
+    layer_scale,
+    solve_mlp,
+    solve_queries_keys,
+    solve_values,
+)
 from tapvit_jax.prune.streams import Streams, embed_images
 from tapvit_jax.prune.units import unit_key
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
@@ -340,12 +346,13 @@ def _recovered_probes(
         ]
     if "mlp" in dense:
         streams.see_dense_middle()
-        folds, scale = streams.hidden_moments(dense), layer_scale(dense, "ls2")
-        found["mlp"] = [
+        mlp, folds, scale = dense["mlp"], streams.hidden_moments(dense), layer_scale(dense, "ls2")
+        kernel = mlp["fc2"]["kernel"] * scale
+        found["mlp"] = []
+        for mask in keep["mlp"]:
+            solved = solve_mlp(mlp, *kept_moments(folds, mask, kernel), mask, scale=scale)
             # The first layer's pruned units lead nowhere, and all probes can share them.
-            {"mlp": {"fc2": solve_mlp(dense["mlp"], folds, mask, scale=scale)["fc2"]}}
-            for mask in keep["mlp"]
-        ]
+            found["mlp"].append({"mlp": {"fc2": solved["fc2"]}})
     return {kind: jax.tree.map(lambda *a: np.stack(a), *probes) for kind, probes in found.items()}
 
 

@@ -214,13 +214,12 @@ def _recover_block(
         streams.pass_no_attention()
     if "mlp" in dense and keep["mlp_branch"]:
         mlp, kept, scale = dense["mlp"], keep["mlp"], layer_scale(dense, "ls2")
+        kernel = np.asarray(mlp["fc2"]["kernel"], np.float64) * scale
         if np.sum(kept) >= _MOSTLY_KEPT * len(kept):
-            folds = streams.hidden_moments(part | {"mlp": mlp})
-            solved = solve_mlp(mlp, folds, kept, ridge, scale)
+            folds = kept_moments(streams.hidden_moments(part | {"mlp": mlp}), kept, kernel)
         else:
-            kernel = np.asarray(mlp["fc2"]["kernel"] * scale, np.float32)
             folds = streams.kept_hidden_moments(part | {"mlp": mlp}, kept, kernel)
-            solved = solve_kept_mlp(mlp, *folds, kept, ridge, scale)
+        solved = solve_mlp(mlp, *folds, kept, ridge, scale)
         part = part | {"mlp": solved}
     streams.pass_mlp(part, keep.get("mlp"))
     return part
@@ -244,9 +243,21 @@ def layer_scale(part: Params, name: str) -> Float[np.ndarray, "d"] | float:
     return np.asarray(part[name]["gamma"], np.float64) if name in part else 1.0
 
 
+def kept_moments(
+    folds: Sequence[Moments], keep: Bool[np.ndarray, "f"], kernel: Float[np.ndarray, "f d"]
+) -> tuple[list[Moments], list[Moments]]:
+    """From moments of all features, those of the kept ones, with the targets and with what all
+    features make of a kernel for targets.
+    """
+    kept, kernel = np.flatnonzero(keep), np.asarray(kernel, np.float64)
+    linear = [fold.with_linear_target(kernel).select(kept) for fold in folds]
+    return [fold.select(kept) for fold in folds], linear
+
+
 def solve_mlp(
     mlp: Params,
-    folds: Sequence[Moments],
+    inputs: Sequence[Moments],
+    linear: Sequence[Moments],
     keep: Bool[np.ndarray, "f"],
     ridge: bool = True,
     scale: Float[np.ndarray, "d"] | float = 1.0,
@@ -255,32 +266,8 @@ def solve_mlp(
 
     Args:
       mlp: dense parameters.
-      folds: moments of all hidden units and what the branch should add to the stream.
-      keep: units that stay.
-      ridge: solve the second layer, else its bias only.
-      scale: layer scale behind the branch.
-    """
-    kept = np.flatnonzero(keep)
-    dense = np.asarray(mlp["fc2"]["kernel"], np.float64) * scale
-    inputs = [fold.select(kept) for fold in folds]
-    linear = [fold.with_linear_target(dense).select(kept) for fold in folds]
-    return solve_kept_mlp(mlp, inputs, linear, keep, ridge, scale)
-
-
-def solve_kept_mlp(
-    mlp: Params,
-    inputs: Sequence[Moments],
-    linear: Sequence[Moments],
-    keep: Bool[np.ndarray, "f"],
-    ridge: bool = True,
-    scale: Float[np.ndarray, "d"] | float = 1.0,
-) -> Params:
-    """`solve_mlp` from moments of the kept units alone.
-
-    Args:
-      mlp: dense parameters.
-      inputs: moments of the kept units and what the branch should add to the stream.
-      linear: of the kept units and what the dense second layer makes of all units.
+      inputs: moments of the kept hidden units and what the branch should add to the stream.
+      linear: of the kept units and what the dense second layer makes of all of them.
       keep: units that stay.
       ridge: solve the second layer, else its bias only.
       scale: layer scale behind the branch.

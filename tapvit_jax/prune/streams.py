@@ -164,11 +164,7 @@ class Streams:
 
     def hidden_moments(self, part: Params) -> list[Moments]:
         """Of all hidden units, and what the MLP should add to the stream."""
-        weights = _token_weights(self._config, self._block)
-        sums = None
-        for x, target, real in zip(self._found, self._behind, self._real, strict=True):
-            sums = _add_hidden(self._spec, self._mesh.size, part, x, target, real, weights, sums)
-        return _checked(sums)
+        return self._hidden_moments(part)
 
     def kept_hidden_moments(
         self, part: Params, keep: Bool[np.ndarray, "f"], kernel: Float[np.ndarray, "f d"]
@@ -178,21 +174,26 @@ class Streams:
 
         Products with pruned units, most of `hidden_moments`' work, are left out.
         """
-        weights = _token_weights(self._config, self._block)
         units = _few_shapes(keep)
         # In this order the kept ones are a slice: picking them out would take longer than products
         # with all.
         order = np.concatenate([units, np.setdiff1d(np.arange(len(keep)), units)])
-        part, kernel = part | {"mlp": _reordered(part["mlp"], order)}, kernel[order]
+        part = part | {"mlp": _reordered(part["mlp"], order)}
+        kernel = kernel[order].astype(np.float32)
+        found = self._hidden_moments(part, kernel, first=len(units))
+        folds, dim = [fold.select(np.arange(np.sum(keep))) for fold in found], kernel.shape[1]
+        halves = slice(dim), slice(dim, None)
+        return tuple([fold.targets(columns) for fold in folds] for columns in halves)
+
+    def _hidden_moments(
+        self, part: Params, kernel: Float[np.ndarray, "f d"] | None = None, first: int | None = None
+    ) -> list[Moments]:
+        weights = _token_weights(self._config, self._block)
         sums = None
         for x, target, real in zip(self._found, self._behind, self._real, strict=True):
-            given = part, kernel, x, target, real, weights, sums
-            sums = _add_kept_hidden(self._spec, self._mesh.size, len(units), *given)
-        folds = [fold.select(np.arange(np.sum(keep))) for fold in _checked(sums)]
-        dim = kernel.shape[1]
-        return [fold.targets(slice(dim)) for fold in folds], [
-            fold.targets(slice(dim, None)) for fold in folds
-        ]
+            given = part, x, target, real, weights, sums, kernel
+            sums = _add_hidden(self._spec, self._mesh.size, first, *given)
+        return _checked(sums)
 
     def pass_mlp(self, part: Params, keep: Bool[np.ndarray, "f"] | None) -> None:
         """Take both streams out of the block, whose pruned hidden units, if any, are zero."""
@@ -278,38 +279,28 @@ def _is_moments(value: Any) -> bool:
     return isinstance(value, Moments)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _add_hidden(
     spec: BlockSpec,
     devices: int,
+    first: int | None,
     part: Params,
     x: Float[Array, "b n d"],
     target: Float[Array, "b n d"],
     real: Float[Array, "b"],
     weights: Float[Array, "n"],
     sums: tuple[Moments, ...] | None,
+    kernel: Float[Array, "f d"] | None,
 ) -> tuple[Moments, ...]:
-    """Add the moments of an MLP's hidden units, which take too much memory to keep."""
-    hidden = apply_block_with_taps(_behind_attention(spec), part, x)[1]["mlp"]
-    return _add_rows(devices, hidden, target - x, real[:, None] * weights, sums)
+    """Add the moments of an MLP's first hidden units, which take too much memory to keep.
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _add_kept_hidden(
-    spec: BlockSpec,
-    devices: int,
-    first: int,
-    part: Params,
-    kernel: Float[Array, "f d"],
-    x: Float[Array, "b n d"],
-    target: Float[Array, "b n d"],
-    real: Float[Array, "b"],
-    weights: Float[Array, "n"],
-    sums: tuple[Moments, ...] | None,
-) -> tuple[Moments, ...]:
+    Behind what the MLP should add to the stream, what all units make of a kernel is a target.
+    """
     hidden = apply_block_with_taps(_behind_attention(spec), part, x)[1]["mlp"]
-    hidden = hidden.astype(jnp.float32)
-    targets = jnp.concatenate([(target - x).astype(jnp.float32), hidden @ kernel], axis=-1)
+    targets = target - x
+    if kernel is not None:
+        linear = hidden.astype(jnp.float32) @ kernel
+        targets = jnp.concatenate([targets.astype(jnp.float32), linear], axis=-1)
     return _add_rows(devices, hidden[..., :first], targets, real[:, None] * weights, sums)
 
 

@@ -17,6 +17,7 @@ from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.moments import Moments
 from tapvit_jax.prune.recover import (
     RecoverConfig,
+    kept_moments,
     recover,
     solve_mlp,
     solve_queries_keys,
@@ -85,7 +86,9 @@ def test_mlp_is_solved_by_least_squares(no_penalty, rng, scaled):
     # What a layer scale of zero hides is left alone.
     scale = np.array([0.1, -2.0, 0.0, 1.0, 3.0]) if scaled else 1.0
     keep = np.arange(HIDDEN) % 3 != 1
-    found = solve_mlp(mlp, folds_of(hidden, target), keep, scale=scale)
+    folds = folds_of(hidden, target)
+    moments = kept_moments(folds, keep, mlp["fc2"]["kernel"] * scale)
+    found = solve_mlp(mlp, *moments, keep, scale=scale)
     kernel, bias = least_squares(hidden[:, keep], target)
     seen = np.broadcast_to(scale, EMBED) != 0
     np.testing.assert_allclose(
@@ -96,7 +99,8 @@ def test_mlp_is_solved_by_least_squares(no_penalty, rng, scaled):
     for leaf in (found["fc1"]["kernel"].T, found["fc1"]["bias"], found["fc2"]["kernel"]):
         np.testing.assert_array_equal(leaf[~keep], 0)
     np.testing.assert_allclose(found["fc1"]["kernel"][:, keep], mlp["fc1"]["kernel"][:, keep], 1e-6)
-    mean = solve_mlp(mlp, folds_of(hidden, target), keep, ridge=False)["fc2"]
+    moments = kept_moments(folds, keep, mlp["fc2"]["kernel"])
+    mean = solve_mlp(mlp, *moments, keep, ridge=False)["fc2"]
     np.testing.assert_allclose(mean["kernel"], mlp["fc2"]["kernel"] * keep[:, None], 1e-6)
     made = hidden @ mean["kernel"] + mean["bias"]
     np.testing.assert_allclose(made.mean(axis=0), target.mean(axis=0), atol=1e-5)
@@ -458,11 +462,7 @@ def test_moments_of_kept_units_are_those_of_all_units(tiny, kept):
     keep = np.random.default_rng(0).permutation(len(kernel)) < (
         len(kernel) if kept is None else kept
     )
-    whole, units = streams.hidden_moments(dense), np.flatnonzero(keep)
-    expected = [
-        [fold.select(units) for fold in whole],
-        [fold.with_linear_target(np.float64(kernel)).select(units) for fold in whole],
-    ]
+    expected = kept_moments(streams.hidden_moments(dense), keep, kernel)
     found = streams.kept_hidden_moments(dense, keep, kernel)
     for folds, others in zip(found, expected, strict=True):
         for fold, other in zip(folds, others, strict=True):
