@@ -12,7 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from tapvit_jax.models.backbone import (
     TransformerConfig,
+    apply_block,
     apply_block_with_taps,
+    block_params,
+    classified_tokens,
     classify,
     embed,
     visit_blocks,
@@ -192,8 +195,18 @@ def _forward(
     count = len(model_config.blocks)
     inputs = [None if gates is None else gates[f"blocks_{i}"] for i in range(count)]
     x = embed(model_config, params, images)
-    x, found = visit_blocks(model_config, params, x, visit, inputs)
-    return classify(model_config, params, x), found
+    end = classified_tokens(model_config, count - 1) if count else None
+    if gates is None or end is None:
+        x, found = visit_blocks(model_config, params, x, visit, inputs)
+        return classify(model_config, params, x), found
+    # Nothing goes back from tokens that no logit depends on; the last block's taps hold all tokens,
+    # and share with its gated pass what does not depend on the gates.
+    before = model_config.first_blocks(count - 1)
+    x, found = visit_blocks(before, params, x, visit, inputs[:-1])
+    spec, part = model_config.block_spec(count - 1), block_params(params, count - 1)
+    _, last = visit(spec, part, jax.lax.stop_gradient(x), None)
+    x = apply_block(spec, part, x, inputs[-1], end)
+    return classify(model_config, params, x), [*found, last]
 
 
 def _residual_bytes(config: TransformerConfig, images: int) -> int:

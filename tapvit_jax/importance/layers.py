@@ -29,6 +29,7 @@ from tapvit_jax.models.backbone import (
     apply_block,
     block_params,
     check_prunable,
+    classified_tokens,
     classify,
 )
 from tapvit_jax.models.layers import BlockConfig, BlockSpec, Gates
@@ -262,18 +263,19 @@ def _probe_batch(
 ) -> list[Float[Array, "devices v"]]:
     """Sum over the real images on each device of every probe's divergence, for every block."""
     specs = [model_config.block_spec(i) for i in range(len(model_config.blocks))]
+    ends = [classified_tokens(model_config, i) for i in range(len(specs))]
     inputs = [embed_images(model_config, params, images)]
     for i, spec in enumerate(specs):
-        inputs.append(_run_block(spec, block_params(params, i), inputs[-1]))
+        inputs.append(_run_block(spec, block_params(params, i), inputs[-1], ends[i]))
     original = _log_probabilities(model_config, params, inputs[-1])
     sums = []
     for i, spec in enumerate(specs):
         if not gates[i]:
             sums.append(jnp.zeros((devices, 0)))
             continue
-        x = _gated_block(spec, block_params(params, i), inputs[i], gates[i])
+        x = _gated_block(spec, block_params(params, i), inputs[i], gates[i], ends[i])
         for j in range(i + 1, len(specs)):
-            x = _run_block(specs[j], block_params(params, j), x)
+            x = _run_block(specs[j], block_params(params, j), x, ends[j])
         pruned = _log_probabilities(model_config, params, x)
         sums.append(_divergence(config.direction, devices, original, pruned, real))
     return sums
@@ -290,12 +292,13 @@ def _recovered_importance(
     own = distributed.own_count(config.batches_read)
     streams = Streams(model, itertools.islice(batches, own), mesh)
     specs = [model.config.block_spec(i) for i in range(len(model.config.blocks))]
+    ends = [classified_tokens(model.config, i) for i in range(len(specs))]
     params, devices = streams.dense, streams.mesh.size
     originals: list[Array] = []
     probed = distributed.own_count(config.max_batches)
     for x, _ in itertools.islice(streams.dense_batches(), probed):
         for i, spec in enumerate(specs):
-            x = _run_block(spec, block_params(params, i), x)
+            x = _run_block(spec, block_params(params, i), x, ends[i])
         originals.append(_log_probabilities(model.config, params, x))
     shape = (len(config.sparsity), len(specs))
     scores = {kind: np.zeros(shape) for kind in ("mlp", "qk", "vo")}
@@ -308,9 +311,9 @@ def _recovered_importance(
         none = jnp.zeros((devices, len(probes) * len(config.sparsity)))
         total = none, jnp.zeros(())
         for (x, real), original in zip(streams.dense_batches(), originals, strict=False):
-            x = _changed_block(spec, block_params(params, i), x, placed)
+            x = _changed_block(spec, block_params(params, i), x, placed, ends[i])
             for j in range(i + 1, len(specs)):
-                x = _run_block(specs[j], block_params(params, j), x)
+                x = _run_block(specs[j], block_params(params, j), x, ends[j])
             pruned = _log_probabilities(model.config, params, x)
             found = _divergence(config.direction, devices, original, pruned, real), real.sum()
             total = jax.tree.map(jnp.add, total, found)
@@ -356,14 +359,18 @@ def _recovered_probes(
     return {kind: jax.tree.map(lambda *a: np.stack(a), *probes) for kind, probes in found.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def _changed_block(
-    spec: BlockSpec, params: Params, x: Float[Array, "b n d"], probes: list[Params]
-) -> Float[Array, "bv n d"]:
+    spec: BlockSpec,
+    params: Params,
+    x: Float[Array, "b n d"],
+    probes: list[Params],
+    outputs: int | None,
+) -> Float[Array, "bv m d"]:
     """One block under every probe of each of its kinds; an image's probes lie together."""
 
     def probe(change: Params) -> Array:
-        return apply_block(spec, _changed(params, change), x)
+        return apply_block(spec, _changed(params, change), x, outputs=outputs)
 
     found = [jax.vmap(probe, out_axes=1)(changes) for changes in probes]
     out = jnp.concatenate(found, axis=1)
@@ -376,18 +383,19 @@ def _changed(params: Params, change: Params) -> Params:
     return params | {name: _changed(params[name], part) for name, part in change.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_block(spec: BlockSpec, params: Params, x: Array) -> Array:
-    return apply_block(spec, params, x)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _run_block(spec: BlockSpec, params: Params, x: Array, outputs: int | None) -> Array:
+    return apply_block(spec, params, x, outputs=outputs)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def _gated_block(
     spec: BlockSpec,
     params: Params,
     x: Float[Array, "b n d"],
     gates: dict[Branch, Gates],
-) -> Float[Array, "bv n d"]:
+    outputs: int | None,
+) -> Float[Array, "bv m d"]:
     """One block under every probe of each of its branches; an image's probes lie together.
 
     Only one branch is gated at a time, so that `vmap` runs the other one, and all that comes before
@@ -397,7 +405,7 @@ def _gated_block(
     def probe(gate: Gates) -> Array:
         # The gates' image axis has size one and broadcasts: every image gets the same probe.
         gate = {kind: value[None] for kind, value in gate.items()}
-        return apply_block(spec, params, x, gate)
+        return apply_block(spec, params, x, gate, outputs)
 
     found = [jax.vmap(probe, out_axes=1)(branch) for _, branch in sorted(gates.items())[::-1]]
     out = jnp.concatenate(found, axis=1)

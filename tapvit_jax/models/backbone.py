@@ -109,17 +109,39 @@ def embed(
 
 
 def apply_block(
-    spec: BlockSpec, params: Params, x: Float[Array, "b n d"], gates: Gates | None = None
-) -> Float[Array, "b n d"]:
-    """One block on its own, from its part of the parameter tree (`block_params`)."""
-    return apply_block_with_taps(spec, params, x, gates)[0]
+    spec: BlockSpec,
+    params: Params,
+    x: Float[Array, "b n d"],
+    gates: Gates | None = None,
+    outputs: int | None = None,
+) -> Float[Array, "b m d"]:
+    """One block on its own, from its part of the parameter tree (`block_params`).
+
+    With `outputs`, only so many of the first tokens leave it (see `classified_tokens`).
+    """
+    return apply_block_with_taps(spec, params, x, gates, outputs)[0]
 
 
 def apply_block_with_taps(
-    spec: BlockSpec, params: Params, x: Float[Array, "b n d"], gates: Gates | None = None
-) -> tuple[Float[Array, "b n d"], Taps]:
-    """One block on its own, and the activations of its units."""
-    return Block(spec).apply({"params": params}, x, gates)
+    spec: BlockSpec,
+    params: Params,
+    x: Float[Array, "b n d"],
+    gates: Gates | None = None,
+    outputs: int | None = None,
+) -> tuple[Float[Array, "b m d"], Taps]:
+    """As `apply_block`, and the activations of the block's units."""
+    return Block(spec).apply({"params": params}, x, gates, outputs)
+
+
+def classified_tokens(config: TransformerConfig, i: int) -> int | None:
+    """How many of the first tokens that leave block i the logits depend on; None is all.
+
+    Behind the last block of a ViT that classifies its class token nothing looks at the patches.
+    """
+    last = i == len(config.blocks) - 1
+    if last and isinstance(config, ViTConfig) and config.pool == "cls":
+        return config.num_prefix_tokens
+    return None
 
 
 def block_params(params: Params, i: int) -> Params:

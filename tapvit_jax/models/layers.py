@@ -121,13 +121,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b *w n d"], gates: Gates | None = None
-    ) -> tuple[Float[Array, "b *w n d"], Taps]:
+        self, x: Float[Array, "b *w n d"], gates: Gates | None = None, queries: int | None = None
+    ) -> tuple[Float[Array, "b *w q d"], Taps]:
         spec, widths = self.spec, self.spec.widths
         heads = functools.partial(
             nn.DenseGeneral, use_bias=spec.qkv_bias, kernel_init=kernel_init, dtype=spec.dtype
         )
-        q = heads((widths.num_heads, widths.qk_dim), name="q")(x)
+        q = heads((widths.num_heads, widths.qk_dim), name="q")(x[..., :queries, :])
         k = heads((widths.num_heads, widths.qk_dim), name="k")(x)
         v = heads((widths.num_heads, widths.v_dim), name="v")(x)
         taps = {"q": q, "k": k}
@@ -237,14 +237,17 @@ class Block(nn.Module):
     Taps: "mlp" (b, n, f) after GELU; "vo" (b, n, h, v), the heads' outputs before the projection;
     "q" and "k" (b, n, h, k); "attention" (b, h, n, n), a row of weights for every query. With
     windows, all but the first have (w, m) in place of n, and "attention" is (b, w, h, m, m).
+
+    With `outputs`, which windows do not know, only so many of the first tokens leave the block and
+    are queries; all are keys and values.
     """
 
     spec: BlockSpec
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], gates: Gates | None = None
-    ) -> tuple[Float[Array, "b n d"], Taps]:
+        self, x: Float[Array, "b n d"], gates: Gates | None = None, outputs: int | None = None
+    ) -> tuple[Float[Array, "b m d"], Taps]:
         spec = self.spec
         taps: Taps = {}
         if spec.merge:
@@ -252,10 +255,11 @@ class Block(nn.Module):
         if spec.widths.attn:
             found = nn.LayerNorm(spec.layer_norm_eps, name="norm1")(x)
             found = to_windows(found, spec) if spec.window else found
-            found, taps = Attention(spec, name="attn")(found, gates)
+            found, taps = Attention(spec, name="attn")(found, gates, outputs)
             found = from_windows(found, spec) if spec.window else found
             found = LayerScale(name="ls1")(found) if spec.layer_scale else found
-            x = x + found.astype(x.dtype)
+            x = x[:, :outputs] + found.astype(x.dtype)
+        x = x[:, :outputs]
         if spec.widths.mlp:
             normed = nn.LayerNorm(spec.layer_norm_eps, name="norm2")(x)
             found, tap = Mlp(spec, name="mlp")(normed, gates)

@@ -120,6 +120,27 @@ def test_tokens_are_pooled_into_logits(tiny_config, changes):
     np.testing.assert_allclose(backbone.classify(config, params, x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [({}, 1), ({"distilled": True}, 2), ({"pool": "mean"}, None), ({"layer_scale": True}, 1)],
+    ids=["cls", "distilled", "mean", "layer_scale"],
+)
+def test_the_last_block_computes_only_tokens_that_are_classified(tiny_config, changes, count):
+    model = make(tiny_config, **changes)
+    config, last = model.config, len(tiny_config.blocks) - 1
+    found = [backbone.classified_tokens(config, i) for i in range(last + 1)]
+    assert found == [None] * last + [count]
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, config.num_tokens, 16)).astype(np.float32)
+    block = config.block_spec(last), backbone.block_params(model.params, last), x
+    whole, few = backbone.apply_block(*block), backbone.apply_block(*block, outputs=count)
+    assert few.shape[1] == (count or config.num_tokens)
+    found = backbone.classify(config, model.params, few)
+    np.testing.assert_allclose(
+        found, backbone.classify(config, model.params, whole), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_tokens_in_order(distilled_model, images):
     config, params = distilled_model.config, distilled_model.params
     found = np.asarray(backbone.embed(config, params, images))
