@@ -304,7 +304,7 @@ class Job(Preparation):
                 seed=self._recovery_seed(pruned),
                 masks=plan_masks(plan.value) if masked else None,
                 teacher=Teacher(self.dense.config, self.dense.params),
-                **self._class_weights(pruned, options),
+                **self._class_weights(pruned),
                 checkpoints=scratch,
                 on_epoch=report_epochs(step, options),
             )
@@ -337,7 +337,7 @@ class Job(Preparation):
                     pruned.sets.validation,
                     plan_masks(pruned.plan.value),
                     self._recovery_seed(pruned),
-                    **self._class_weights(pruned, options),
+                    **self._class_weights(pruned),
                 )
                 for pruned in members
             ]
@@ -379,13 +379,12 @@ class Job(Preparation):
     def _start(self, pruned: Pruned) -> Model:
         return self.dense if pruned.start is None else pruned.start.value
 
-    def _class_weights(self, pruned: Pruned, options: TrainConfig) -> dict[str, np.ndarray]:
+    def _class_weights(self, pruned: Pruned) -> dict[str, np.ndarray]:
         """What fine-tuning is told of the classes that the device sees."""
         weights = {}
         if (share := self.config.likely_share) is not None:
             weights["classes"] = likely_classes(self.predictions(pruned.sets.metric), share)
-        # Without soft labels nothing would use it.
-        if pruned.recovery.moves_prior and options.asks_teacher:
+        if pruned.recovery.moves_prior:
             weights["prior"] = self.class_prior(pruned.sets, pruned.recovery.prior).value
         return weights
 

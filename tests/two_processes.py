@@ -45,7 +45,9 @@ from tapvit_jax.train.variants import Variant, train_variants
 
 CLASSES, IMAGES = 3, 48
 PREPROCESS = Preprocess(image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
-RECIPE = TrainConfig(epochs=2, batch_size=8, learning_rate=1e-3, distill=0.5, shift=1, flip=True)
+RECIPE = TrainConfig(
+    epochs=2, batch_size=8, learning_rate=1e-3, distill=0.5, shift=1, flip=True, cutmix=0.5
+)
 
 
 def job(shared: Path) -> dict[str, np.ndarray]:

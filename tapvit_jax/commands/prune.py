@@ -55,7 +55,7 @@ from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import apply_masks
 from tapvit_jax.prune.recover import Method as RecoverMethod
 from tapvit_jax.prune.recover import RecoverConfig, has_prior, recover
-from tapvit_jax.train.classes import prior_weights, soft_weights
+from tapvit_jax.train.classes import class_weights, prior_weights
 from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
@@ -226,7 +226,7 @@ def prune(args: argparse.Namespace) -> None:
         models["fine-tuned"] = small
     reference = {} if labelled else {"teacher": teacher}
     if not labelled and prior is not None:
-        reference["weights"] = soft_weights(None, prior, len(prior))
+        reference["weights"] = class_weights(None, prior, len(prior))
     shares = [
         f"{100 * _top1(found, source, validation, **reference):.1f} % {name}"
         for name, found in models.items()

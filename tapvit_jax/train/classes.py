@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tapvit_jax.errors import InputError
 
@@ -83,28 +83,65 @@ def prior_weights(shares: Float[np.ndarray, "c"], images: int) -> Float[np.ndarr
     return len(q) * (images * q + 1.0) / (images + len(q))
 
 
-class SoftWeights(NamedTuple):
-    """Weights of the classes in soft labels.
+class ClassWeights(NamedTuple):
+    """Weights of the classes where a network is trained and compared.
 
     Attributes:
       classes: in what the network and its teacher predict alike.
       prior: in what the teacher predicts, at temperature 1 whatever the soft labels' is: a network
         that has the prior in its own logits then agrees with its teacher at any temperature.
+      labels: in what the network predicts where true labels are its target, see `label_weights`.
+      validation: how much an image of each class counts where the epoch is chosen by labels.
     """
 
     classes: Float[Array, "c"]
     prior: Float[Array, "c"]
+    labels: Float[Array, "c"]
+    validation: Float[Array, "c"]
 
 
-def soft_weights(
-    classes: Shaped[np.ndarray, "c"] | None, prior: Float[np.ndarray, "c"] | None, count: int
-) -> SoftWeights:
-    """Weights of soft labels of `count` classes, from a mask or weights; None is one for each.
+def label_weights(
+    prior: Float[np.ndarray, "c"], labels: Int[np.ndarray, "n"]
+) -> Float[np.ndarray, "c"]:
+    """How much likelier each class is among some labelled images than on the device.
+
+        w_c = (C (n_c + 1) / (n + C)) / prior_c
+
+    A network with the device's prior in its logits z has the posterior of the images' own classes
+    at z + log w. Learning their labels there leaves the prior in z as it is; at z itself it would
+    learn the public images' prior in its place.
+
+    Args:
+      prior: see `prior_weights`, whose smoothing this has as well.
+      labels: of n images; those beyond the C classes are passed over.
+
+    Source: logit adjustment (Menon et al., 2007.07314), towards the device's prior: ours.
+    """
+    counts = np.bincount(labels[labels < len(prior)], minlength=len(prior))
+    return len(prior) * (counts + 1.0) / (counts.sum() + len(prior)) / prior
+
+
+def class_weights(
+    classes: Shaped[np.ndarray, "c"] | None,
+    prior: Float[np.ndarray, "c"] | None,
+    count: int,
+    train_labels: Int[np.ndarray, "n"] | None = None,
+    validation_labels: Int[np.ndarray, "m"] | None = None,
+) -> ClassWeights:
+    """Weights of `count` classes, from a mask or weights; None is one for each.
+
+    Args:
+      classes: see `ClassWeights`.
+      prior: see `ClassWeights`; without one, labels stand for themselves.
+      count: how many classes there are.
+      train_labels: of the images that are trained on, where they are used.
+      validation_labels: of the images that choose the epoch, where they do.
 
     Raises:
-      InputError: another number of classes, negative or infinite weights, or none above 0.
+      InputError: another number of classes, negative or infinite weights, or none above 0; a prior
+        of 0 where labels are used.
     """
-    found = [np.ones(count, np.float32)] * 2
+    found = [np.ones(count, np.float32)] * 4
     for i, (name, given) in enumerate({"classes": classes, "prior": prior}.items()):
         if given is None:
             continue
@@ -113,11 +150,25 @@ def soft_weights(
             raise InputError(f"{name} has shape {weights.shape}, expected ({count},)")
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
             raise InputError(f"{name} holds no weights, expected 0 or more, one of them above 0")
-    return SoftWeights(*found)
+    weights = ClassWeights(*found)
+    if prior is None:
+        return weights
+    for name, labels in (("labels", train_labels), ("validation", validation_labels)):
+        if labels is None or len(labels) == 0:
+            continue
+        if not weights.prior.all():
+            raise InputError("prior holds a 0, expected more where labels are learned from")
+        likelier = label_weights(np.float64(weights.prior), labels)
+        if name == "validation":
+            # All together count as many as they are.
+            likelier = 1.0 / likelier
+            likelier *= len(labels) / likelier[np.minimum(labels, count - 1)].sum()
+        weights = weights._replace(**{name: np.float32(likelier)})
+    return weights
 
 
 def teacher_logits(
-    logits: Float[Array, "b c"], weights: SoftWeights | None, temperature: float = 1.0
+    logits: Float[Array, "b c"], weights: ClassWeights | None, temperature: float = 1.0
 ) -> Float[Array, "b c"]:
     """`class_logits` of a teacher, whose predictions take the prior into account."""
     if weights is None:

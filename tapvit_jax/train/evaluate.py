@@ -19,7 +19,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.sharding import replicate, shard_rows
-from tapvit_jax.train.classes import SoftWeights, class_logits, teacher_logits
+from tapvit_jax.train.classes import ClassWeights, class_logits, teacher_logits
 
 Forward = Callable[[Any, Params, Float[Array, "b s s ch"]], Float[Array, "b c"]]
 """Logits from (config, params, images)."""
@@ -70,11 +70,20 @@ class Metrics:
 
 
 def batch_sums(
-    forward: Forward, config: Any, params: Params, batch: Mapping[str, Array]
+    forward: Forward,
+    config: Any,
+    params: Params,
+    batch: Mapping[str, Array],
+    weights: ClassWeights | None = None,
 ) -> Float[Array, "4"]:
-    """Sums over a batch: correct, cross-entropy, examples, labels that the network lacks."""
+    """Sums over a batch: correct, cross-entropy, examples, labels that the network lacks.
+
+    With `weights`, an example counts as much as its class does in validation.
+    """
     logits = forward(config, params, batch["image"]).astype(jnp.float32)
     labels, mask = batch["label"], batch["mask"]
+    if weights is not None:
+        mask = mask * weights.validation[labels]
     log_p = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
@@ -89,7 +98,7 @@ def agreement_sums(
     batch: Mapping[str, Array],
     teacher: tuple[Forward, Any],
     teacher_params: Params,
-    weights: SoftWeights | None,
+    weights: ClassWeights | None,
 ) -> Float[Array, "4"]:
     """As `batch_sums` with a teacher for the labels: agreeing, KL(teacher || network), examples, 0.
 
@@ -124,7 +133,7 @@ def evaluate(
     forward: Forward = backbone.apply,
     *,
     teacher: Teacher | None = None,
-    weights: SoftWeights | None = None,
+    weights: ClassWeights | None = None,
     mesh: Mesh | None = None,
     shared: bool = False,
 ) -> Metrics:
@@ -138,7 +147,8 @@ def evaluate(
       batches: the examples; padding has mask 0.
       forward: logits from (config, params, images).
       teacher: stands for the labels, which are not read then (see `Metrics`).
-      weights: of the classes in that comparison; None is one for each.
+      weights: of the classes in that comparison, or of the labels where the epoch is chosen;
+        None is one for each.
       mesh: devices of this process over which the rows of a batch are spread; None is one device.
       shared: `batches` are this process's share of the examples; sums are added over all processes.
 
@@ -160,7 +170,7 @@ def evaluate(
         if mesh is not None:
             batch = {name: shard_rows(array, mesh)[0] for name, array in batch.items()}
         if teacher is None:
-            found = _batch_sums(forward, config, params, batch)
+            found = _batch_sums(forward, config, params, batch, weights)
         else:
             network = (teacher.forward, teacher.config)
             found = _agreement_sums(
@@ -216,7 +226,7 @@ def evaluate_indices(
     forward: Forward = backbone.apply,
     *,
     teacher: Teacher | None = None,
-    weights: SoftWeights | None = None,
+    weights: ClassWeights | None = None,
     mesh: Mesh | None = None,
     workers: int = 0,
 ) -> Metrics:

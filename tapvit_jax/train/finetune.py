@@ -25,7 +25,7 @@ from tapvit_jax.models.params import Params, tree_hash
 from tapvit_jax.sharding import AXIS, data_mesh
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
-from tapvit_jax.train.classes import SoftWeights, soft_weights
+from tapvit_jax.train.classes import ClassWeights, class_weights
 from tapvit_jax.train.evaluate import KEYS, Forward, Metrics, Teacher, evaluate_indices
 from tapvit_jax.train.features import check_features
 from tapvit_jax.train.loop import Program, State, TrainResult, best_epoch, run_epochs
@@ -94,7 +94,8 @@ def train(
       classes: a mask or weights of the device's likely classes (see `classes.likely_classes`):
         soft labels and the comparison with the teacher are restricted to them. None is all.
       prior: how much likelier each class is on the device (see `classes.prior_weights`): the
-        teacher's predictions take it into account. None leaves them as they are.
+        teacher's predictions take it into account, and labels are learned and validated as those of
+        images with other classes than the device's. None leaves all of them as they are.
       mesh: devices over which every batch is spread, of all processes; each process reads only its
         own rows. None is one device, or with several processes as many devices of each as divide a
         batch.
@@ -108,10 +109,7 @@ def train(
     """
     recipe = Recipe.of(forward, config, options, teacher)
     check_recipe(recipe, params, teacher, data.source, data.train)
-    weights = None
-    if classes is not None or prior is not None:
-        count = class_count(recipe, params, data.preprocess)
-        weights = check_weights(options, classes, prior, count)
+    weights = run_weights(recipe, params, data, classes, prior)
     devices = _devices(mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         keeper = None
@@ -161,24 +159,31 @@ def check_recipe(
         raise InputError("training on labels needs labels; without them set distill to 1.0")
 
 
-def check_weights(
-    options: TrainConfig,
+def run_weights(
+    recipe: Recipe,
+    params: Params,
+    data: TrainData,
     classes: Shaped[np.ndarray, "c"] | None,
     prior: Float[np.ndarray, "c"] | None,
-    count: int,
-) -> SoftWeights:
-    """Weights of a run's soft labels, of so many classes.
+) -> ClassWeights | None:
+    """Weights of the classes for a run; None if it is told nothing of them.
 
     Raises:
-      InputError: classes or a prior that nothing would use, or that are not the network's.
+      InputError: classes that nothing would use, or classes or a prior that are not the network's.
     """
-    for name, given in (("classes", classes), ("prior", prior)):
-        if given is not None and not options.asks_teacher:
-            raise InputError(f"{name}: nothing uses it, expected distill > 0 or choose='teacher'")
-    return soft_weights(classes, prior, count)
+    if classes is None and prior is None:
+        return None
+    options, labels = recipe.options, data.source.labels
+    if classes is not None and not options.asks_teacher:
+        raise InputError("classes: nothing uses it, expected distill > 0 or choose='teacher'")
+    # Labels that the recipe does not read must not make a difference.
+    learned = labels[data.train] if options.distill < 1 else None
+    chosen = labels[data.validation] if options.choose == "labels" else None
+    count = class_count(recipe, params, data.preprocess)
+    return class_weights(classes, prior, count, learned, chosen)
 
 
-def weights_identity(weights: SoftWeights | None) -> list[list[float]] | None:
+def weights_identity(weights: ClassWeights | None) -> list[list[float]] | None:
     """What checkpoints keep of a run's weights."""
     return None if weights is None else [found.tolist() for found in weights]
 
@@ -274,7 +279,7 @@ class _OneRun(Program):
         seed: int,
         masks: Params | None,
         teacher: Teacher | None,
-        weights: SoftWeights | None,
+        weights: ClassWeights | None,
         devices: list[jax.Device] | None,
     ):
         self._recipe, self._data, self._seed = recipe, data, seed

@@ -14,7 +14,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import check_choices
-from tapvit_jax.train.classes import SoftWeights, class_logits, teacher_logits
+from tapvit_jax.train.classes import ClassWeights, class_logits, teacher_logits
 from tapvit_jax.train.evaluate import Forward, Teacher
 from tapvit_jax.train.features import apply_with_features, feature_loss
 
@@ -47,6 +47,8 @@ class TrainConfig:
         to the teacher, which needs no labels.
       shift: random translation of the training images by up to so many pixels.
       flip: random horizontal mirroring of the training images.
+      cutmix: parameter of the beta distribution of how much of an image another one covers, see
+        `cut_and_mix`; 0 covers nothing.
       clip_norm: largest norm of the gradient.
       patience: epochs without a better one after which training stops; None never stops early.
       checkpoint_epochs: a checkpoint is kept every so many epochs.
@@ -71,6 +73,7 @@ class TrainConfig:
     choose: Literal["labels", "teacher"] = "labels"
     shift: int = 0
     flip: bool = False
+    cutmix: float = 0.0
     clip_norm: float = 1.0
     patience: int | None = None
     checkpoint_epochs: int = 5
@@ -96,6 +99,7 @@ class TrainConfig:
             ("feature_blocks", blocks is None or _is_choice(blocks), "block numbers, or None"),
             ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or None"),
             ("shift", self.shift >= 0, "0 or more"),
+            ("cutmix", 0 <= self.cutmix < math.inf, "0 or more"),
             ("clip_norm", self.clip_norm > 0, "more than 0"),
             ("patience", patience is None or patience >= 1, "1 or more, or None"),
             ("checkpoint_epochs", self.checkpoint_epochs >= 1, "1 or more"),
@@ -234,6 +238,39 @@ def augment(
     return images
 
 
+def cut_and_mix(
+    alpha: float,
+    images: Float[Array, "b s s ch"],
+    real: Float[Array, "b"],
+    key: Array,
+) -> tuple[Float[Array, "b s s ch"], Float[Array, "b"]]:
+    """Cover a random box of every image by the same box of its partner, b - 1 - i of image i.
+
+    The box has a share lambda of the area, drawn from Beta(alpha, alpha) for every image, and a
+    centre anywhere, so that it may be cut off at the border.
+
+    Args:
+      alpha: of the distribution.
+      images: a batch.
+      real: 0 for padding, which covers nothing.
+      key: random key.
+
+    Returns:
+      images, and the share of each that is still its own.
+
+    Source: CutMix (Yun et al., 1905.04899); a box for every image, ours.
+    """
+    share_key, centre_key = jax.random.split(key)
+    b, side = images.shape[:2]
+    share = jax.random.beta(share_key, alpha, alpha, (b,))
+    half = jnp.sqrt(share)[:, None, None] * side / 2
+    centre = jax.random.uniform(centre_key, (b, 2, 1)) * side
+    inside = jnp.abs(jnp.arange(side) + 0.5 - centre) < half
+    box = inside[:, 0, :, None] & inside[:, 1, None, :] & (real[::-1] > 0)[:, None, None]
+    mixed = jnp.where(box[..., None], images[::-1], images)
+    return mixed, 1.0 - box.mean(axis=(1, 2))
+
+
 def initial_rest(options: TrainConfig, params: Params, steps: int) -> dict[str, Any]:
     """What a run carries from step to step beside its parameters.
 
@@ -263,7 +300,7 @@ def update(
     batch: Mapping[str, Array],
     masks: Params | None,
     teacher_params: Params | None,
-    weights: SoftWeights | None,
+    weights: ClassWeights | None,
     schedule: Float[Array, "2"],
     key: UInt32[Array, "2"],
     epoch: Int[Array, ""],
@@ -281,7 +318,7 @@ def update(
       batch: "image", "label" and "mask" (0 for padding).
       masks: parameter masks; masked entries stay zero.
       teacher_params: for distillation.
-      weights: of the classes in soft labels; None is one for each.
+      weights: of the classes; None is one for each.
       schedule: total and warm-up steps.
       key: data of the run's random key.
       epoch: from 1.
@@ -292,7 +329,9 @@ def update(
     """
     options = recipe.options
     key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), epoch), i)
-    images = augment(options, batch["image"], key)
+    images, own = augment(options, batch["image"], key), None
+    if options.cutmix > 0:
+        images, own = cut_and_mix(options.cutmix, images, batch["mask"], jax.random.fold_in(key, 0))
     share = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1.0)
     soft, wanted = None, None
     if options.distill > 0 or options.feature_distill > 0:
@@ -310,8 +349,11 @@ def update(
         loss = jnp.zeros(logits.shape[0])
         if options.distill < 1:
             hard = jax.nn.one_hot(batch["label"], logits.shape[-1])
+            if own is not None:
+                hard = own[:, None] * hard + (1.0 - own[:, None]) * hard[::-1]
             hard = optax.smooth_labels(hard, options.label_smoothing)
-            loss += (1.0 - options.distill) * optax.softmax_cross_entropy(logits, hard)
+            seen = class_logits(logits, weights and weights.labels)
+            loss += (1.0 - options.distill) * optax.softmax_cross_entropy(seen, hard)
         if soft is not None:
             restricted = class_logits(logits, weights and weights.classes, options.temperature)
             soft_loss = optax.softmax_cross_entropy(restricted, soft)

@@ -22,17 +22,17 @@ from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
-from tapvit_jax.train.classes import SoftWeights
+from tapvit_jax.train.classes import ClassWeights
 from tapvit_jax.train.evaluate import Forward, Metrics, Teacher, agreement_sums, batch_sums
 from tapvit_jax.train.finetune import (
+    TrainData,
     all_devices,
     check_recipe,
-    check_weights,
-    class_count,
     epoch_order,
     even_devices,
     key_data,
     run_identity,
+    run_weights,
     teacher_identity,
     weights_identity,
 )
@@ -111,7 +111,7 @@ def train_variants(
         return []
     recipe = Recipe.of(forward, config, options, teacher)
     _check_variants(variants, source, recipe, teacher)
-    weights = _common_weights(variants, recipe, preprocess)
+    weights = _common_weights(variants, recipe, source, preprocess)
     with contextlib.ExitStack() as stack:
         keeper = None
         if checkpoints is not None:
@@ -192,12 +192,12 @@ def _sums_all(
     recipe: Recipe,
     params: Params,
     batch: dict[str, Array],
-    weights: SoftWeights | None,
+    weights: ClassWeights | None,
     teacher_params: Params | None,
 ) -> Float[Array, "v 4"]:
-    def one(params: Params, batch: Any, weights: SoftWeights | None) -> Array:
+    def one(params: Params, batch: Any, weights: ClassWeights | None) -> Array:
         if recipe.options.choose == "labels":
-            return batch_sums(recipe.forward, recipe.config, params, batch)
+            return batch_sums(recipe.forward, recipe.config, params, batch, weights)
         against = (recipe.teacher, teacher_params, weights)
         return agreement_sums(recipe.forward, recipe.config, params, batch, *against)
 
@@ -248,7 +248,7 @@ class _ManyRuns(Program):
         source: ImageSource,
         preprocess: Preprocess,
         teacher_params: Params | None,
-        weights: list[SoftWeights] | None,
+        weights: list[ClassWeights] | None,
         devices: list[jax.Device],
         workers: int,
     ):
@@ -428,19 +428,21 @@ def _common_masks(variants: Sequence[Variant]) -> list[Params] | None:
 
 
 def _common_weights(
-    variants: Sequence[Variant], recipe: Recipe, preprocess: Preprocess
-) -> list[SoftWeights] | None:
-    """Soft labels' weights of all variants, ones where a variant has none; None if none has any."""
-    if all(variant.classes is None and variant.prior is None for variant in variants):
-        return None
-    count = class_count(recipe, variants[0].params, preprocess)
+    variants: Sequence[Variant], recipe: Recipe, source: ImageSource, preprocess: Preprocess
+) -> list[ClassWeights] | None:
+    """Weights of all variants' classes, ones where a variant has none; None if none has any."""
     found = []
     for v, variant in enumerate(variants):
+        data = TrainData(source, preprocess, variant.train, variant.validation)
         try:
-            found.append(check_weights(recipe.options, variant.classes, variant.prior, count))
+            found.append(run_weights(recipe, variant.params, data, variant.classes, variant.prior))
         except InputError as error:
             raise InputError(f"variant {v}: {error}") from error
-    return found
+    given = [weights for weights in found if weights is not None]
+    if not given:
+        return None
+    ones = ClassWeights(*(np.ones_like(weight) for weight in given[0]))
+    return [ones if weights is None else weights for weights in found]
 
 
 def regroup(

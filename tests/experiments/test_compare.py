@@ -424,26 +424,24 @@ def test_changed_metric_sets_are_chosen_anew(job):
 
 def test_likely_classes_are_those_of_the_metric_set(job, monkeypatch):
     sets = image_sets(job, 1, "selected")
-    options = TrainConfig(distill=0.5)
     plain, *moved = (
         Pruned(1, None, sets, recovery=RecoverConfig(prior=prior))
         for prior in ("dense", "metric", "mixture")
     )
-    assert job._class_weights(plain, options) == {}
+    assert job._class_weights(plain) == {}
     before, different = job._recovery_inputs(plain), set()
     for pruned in moved:
-        assert job._class_weights(pruned, TrainConfig(distill=0.0)) == {}
-        weights = job._class_weights(pruned, options)["prior"]
+        weights = job._class_weights(pruned)["prior"]
         assert weights.shape == (job.dense.config.num_classes,) and np.ptp(weights) > 0.1
         assert job._recovery_inputs(pruned) != before
         different.add(str(job._recovery_inputs(pruned)))
     assert len(different) == 2
     np.testing.assert_array_equal(weights, job.class_prior(sets, "mixture").value)
     none = Pruned(1, None, sets, recovery=RecoverConfig("none", prior="mixture"))
-    assert job._class_weights(none, options) == {} and job._recovery_inputs(none) == before
+    assert job._class_weights(none) == {} and job._recovery_inputs(none) == before
     for share, fewer in ((0.5, True), (1.0, False)):
         monkeypatch.setattr(job, "config", dataclasses.replace(job.config, likely_share=share))
-        classes = job._class_weights(plain, options)["classes"]
+        classes = job._class_weights(plain)["classes"]
         assert classes.shape == (job.dense.config.num_classes,)
         assert 0 < classes.sum() < len(classes) if fewer else classes.all()
         assert job._recovery_inputs(plain) != before

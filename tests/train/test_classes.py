@@ -11,9 +11,10 @@ from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.errors import InputError
 from tapvit_jax.train.classes import (
     class_logits,
+    class_weights,
+    label_weights,
     likely_classes,
     prior_weights,
-    soft_weights,
     teacher_logits,
 )
 from tapvit_jax.train.evaluate import Teacher, predict
@@ -91,7 +92,7 @@ def test_shares_that_are_no_distribution_are_refused(shares):
 )
 def test_a_mask_is_the_softmax_over_the_classes_chosen(mask, seed, temperature):
     logits = np.float32(20 * np.random.default_rng(seed).standard_normal((4, 6)))
-    weights = soft_weights(np.array(mask), None, 6).classes
+    weights = class_weights(np.array(mask), None, 6).classes
     found = np.asarray(jax.nn.softmax(class_logits(logits, weights, temperature)))
     expected = softmax(np.float64(logits[:, mask]) / temperature)
     np.testing.assert_allclose(found[:, mask], expected, atol=1e-5)
@@ -118,16 +119,52 @@ def test_a_weight_of_two_counts_a_class_twice():
 )
 def test_bad_classes_are_refused(classes, message):
     with pytest.raises(InputError, match=message):
-        soft_weights(classes, None, 3)
+        class_weights(classes, None, 3)
     with pytest.raises(InputError, match=message):
-        soft_weights(None, classes, 3)
+        class_weights(None, classes, 3)
+
+
+@given(st.integers(0, 10**6))
+def test_labels_are_learned_as_those_of_images_with_other_classes(seed):
+    rng = np.random.default_rng(seed)
+    likelihoods, prior = rng.dirichlet(np.ones(6), 5), rng.uniform(0.1, 3.0, 5)
+    labels = rng.integers(0, 5, 40)
+    # The smoothing is one image of each class.
+    shares = (np.bincount(labels, minlength=5) + 1) / 45
+    logits = np.log(likelihoods.T * prior)
+    weights = class_weights(None, prior, 5, labels)
+    posterior = likelihoods.T * shares
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    found = jax.nn.softmax(class_logits(np.float32(logits), weights.labels))
+    np.testing.assert_allclose(found, posterior, rtol=1e-4, atol=1e-6)
+    assert (weights.validation == 1).all()
+    np.testing.assert_allclose(weights.labels, label_weights(prior, labels), rtol=1e-6)
+    np.testing.assert_allclose(label_weights(prior, np.append(labels, 7)), weights.labels, 1e-6)
+
+
+def test_validation_counts_classes_as_often_as_the_device_sees_them():
+    labels, prior = np.array([0] * 6 + [1] * 2), np.array([0.5, 1.5])
+    found = class_weights(None, prior, 2, None, labels)
+    assert (found.labels == 1).all()
+    # Shares of 7 and 3 tenths with one more of each, for 1 and 3 quarters.
+    np.testing.assert_allclose(found.validation[1] / found.validation[0], 7 / 3 * 3, rtol=1e-6)
+    assert found.validation[labels].sum() == pytest.approx(8)
+    plain = class_weights(np.array([True, False]), None, 2, labels, labels)
+    assert (plain.labels == 1).all() and (plain.validation == 1).all()
+
+
+def test_a_prior_of_nothing_is_refused_where_labels_count():
+    prior = np.array([0.0, 1.0])
+    assert class_weights(None, prior, 2).prior.tolist() == [0, 1]
+    with pytest.raises(InputError, match="prior holds a 0"):
+        class_weights(None, prior, 2, np.array([0, 1]))
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 8.0), st.booleans())
 def test_who_has_the_prior_agrees_with_its_teacher_at_any_temperature(seed, temperature, masked):
     rng = np.random.default_rng(seed)
     logits, prior = rng.standard_normal((4, 5)), rng.uniform(0.1, 3.0, 5)
-    weights = soft_weights(np.arange(5) % 2 if masked else None, prior, 5)
+    weights = class_weights(np.arange(5) % 2 if masked else None, prior, 5)
     found = teacher_logits(np.float32(logits), weights, temperature)
     own = class_logits(np.float32(logits + np.log(prior)), weights.classes, temperature)
     np.testing.assert_allclose(jax.nn.softmax(found), jax.nn.softmax(own), atol=1e-5)

@@ -25,7 +25,7 @@ from tapvit_jax.train import finetune
 from tapvit_jax.train.evaluate import evaluate_indices
 from tapvit_jax.train.features import apply_with_features, feature_loss
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
-from tapvit_jax.train.step import initial_rest, layer_factors, learning_rate
+from tapvit_jax.train.step import cut_and_mix, initial_rest, layer_factors, learning_rate
 from tests.conftest import realistic, tiny_swin
 
 CLASSES = 5
@@ -130,34 +130,44 @@ def forward(config, params, images):
 
 
 def test_all_options_equal_a_loop_by_hand():
-    # The whole set is one batch, so that the order does not matter.
+    # The whole set is one batch.
     config = TWO_BLOCKS
-    options = dataclasses.replace(ALL, epochs=4, batch_size=COUNT)
+    options = dataclasses.replace(ALL, epochs=4, batch_size=COUNT, cutmix=1.0)
     start, teacher = make_params(0, config), make_params(5, config)
     with measured() as states:
         teaching = {"teacher": Teacher(config, teacher), "prior": PRIOR}
         result = tune(options, model=Model(config, start), **teaching)
 
     data = make_data()
-    images = jnp.asarray(data.source.images[:COUNT])
-    hard = np.eye(CLASSES)[data.source.labels[:COUNT]] * 0.9 + 0.1 / CLASSES
+    labels = data.source.labels[:COUNT]
     chosen = np.flatnonzero(LIKELY)
+    # The labels' own classes against the device's, one image of each added.
+    among = (np.bincount(labels, minlength=CLASSES) + 1) * CLASSES / (COUNT + CLASSES) / PRIOR
+
+    def drawn(epoch):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), epoch), 0)
+        order = finetune.epoch_order(options, np.arange(COUNT), 1, epoch)
+        images, real = jnp.asarray(data.source.images[order]), np.ones(COUNT)
+        images, own = cut_and_mix(1.0, images, real, jax.random.fold_in(key, 0))
+        hard = np.eye(CLASSES)[labels[order]]
+        own = np.asarray(own)[:, None]
+        assert 0.3 < own.mean() < 0.9
+        return images, (own * hard + (1 - own) * hard[::-1]) * 0.9 + 0.1 / CLASSES
 
     def soft(logits):
         return jax.nn.log_softmax(logits[:, chosen] / 3.0)
 
-    def network(params):
+    def network(params, images):
         x, behind = backbone.embed(config, params, images), []
         for i in range(2):
             x = backbone.apply_block(config.block_spec(i), params[f"blocks_{i}"], x)
             behind.append(x)
         return backbone.classify(config, params, x), behind
 
-    teacher_logits, teacher_features = jax.jit(network)(teacher)
-
-    def loss(params):
-        logits, features = network(params)
-        found = 0.5 * -(hard * jax.nn.log_softmax(logits)).sum(axis=1).mean()
+    def loss(params, images, hard):
+        teacher_logits, teacher_features = network(teacher, images)
+        logits, features = network(params, images)
+        found = 0.5 * -(hard * jax.nn.log_softmax(logits + np.log(among))).sum(axis=1).mean()
         # The prior counts at temperature 1.
         p = jnp.exp(soft(teacher_logits + np.log(PRIOR)))
         found += 0.5 * 9.0 * -(p * soft(logits)).sum(axis=1).mean()
@@ -180,15 +190,15 @@ def test_all_options_equal_a_loop_by_hand():
     )
 
     @jax.jit
-    def step(params, moments):
-        value, found = jax.value_and_grad(loss)(params)
+    def step(params, moments, images, hard):
+        value, found = jax.value_and_grad(loss)(params, images, hard)
         updates, moments = chain.update(found, moments, params)
         updates = jax.tree_util.tree_map_with_path(factor, updates)
         return optax.apply_updates(params, updates), moments, value
 
     params, moments, average = start, chain.init(start), jax.tree.map(np.float64, start)
     for t in range(1, 5):
-        params, moments, value = step(params, moments)
+        params, moments, value = step(params, moments, *drawn(t))
         d = min(0.8, (1 + t) / (10 + t))
         average = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * np.asarray(p), average, params)
         assert result.record[t]["train_loss"] == pytest.approx(float(value), rel=1e-4)
@@ -279,6 +289,23 @@ def test_training_without_labels_measures_against_the_teacher():
         kl = (np.exp(log_t) * (log_t - log_p)).sum(axis=1).mean()
         assert row["loss"] == pytest.approx(kl, rel=1e-4)
         assert row["top1"] == pytest.approx((log_p.argmax(1) == log_t.argmax(1)).mean())
+
+
+def test_the_epoch_is_chosen_by_what_the_device_sees(masked):
+    data = make_data()
+    labels = data.source.labels[data.validation]
+    with measured() as states:
+        result = tune(masks=MASKS, prior=PRIOR)
+    counts = PRIOR[labels] / (np.bincount(labels, minlength=CLASSES) + 1)[labels]
+    counts /= counts.sum()
+    for state, row in zip(states, result.record, strict=True):
+        logits = forward(CONFIG, state["rest"]["ema"], data.source.images[data.validation])
+        loss = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(labels)), labels]
+        assert row["loss"] == pytest.approx((counts * loss).sum(), rel=1e-4)
+        right = np.asarray(logits).argmax(axis=1) == labels
+        assert row["top1"] == pytest.approx((counts * right).sum(), abs=1e-5)
+    plain = masked[0].record[0]
+    assert (plain["top1"], plain["loss"]) != (result.record[0]["top1"], result.record[0]["loss"])
 
 
 def test_a_student_like_its_teacher_agrees_with_it():
@@ -417,7 +444,6 @@ LINEAR = {"kernel": np.eye(CLASSES, dtype=np.float32)}
             "^choose='teacher' needs a teacher",
         ),
         ({"distill": 0.0}, {}, "classes: nothing uses it"),
-        ({"distill": 0.0}, {"classes": None, "prior": np.ones(5)}, "prior: nothing uses it"),
         ({}, {"classes": np.ones(4, bool)}, r"classes has shape \(4,\), expected \(5,\)"),
         ({}, {"prior": np.ones(4)}, r"prior has shape \(4,\), expected \(5,\)"),
     ],

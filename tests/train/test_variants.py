@@ -36,6 +36,7 @@ OPTIONS = TrainConfig(
     distill=0.5,
     shift=1,
     flip=True,
+    cutmix=0.5,
     patience=2,
     checkpoint_epochs=2,
 )
