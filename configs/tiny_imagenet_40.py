@@ -50,6 +50,7 @@ def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
                 "distill": 0.5,
                 "shift": 4,
                 "flip": True,
+                "cutmix": 1.0,
             },
         }
     )
