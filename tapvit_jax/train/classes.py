@@ -113,11 +113,12 @@ def label_weights(
 
     Args:
       prior: see `prior_weights`, whose smoothing this has as well.
-      labels: of n images; those beyond the C classes are passed over.
+      labels: of n images; what is none of the C classes is passed over.
 
     Source: logit adjustment (Menon et al., 2007.07314), towards the device's prior: ours.
     """
-    counts = np.bincount(labels[labels < len(prior)], minlength=len(prior))
+    known = labels[(labels >= 0) & (labels < len(prior))]
+    counts = np.bincount(known, minlength=len(prior))
     return len(prior) * (counts + 1.0) / (counts.sum() + len(prior)) / prior
 
 
@@ -162,7 +163,7 @@ def class_weights(
         if name == "validation":
             # All together count as many as they are.
             likelier = 1.0 / likelier
-            likelier *= len(labels) / likelier[np.minimum(labels, count - 1)].sum()
+            likelier *= len(labels) / likelier[np.clip(labels, 0, count - 1)].sum()
         weights = weights._replace(**{name: np.float32(likelier)})
     return weights
 

@@ -139,7 +139,9 @@ def test_labels_are_learned_as_those_of_images_with_other_classes(seed):
     np.testing.assert_allclose(found, posterior, rtol=1e-4, atol=1e-6)
     assert (weights.validation == 1).all()
     np.testing.assert_allclose(weights.labels, label_weights(prior, labels), rtol=1e-6)
-    np.testing.assert_allclose(label_weights(prior, np.append(labels, 7)), weights.labels, 1e-6)
+    np.testing.assert_allclose(
+        label_weights(prior, np.append(labels, [7, -1])), weights.labels, 1e-6
+    )
 
 
 def test_validation_counts_classes_as_often_as_the_device_sees_them():

@@ -323,8 +323,9 @@ def test_a_student_like_its_teacher_agrees_with_it():
 
 def test_missing_labels_are_refused_where_they_are_read():
     labels = np.append(np.zeros(COUNT, int), np.full(9, -1))
-    with pytest.raises(InputError, match="evaluation needs labels"):
-        tune(dataclasses.replace(FREE, choose="labels"), make_data(labels))
+    for prior in (None, PRIOR):
+        with pytest.raises(InputError, match="evaluation needs labels"):
+            tune(dataclasses.replace(FREE, choose="labels"), make_data(labels), prior=prior)
     with pytest.raises(InputError, match="training on labels needs labels"):
         tune(dataclasses.replace(FREE, distill=0.9), make_data(labels[::-1]))
 
