@@ -26,7 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.proxy.gmm import Gmm
+from tapvit_jax.proxy.gmm import Gmm, one_blas_thread
 from tapvit_jax.sharding import AXIS, data_mesh, replicate, shard_rows
 
 # The square of this is finite in float32 and so is everything made of it: a sample further than
@@ -35,12 +35,14 @@ _FURTHEST = 1e19
 # Differences are kept where both they and their reciprocals are normal float32 numbers: compilers
 # turn divisions into products with the reciprocal, and flush subnormal numbers to zero.
 _LARGEST, _SMALLEST = 1e37, 1e-30
-# Floats of one chunk's largest intermediate array: 4 MiB stay in a core's cache.
-_CHUNK_FLOATS = 2**20
+# Floats of one chunk's largest intermediate array: 3 MiB stay in a core's caches.
+_CHUNK_FLOATS = 3 * 2**18
 # Largest sum_j (|x_j - c_j| + |mu_j - c_j|)^2 (Sigma^-1)_jj for which products are exact enough:
 # the expanded square errs by about 2^-24 of it (1e-3), the whitened difference z by 2^-24 of its
 # root, hence its square by 1e-4 |z|.
 _SPREAD = {"diag": 2.0**14, "tied": 2.0**20, "full": 2.0**20}
+# Floats that NumPy compares at a time.
+_RANGE_FLOATS = 2**12
 # Rows of a triangular factor that are multiplied at a time: what lies right of them is zero.
 _BLOCK = 32
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -125,7 +127,7 @@ def _evaluate(
         raise InputError(f"chunk is {chunk}, expected 1 or more")
     data = check_features(features, gmms[0].dim)
     mesh = data_mesh() if mesh is None else mesh
-    groups, order = group(gmms, data.min(axis=0), data.max(axis=0))
+    groups, order = group(gmms, *value_range(data))
     if chunk is None:
         chunk = chunk_rows(gmms)
     sharded, rows = shard_rows(data, mesh)
@@ -135,6 +137,25 @@ def _evaluate(
         placed, places, sharded, mesh=mesh, chunk=chunk, joint=joint, mixed=any_direct(groups)
     )
     return np.asarray(values)[..., :rows]
+
+
+def value_range(
+    rows: Float[np.ndarray, "n d"],
+) -> tuple[Float[np.ndarray, "d"], Float[np.ndarray, "d"]]:
+    """Lowest and highest value of each dimension; NaN where there is one.
+
+    Rows that lie behind one another are compared many at a time, which NumPy does three times as
+    fast as one by one.
+
+    Source: ours.
+    """
+    count, dim = rows.shape
+    wide = min(max(_RANGE_FLOATS // dim, 1), count)
+    even = count - count % wide
+    folded = rows[:even].reshape(-1, wide * dim)
+    ends = [end.reshape(wide, dim) for end in (folded.min(axis=0), folded.max(axis=0))]
+    together = np.concatenate([rows[even:], *ends])
+    return together.min(axis=0), together.max(axis=0)
 
 
 def check_gmms(gmms: Sequence[Gmm]) -> None:
@@ -157,10 +178,11 @@ def check_gmms(gmms: Sequence[Gmm]) -> None:
 
 def chunk_rows(gmms: Sequence[Gmm]) -> int:
     """Rows that a device should handle at a time: decided by the mixtures alone."""
-    components = max(gmm.components for gmm in gmms)
-    diagonal = sum(_kind(gmm) == "diag" for gmm in gmms)
-    widest = components * max(gmms[0].dim, diagonal)
-    return min(max(_CHUNK_FLOATS // widest, 64), 8192)
+    kinds = [_kind(gmm) for gmm in gmms]
+    # Products of one mixture's block of rows, or of all diagonal mixtures.
+    together = {"diag": kinds.count("diag"), "full": min(_BLOCK, gmms[0].dim), "tied": 1}
+    widths = [together[kind] * gmm.components for kind, gmm in zip(kinds, gmms, strict=True)]
+    return min(max(_CHUNK_FLOATS // max(*widths, gmms[0].dim), 64), 8192)
 
 
 def group(
@@ -213,8 +235,9 @@ def _inverse_factor(gmm: Gmm) -> tuple[Float[np.ndarray, "..."], Float[np.ndarra
     """L^-1 and log det Sigma, for full and tied covariances."""
     covariances = gmm.covariances.astype(np.float64)
     symmetric = (covariances + np.swapaxes(covariances, -1, -2)) / 2
-    lower = np.linalg.cholesky(symmetric)
-    inverse = np.linalg.solve(lower, np.broadcast_to(np.eye(gmm.dim), lower.shape))
+    with one_blas_thread():
+        lower = np.linalg.cholesky(symmetric)
+        inverse = np.linalg.solve(lower, np.broadcast_to(np.eye(gmm.dim), lower.shape))
     diagonal = np.diagonal(lower, axis1=-2, axis2=-1)
     return inverse, 2 * np.log(diagonal).sum(axis=-1)
 

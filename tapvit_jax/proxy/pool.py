@@ -17,7 +17,14 @@ from jaxtyping import Float, Int
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.proxy.density import any_direct, check_features, chunk_rows, group, pool_pass
+from tapvit_jax.proxy.density import (
+    any_direct,
+    check_features,
+    chunk_rows,
+    group,
+    pool_pass,
+    value_range,
+)
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.sharding import AXIS, replicate, shard_rows
 
@@ -92,7 +99,7 @@ def pool_range(pool: Float[np.ndarray, "p d"]) -> Range:
     step = max(1, _PIECE_FLOATS // dim)
     for start in range(share.start, share.stop, step):
         rows = read_rows(pool, start, min(start + step, share.stop))
-        least, most = rows.min(axis=0), rows.max(axis=0)
+        least, most = value_range(rows)
         if not (np.isfinite(least).all() and np.isfinite(most).all()):
             found = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             bad, first = bad + found.size, min(first, start + int(found[0]))

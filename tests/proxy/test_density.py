@@ -7,7 +7,7 @@ from sklearn.mixture import GaussianMixture
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.proxy import density
-from tapvit_jax.proxy.density import component_log_likelihood, log_likelihood
+from tapvit_jax.proxy.density import component_log_likelihood, log_likelihood, value_range
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 
@@ -182,6 +182,18 @@ def test_features_already_on_a_device_are_taken():
     np.testing.assert_array_equal(
         log_likelihood([gmm], jax.numpy.asarray(features)), log_likelihood([gmm], features)
     )
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (5, 5000), (4096, 1), (1000, 37), (1025, 4)])
+def test_the_range_of_rows(rows, dim):
+    data = pool(rows, dim, offset=0.0)
+    for found in (data, np.asfortranarray(data)):
+        low, high = value_range(found)
+        np.testing.assert_array_equal(low, data.min(axis=0))
+        np.testing.assert_array_equal(high, data.max(axis=0))
+    data[rows // 2, dim // 2] = np.nan
+    for end in value_range(data):
+        assert np.flatnonzero(np.isnan(end)).tolist() == [dim // 2]
 
 
 def test_bad_inputs():
