@@ -18,8 +18,8 @@ from tapvit_jax.proxy.density import check_features
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.train.classes import check_probabilities
 
-SAMPLES = 4096
-"""Samples of a mixture that stand for it."""
+# Samples of a mixture that stand for it.
+_SAMPLES = 4096
 
 # The estimate hardly changes from 20 images a class on.
 _IMAGES_PER_CLASS = 64
@@ -140,7 +140,7 @@ def mixture_shares(gmm: Gmm, classes: ClassGaussians, *, seed: int = 0) -> Float
     Source: ours.
     """
     gmm.validate("gmm")
-    return class_shares(classes, sample_mixture(gmm, SAMPLES, seed))
+    return class_shares(classes, sample_mixture(gmm, _SAMPLES, seed))
 
 
 def sample_mixture(gmm: Gmm, count: int, seed: int = 0) -> Float[np.ndarray, "m d"]:
