@@ -92,6 +92,7 @@ def job(shared: Path) -> dict[str, np.ndarray]:
         Variant(params, metric[i : i + 20 + i], np.arange(5, 16 + i), plan_masks(plan), seed=i)
         for i, plan in enumerate([*plans, plans[0]])
     ]
+    variants[1] = dataclasses.replace(variants[1], prior=np.array([0.5, 1.0, 2.0]))
     recipe = dataclasses.replace(RECIPE, checkpoint_epochs=1, checkpoint_steps=2)
     results = interrupted_once(
         functools.partial(

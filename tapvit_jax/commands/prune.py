@@ -185,11 +185,13 @@ def prune(args: argparse.Namespace) -> None:
         )
     teacher = Teacher(model.config, model.params)
     with progress.step("fine-tune", args.recover_epochs + 1) as step:
+        # A model that has the prior since it was last pruned teaches it; labels would not.
+        by_labels = labelled and not has_prior(model)
         recipe = TrainConfig(
             epochs=args.recover_epochs,
             learning_rate=args.learning_rate,
-            distill=0.5 if labelled else 1.0,
-            choose="labels" if labelled else "teacher",
+            distill=0.5 if by_labels else 1.0,
+            choose="labels" if by_labels else "teacher",
         )
         tuned = train(
             model.config,
@@ -225,8 +227,9 @@ def prune(args: argparse.Namespace) -> None:
     if args.recover_epochs:
         models["fine-tuned"] = small
     reference = {} if labelled else {"teacher": teacher}
-    if not labelled and prior is not None:
-        reference["weights"] = class_weights(None, prior, len(prior))
+    if prior is not None:
+        seen = source.labels[validation] if labelled else None
+        reference["weights"] = class_weights(None, prior, len(prior), None, seen)
     shares = [
         f"{100 * _top1(found, source, validation, **reference):.1f} % {name}"
         for name, found in models.items()

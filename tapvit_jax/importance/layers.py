@@ -2,7 +2,8 @@
 
 All probes of a block share its input, which one pass of the dense model provides, and run only the
 blocks behind it: for L blocks and S sparsities, L + 2 S L + S L (L - 1) block evaluations a batch
-instead of 4 S L^2. Blocks of equal widths share one compiled program.
+instead of 4 S L^2. Blocks of equal widths share one compiled program, but for the last one of a ViT
+that classifies its class token, which runs for that token alone.
 
 With recovery in the loop a probe is what closed-form recovery makes of the pruned branch, and
 queries and keys are probed apart from values: what recovery can make up for costs nothing.

@@ -41,6 +41,8 @@ _CHUNK_FLOATS = 3 * 2**18
 # the expanded square errs by about 2^-24 of it (1e-3), the whitened difference z by 2^-24 of its
 # root, hence its square by 1e-4 |z|.
 _SPREAD = {"diag": 2.0**14, "tied": 2.0**20, "full": 2.0**20}
+# And of the differences of its rows and all means, where they are needed: 32 MiB.
+_DIFFERENCE_FLOATS = 2**23
 # Floats that NumPy compares at a time.
 _RANGE_FLOATS = 2**12
 # Rows of a triangular factor that are multiplied at a time: what lies right of them is zero.
@@ -182,7 +184,9 @@ def chunk_rows(gmms: Sequence[Gmm]) -> int:
     # Products of one mixture's block of rows, or of all diagonal mixtures.
     together = {"diag": kinds.count("diag"), "full": min(_BLOCK, gmms[0].dim), "tied": 1}
     widths = [together[kind] * gmm.components for kind, gmm in zip(kinds, gmms, strict=True)]
-    return min(max(_CHUNK_FLOATS // max(*widths, gmms[0].dim), 64), 8192)
+    rows = _CHUNK_FLOATS // max(*widths, gmms[0].dim)
+    most = _DIFFERENCE_FLOATS // (max(gmm.components for gmm in gmms) * gmms[0].dim)
+    return min(max(min(rows, most), 64), 8192)
 
 
 def group(
@@ -235,7 +239,7 @@ def _inverse_factor(gmm: Gmm) -> tuple[Float[np.ndarray, "..."], Float[np.ndarra
     """L^-1 and log det Sigma, for full and tied covariances."""
     covariances = gmm.covariances.astype(np.float64)
     symmetric = (covariances + np.swapaxes(covariances, -1, -2)) / 2
-    with one_blas_thread():
+    with one_blas_thread(gmm.dim):
         lower = np.linalg.cholesky(symmetric)
         inverse = np.linalg.solve(lower, np.broadcast_to(np.eye(gmm.dim), lower.shape))
     diagonal = np.diagonal(lower, axis1=-2, axis2=-1)

@@ -14,6 +14,7 @@ same mixture must give the same bytes. The checksum finds damage, not forgery: a
 an untrusted device, so everything in it is checked again on loading.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -45,6 +46,9 @@ PAYLOAD_VERSION = 1
 MAX_PAYLOAD_BYTES = 16 * 2**20
 MAX_COMPONENTS = 256
 MAX_DIM = 4096
+
+# Factored in a few milliseconds by one thread.
+_FEW_DIMENSIONS = 512
 
 _METADATA_KEY = "tapvit_gmm"
 _METADATA_LIMIT = 4096
@@ -425,6 +429,11 @@ def _check_numbers(name: str, gmm: Gmm) -> None:
                 f"{name}: the lowest variance is {gmm.covariances.min()}, expected all above zero"
             )
         return
+    with one_blas_thread(gmm.dim):
+        _check_matrices(gmm, name)
+
+
+def _check_matrices(gmm: "Gmm", name: str) -> None:
     matrices = gmm.covariances.reshape(-1, gmm.dim, gmm.dim).astype(np.float64)
     for index, matrix in enumerate(matrices):
         skew = np.abs(matrix - matrix.T).max()
@@ -434,8 +443,7 @@ def _check_numbers(name: str, gmm: Gmm) -> None:
                 f"{skew:.3g}), expected symmetric and positive definite"
             )
         try:
-            with one_blas_thread():
-                np.linalg.cholesky((matrix + matrix.T) / 2)
+            np.linalg.cholesky((matrix + matrix.T) / 2)
         except np.linalg.LinAlgError as error:
             raise InputError(
                 f"{name}: covariance {index} is not positive definite, expected symmetric and "
@@ -443,14 +451,16 @@ def _check_numbers(name: str, gmm: Gmm) -> None:
             ) from error
 
 
-def one_blas_thread() -> AbstractContextManager[Any]:
-    """Keep NumPy's linear algebra to the calling thread.
+def one_blas_thread(dim: int) -> AbstractContextManager[Any]:
+    """Keep this process's linear algebra to one thread, for matrices of few dimensions.
 
     Behind a small factorization, the other threads of BLAS go on waiting on all cores for 30 ms, in
-    the way of whatever JAX computes then.
+    the way of whatever JAX computes then; a large one needs them.
 
     Source: ours.
     """
+    if dim > _FEW_DIMENSIONS:
+        return contextlib.nullcontext()
     return _blas().limit(limits=1, user_api="blas")
 
 

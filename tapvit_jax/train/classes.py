@@ -1,4 +1,4 @@
-"""The classes that a device is likely to see, and logits weighted by them; no labels needed."""
+"""The classes that a device is likely to see, and logits and images weighted by them."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ from tapvit_jax.errors import InputError
 # Added to the logits of excluded classes: their share of a softmax is exactly 0, and 0 times their
 # log-probability is not NaN.
 _EXCLUDED = -1e30
+# Steps of the weights of validation images.
+_VALIDATION_UNIT = 2**10
 
 
 def likely_classes(
@@ -112,8 +114,8 @@ def label_weights(
     learn the public images' prior in its place.
 
     Args:
-      prior: see `prior_weights`, whose smoothing this has as well.
-      labels: of n images; what is none of the C classes is passed over.
+      prior: see `prior_weights`, whose smoothing this has as well; all above 0.
+      labels: of images, n of them of the C classes; others are passed over.
 
     Source: logit adjustment (Menon et al., 2007.07314), towards the device's prior: ours.
     """
@@ -154,17 +156,17 @@ def class_weights(
     weights = ClassWeights(*found)
     if prior is None:
         return weights
-    for name, labels in (("labels", train_labels), ("validation", validation_labels)):
-        if labels is None or len(labels) == 0:
-            continue
-        if not weights.prior.all():
-            raise InputError("prior holds a 0, expected more where labels are learned from")
-        likelier = label_weights(np.float64(weights.prior), labels)
-        if name == "validation":
-            # All together count as many as they are.
-            likelier = 1.0 / likelier
-            likelier *= len(labels) / likelier[np.clip(labels, 0, count - 1)].sum()
-        weights = weights._replace(**{name: np.float32(likelier)})
+    if not (weights.prior.all() or (train_labels is None and validation_labels is None)):
+        raise InputError("prior holds a 0, expected more where labels are read")
+    if train_labels is not None:
+        likelier = label_weights(np.float64(prior), train_labels)
+        weights = weights._replace(labels=np.float32(likelier))
+    if validation_labels is not None:
+        rarer = 1.0 / label_weights(np.float64(prior), validation_labels)
+        rarer *= _VALIDATION_UNIT / rarer[np.clip(validation_labels, 0, count - 1)].mean()
+        # Whole multiples of a power of two: their sums are exact, in whatever order they are made.
+        rarer = np.maximum(np.round(rarer), 1.0) / _VALIDATION_UNIT
+        weights = weights._replace(validation=np.float32(rarer))
     return weights
 
 

@@ -45,7 +45,8 @@ class Metrics:
       top1: share of examples whose highest logit is their class; of a comparison with a teacher,
         whose highest logit is the teacher's.
       loss: mean cross-entropy; of a comparison, mean KL(teacher || network).
-      count: examples evaluated.
+      count: examples evaluated. With `ClassWeights`, they count as much as their class does in
+        shares and means, and this is the sum of that.
     """
 
     top1: float
@@ -82,13 +83,13 @@ def batch_sums(
     """
     logits = forward(config, params, batch["image"]).astype(jnp.float32)
     labels, mask = batch["label"], batch["mask"]
-    if weights is not None:
-        mask = mask * weights.validation[labels]
+    counted = mask if weights is None else mask * weights.validation[labels]
     log_p = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
     foreign = labels >= logits.shape[-1]
-    return jnp.stack([(values * mask).sum() for values in (correct, loss, jnp.ones(()), foreign)])
+    sums = [(values * counted).sum() for values in (correct, loss, jnp.ones(()))]
+    return jnp.stack([*sums, (foreign * mask).sum()])
 
 
 def agreement_sums(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Shaped
 
 from tapvit_jax import distributed
-from tapvit_jax.data.base import ImageSource
+from tapvit_jax.data.base import ImageSource, check_indices
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
@@ -104,8 +104,9 @@ def train(
 
     Raises:
       InputError: no images, a recipe that needs a teacher without one, labels missing where needed,
-        networks without the features or layers that the recipe names, a loss that is no longer
-        finite, a batch or mesh that cannot be spread, or checkpoints of another run.
+        networks without the features or layers that the recipe names, classes or a prior that are
+        not the network's, a loss that is no longer finite, a batch or mesh that cannot be spread,
+        or checkpoints of another run.
     """
     recipe = Recipe.of(forward, config, options, teacher)
     check_recipe(recipe, params, teacher, data.source, data.train)
@@ -173,14 +174,18 @@ def run_weights(
     """
     if classes is None and prior is None:
         return None
-    options, labels = recipe.options, data.source.labels
+    options, source = recipe.options, data.source
     if classes is not None and not options.asks_teacher:
         raise InputError("classes: nothing uses it, expected distill > 0 or choose='teacher'")
     # Labels that the recipe does not read must not make a difference.
-    learned = labels[data.train] if options.distill < 1 else None
-    chosen = labels[data.validation] if options.choose == "labels" else None
+    learned = data.train if options.distill < 1 else None
+    chosen = data.validation if options.choose == "labels" else None
+    read = [
+        None if found is None or len(found) == 0 else source.labels[check_indices(found, source)]
+        for found in (learned, chosen)
+    ]
     count = class_count(recipe, params, data.preprocess)
-    return class_weights(classes, prior, count, learned, chosen)
+    return class_weights(classes, prior, count, *read)
 
 
 def weights_identity(weights: ClassWeights | None) -> list[list[float]] | None:

@@ -243,32 +243,36 @@ def cut_and_mix(
     images: Float[Array, "b s s ch"],
     real: Float[Array, "b"],
     key: Array,
-) -> tuple[Float[Array, "b s s ch"], Float[Array, "b"]]:
-    """Cover a random box of every image by the same box of its partner, b - 1 - i of image i.
+) -> tuple[Float[Array, "b s s ch"], Float[Array, "b"], Int[Array, "b"]]:
+    """Cover a random box of every image by the same box of its partner.
 
     The box has a share lambda of the area, drawn from Beta(alpha, alpha) for every image, and a
-    centre anywhere, so that it may be cut off at the border.
+    centre anywhere, so that it may be cut off at the border. The partner of the first image is the
+    last one and so on; one in the middle covers itself, and so does padding.
 
     Args:
       alpha: of the distribution.
       images: a batch.
-      real: 0 for padding, which covers nothing.
+      real: 0 for padding.
       key: random key.
 
     Returns:
-      images, and the share of each that is still its own.
+      images, the share of each that is still its own, and which one covers the rest.
 
     Source: CutMix (Yun et al., 1905.04899); a box for every image, ours.
     """
     share_key, centre_key = jax.random.split(key)
     b, side = images.shape[:2]
     share = jax.random.beta(share_key, alpha, alpha, (b,))
+    # Wherever padding lies, images are counted without it.
+    place, order = jnp.cumsum(real > 0) - 1, jnp.argsort(real <= 0, stable=True)
+    partner = jnp.where(real > 0, order[(real > 0).sum() - 1 - place], jnp.arange(b))
     half = jnp.sqrt(share)[:, None, None] * side / 2
     centre = jax.random.uniform(centre_key, (b, 2, 1)) * side
     inside = jnp.abs(jnp.arange(side) + 0.5 - centre) < half
-    box = inside[:, 0, :, None] & inside[:, 1, None, :] & (real[::-1] > 0)[:, None, None]
-    mixed = jnp.where(box[..., None], images[::-1], images)
-    return mixed, 1.0 - box.mean(axis=(1, 2))
+    box = inside[:, 0, :, None] & inside[:, 1, None, :]
+    mixed = jnp.where(box[..., None], images[partner], images)
+    return mixed, 1.0 - box.mean(axis=(1, 2)), partner
 
 
 def initial_rest(options: TrainConfig, params: Params, steps: int) -> dict[str, Any]:
@@ -329,9 +333,11 @@ def update(
     """
     options = recipe.options
     key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), epoch), i)
-    images, own = augment(options, batch["image"], key), None
+    images, own, partner = augment(options, batch["image"], key), None, None
     if options.cutmix > 0:
-        images, own = cut_and_mix(options.cutmix, images, batch["mask"], jax.random.fold_in(key, 0))
+        # Not 0 or 1: those are the keys that `augment` splits it into.
+        mix_key = jax.random.fold_in(key, 2)
+        images, own, partner = cut_and_mix(options.cutmix, images, batch["mask"], mix_key)
     share = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1.0)
     soft, wanted = None, None
     if options.distill > 0 or options.feature_distill > 0:
@@ -350,7 +356,7 @@ def update(
         if options.distill < 1:
             hard = jax.nn.one_hot(batch["label"], logits.shape[-1])
             if own is not None:
-                hard = own[:, None] * hard + (1.0 - own[:, None]) * hard[::-1]
+                hard = own[:, None] * hard + (1.0 - own[:, None]) * hard[partner]
             hard = optax.smooth_labels(hard, options.label_smoothing)
             seen = class_logits(logits, weights and weights.labels)
             loss += (1.0 - options.distill) * optax.softmax_cross_entropy(seen, hard)

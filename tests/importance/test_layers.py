@@ -1,6 +1,7 @@
 """Layer scores against the slow way: mask one branch, run the whole model again, compare."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -293,3 +294,18 @@ def test_recovery_goes_with_no_quirks(changes):
 def test_bad_options_are_refused(changes):
     with pytest.raises(InputError, match=f"{next(iter(changes))} is "):
         LayerConfig(**changes)
+
+
+def test_probes_run_the_last_block_for_the_class_token_alone(tiny_model, images):
+    probes = LayerConfig((0.5,))
+
+    def flops(pool):
+        config = dataclasses.replace(tiny_model.config, pool=pool)
+        params = backbone.init(config, jax.random.key(0))
+        units = {group.key: np.zeros(group.shape) for group in unit_table(config)}
+        gates = layers._probe_gates(config, probes, units)
+        run = functools.partial(layers._probe_batch, config, probes, 1)
+        program = jax.jit(run).lower(params, gates, images, np.ones(len(images))).compile()
+        return program.cost_analysis()["flops"]
+
+    assert flops("cls") < 0.8 * flops("mean")

@@ -199,6 +199,20 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(tiny_model, images, los
     assert flops[0] < 0.8 * flops[1]
 
 
+def test_nothing_is_computed_of_tokens_that_no_logit_depends_on(tiny_model, images):
+    """A class token costs the last block less than the mean of all tokens does."""
+
+    def flops(pool):
+        model = with_blocks(dataclasses.replace(tiny_model.config, pool=pool), *blocks)
+        run = functools.partial(gradients.dense_pass, model.config, loss="label")
+        run = functools.partial(run, summarize=lambda taps: ())
+        given = {"params": model.params, "images": images, "labels": ZEROS, "key": KEY}
+        return jax.jit(run).lower(**given).compile().cost_analysis()["flops"]
+
+    blocks = (dataclasses.replace(tiny_model.config.blocks[0], mlp_dim=64),)
+    assert flops("cls") < 0.6 * flops("mean")
+
+
 def test_blocks_of_long_networks_share_their_code(tiny_model, images, monkeypatch):
     given = {"params": tiny_model.params, "images": images, "labels": ZEROS, "key": KEY}
 

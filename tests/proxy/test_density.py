@@ -196,6 +196,22 @@ def test_the_range_of_rows(rows, dim):
         assert np.flatnonzero(np.isnan(end)).tolist() == [dim // 2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "count", "components", "dim"),
+    [("full", 1, 10, 128), ("diag", 50, 10, 64), ("diag", 1, 2, 4), ("tied", 3, 256, 512)],
+)
+def test_chunks_are_bounded_by_what_is_multiplied(kind, count, components, dim):
+    shape = {"full": (components, dim, dim), "diag": (components, dim), "tied": (dim, dim)}[kind]
+    zeros = np.zeros((components, dim), np.float32)
+    gmm = Gmm(zeros[:, 0], zeros, np.zeros(shape, np.float32), kind)
+    rows = density.chunk_rows([gmm] * count)
+    assert 64 <= rows <= 8192
+    block = {"full": 32 * components, "diag": count * components, "tied": dim}[kind]
+    assert rows == 64 or rows * block <= 3 * 2**18
+    # The differences of all rows and means, where products would lose too many digits.
+    assert rows == 64 or rows * components * dim <= 2**23
+
+
 def test_bad_inputs():
     gmm = hard_gmm("diag", 2, 3, 0)
     features = pool(5, 3)

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.proxy import gmm as gmm_module
@@ -460,6 +461,20 @@ def test_bad_private_features(features, message):
 def test_bad_configs(changes, message):
     with pytest.raises(InputError, match=message):
         GmmConfig(**changes)
+
+
+def test_small_factorizations_take_one_thread():
+    def threads():
+        return [found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"]
+
+    before = threads()
+    if max(before, default=1) == 1:
+        pytest.skip("BLAS has one thread here")
+    with gmm_module.one_blas_thread(64):
+        assert set(threads()) == {1}
+    assert threads() == before
+    with gmm_module.one_blas_thread(4096):
+        assert threads() == before
 
 
 def test_config_survives_json():

@@ -1,4 +1,4 @@
-"""Likely classes, and soft labels restricted to them."""
+"""Likely classes, and labels, soft labels and images weighted by classes."""
 
 import jax
 import numpy as np
@@ -149,8 +149,12 @@ def test_validation_counts_classes_as_often_as_the_device_sees_them():
     found = class_weights(None, prior, 2, None, labels)
     assert (found.labels == 1).all()
     # Shares of 7 and 3 tenths with one more of each, for 1 and 3 quarters.
-    np.testing.assert_allclose(found.validation[1] / found.validation[0], 7 / 3 * 3, rtol=1e-6)
-    assert found.validation[labels].sum() == pytest.approx(8)
+    np.testing.assert_allclose(found.validation[1] / found.validation[0], 7 / 3 * 3, rtol=5e-3)
+    assert found.validation[labels].sum() == pytest.approx(8, abs=8 * 2**-11)
+    # Sums are exact in any order.
+    np.testing.assert_array_equal(found.validation * 2**10 % 1, 0)
+    rare = class_weights(None, np.array([1e-9, 2.0]), 2, None, labels)
+    assert (rare.validation > 0).all()
     plain = class_weights(np.array([True, False]), None, 2, labels, labels)
     assert (plain.labels == 1).all() and (plain.validation == 1).all()
 

@@ -148,7 +148,9 @@ def test_all_options_equal_a_loop_by_hand():
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), epoch), 0)
         order = finetune.epoch_order(options, np.arange(COUNT), 1, epoch)
         images, real = jnp.asarray(data.source.images[order]), np.ones(COUNT)
-        images, own = cut_and_mix(1.0, images, real, jax.random.fold_in(key, 0))
+        mix_key = jax.random.fold_in(key, 2)
+        assert all((mix_key != used).all() for used in jax.random.split(key))
+        images, own, _ = cut_and_mix(1.0, images, real, mix_key)
         hard = np.eye(CLASSES)[labels[order]]
         own = np.asarray(own)[:, None]
         assert 0.3 < own.mean() < 0.9
@@ -301,9 +303,10 @@ def test_the_epoch_is_chosen_by_what_the_device_sees(masked):
     for state, row in zip(states, result.record, strict=True):
         logits = forward(CONFIG, state["rest"]["ema"], data.source.images[data.validation])
         loss = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(labels)), labels]
-        assert row["loss"] == pytest.approx((counts * loss).sum(), rel=1e-4)
+        # Weights have steps of 2^-10.
+        assert row["loss"] == pytest.approx((counts * loss).sum(), rel=2e-3)
         right = np.asarray(logits).argmax(axis=1) == labels
-        assert row["top1"] == pytest.approx((counts * right).sum(), abs=1e-5)
+        assert row["top1"] == pytest.approx((counts * right).sum(), abs=2e-3)
     plain = masked[0].record[0]
     assert (plain["top1"], plain["loss"]) != (result.record[0]["top1"], result.record[0]["loss"])
 

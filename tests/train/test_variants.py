@@ -202,6 +202,18 @@ def test_variants_with_every_option_end_as_sequential_runs(tmp_path, monkeypatch
             np.testing.assert_array_equal(flatten(one.params)[path], leaf)
 
 
+def test_variants_learn_labels_under_their_own_prior():
+    options = dataclasses.replace(OPTIONS, distill=0.5, patience=None)
+    variants = restricted_variants()
+    moved, plain = together(variants, options)
+    told = {"classes": variants[0].classes, "prior": variants[0].prior}
+    assert_close(moved, alone(variants[0], options, **told))
+    assert_close(plain, alone(variants[1], options))
+    # Labels and validation, not the teacher alone: a run without the prior goes elsewhere.
+    other = alone(variants[0], options, classes=variants[0].classes)
+    assert abs(moved.record[0]["loss"] - other.record[0]["loss"]) > 1e-3
+
+
 class StopError(Exception):
     pass
 
