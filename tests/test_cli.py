@@ -76,7 +76,7 @@ def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "dense:" in printed
     assert "pruned:" in printed
-    assert "top-1 on" in printed
+    assert "top-1 under the device's prior on" in printed
     for stage in ("dense, ", "pruned, ", "recovered in closed form, ", "fine-tuned"):
         assert f" % {stage}" in printed
     small, dense = tap.load(tmp_path / "small"), tap.load(work / "dense")
