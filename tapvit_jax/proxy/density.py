@@ -37,12 +37,12 @@ _FURTHEST = 1e19
 _LARGEST, _SMALLEST = 1e37, 1e-30
 # Floats of one chunk's largest intermediate array: 3 MiB stay in a core's caches.
 _CHUNK_FLOATS = 3 * 2**18
+# And of the differences of its rows and all means, where they are needed: 32 MiB.
+_DIFFERENCE_FLOATS = 2**23
 # Largest sum_j (|x_j - c_j| + |mu_j - c_j|)^2 (Sigma^-1)_jj for which products are exact enough:
 # the expanded square errs by about 2^-24 of it (1e-3), the whitened difference z by 2^-24 of its
 # root, hence its square by 1e-4 |z|.
 _SPREAD = {"diag": 2.0**14, "tied": 2.0**20, "full": 2.0**20}
-# And of the differences of its rows and all means, where they are needed: 32 MiB.
-_DIFFERENCE_FLOATS = 2**23
 # Floats that NumPy compares at a time.
 _RANGE_FLOATS = 2**12
 # Rows of a triangular factor that are multiplied at a time: what lies right of them is zero.

@@ -22,6 +22,7 @@ from tapvit_jax.models.backbone import (
     apply_block,
     apply_block_with_taps,
     block_params,
+    classified_tokens,
     classify,
     embed,
     pool,
@@ -37,10 +38,11 @@ from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 def _token_weights(config: TransformerConfig, i: int) -> Float[np.ndarray, "n"]:
     """Which tokens behind a block anything depends on: behind a ViT's last, those it classifies."""
     weights = np.ones(config.block_spec(i).tokens, np.float32)
-    if isinstance(config, ViTConfig) and i == len(config.blocks) - 1:
-        prefix = config.num_prefix_tokens
-        unused = slice(prefix, None) if config.pool == "cls" else slice(prefix)
-        weights[unused] = 0.0
+    if (classified := classified_tokens(config, i)) is not None:
+        weights[classified:] = 0.0
+    elif isinstance(config, ViTConfig) and i == len(config.blocks) - 1:
+        # The mean of the patches leaves the others out.
+        weights[: config.num_prefix_tokens] = 0.0
     return weights
 
 

@@ -110,7 +110,10 @@ def train(
     """
     recipe = Recipe.of(forward, config, options, teacher)
     check_recipe(recipe, params, teacher, data.source, data.train)
-    weights = run_weights(recipe, params, data, classes, prior)
+    weights = None
+    if classes is not None or prior is not None:
+        count = class_count(recipe, params, data.preprocess)
+        weights = run_weights(options, data, classes, prior, count)
     devices = _devices(mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         keeper = None
@@ -161,20 +164,18 @@ def check_recipe(
 
 
 def run_weights(
-    recipe: Recipe,
-    params: Params,
+    options: TrainConfig,
     data: TrainData,
     classes: Shaped[np.ndarray, "c"] | None,
     prior: Float[np.ndarray, "c"] | None,
-) -> ClassWeights | None:
-    """Weights of the classes for a run; None if it is told nothing of them.
+    count: int,
+) -> ClassWeights:
+    """Weights of a run's classes, of so many.
 
     Raises:
       InputError: classes that nothing would use, or classes or a prior that are not the network's.
     """
-    if classes is None and prior is None:
-        return None
-    options, source = recipe.options, data.source
+    source = data.source
     if classes is not None and not options.asks_teacher:
         raise InputError("classes: nothing uses it, expected distill > 0 or choose='teacher'")
     # Labels that the recipe does not read must not make a difference.
@@ -184,7 +185,6 @@ def run_weights(
         None if found is None or len(found) == 0 else source.labels[check_indices(found, source)]
         for found in (learned, chosen)
     ]
-    count = class_count(recipe, params, data.preprocess)
     return class_weights(classes, prior, count, *read)
 
 

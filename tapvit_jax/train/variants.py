@@ -28,6 +28,7 @@ from tapvit_jax.train.finetune import (
     TrainData,
     all_devices,
     check_recipe,
+    class_count,
     epoch_order,
     even_devices,
     key_data,
@@ -431,18 +432,18 @@ def _common_weights(
     variants: Sequence[Variant], recipe: Recipe, source: ImageSource, preprocess: Preprocess
 ) -> list[ClassWeights] | None:
     """Weights of all variants' classes, ones where a variant has none; None if none has any."""
+    if all(variant.classes is None and variant.prior is None for variant in variants):
+        return None
+    count = class_count(recipe, variants[0].params, preprocess)
     found = []
     for v, variant in enumerate(variants):
         data = TrainData(source, preprocess, variant.train, variant.validation)
+        told = variant.classes, variant.prior
         try:
-            found.append(run_weights(recipe, variant.params, data, variant.classes, variant.prior))
+            found.append(run_weights(recipe.options, data, *told, count))
         except InputError as error:
             raise InputError(f"variant {v}: {error}") from error
-    given = [weights for weights in found if weights is not None]
-    if not given:
-        return None
-    ones = ClassWeights(*(np.ones_like(weight) for weight in given[0]))
-    return [ones if weights is None else weights for weights in found]
+    return found
 
 
 def regroup(
