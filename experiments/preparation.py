@@ -235,7 +235,7 @@ class Preparation:
                 self.source,
                 self.parts.public_pool,
                 preprocess,
-                model=self.dense,
+                model=None if embedding else self.dense,
                 network=network if embedding else None,
                 params=trained.value if trained else None,
             )
