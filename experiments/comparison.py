@@ -371,8 +371,15 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
 
 
 def _failures(results: Mapping[str, Any]) -> Table | None:
-    head = ["method", "set", "device", "seed", "budget", "epochs", "reason"]
-    rows = [[str(cell[name]) for name in head] for cell in results["failed"]]
+    """Cells that failed; devices on which it was for one reason share a row."""
+    names = ["method", "set", "seed", "budget", "epochs", "reason"]
+    devices: dict[tuple[str, ...], list[int]] = {}
+    for cell in results["failed"]:
+        devices.setdefault(tuple(str(cell[name]) for name in names), []).append(cell["device"])
+    rows = [
+        [*key[:-1], ", ".join(map(str, sorted(found))), key[-1]] for key, found in devices.items()
+    ]
+    head = [*names[:-1], "devices", names[-1]]
     return Table("Cells that failed", head, rows, words=len(head)) if rows else None
 
 
