@@ -46,9 +46,7 @@ from tapvit_jax.files import (
     WriteError,
     content_hash,
     file_lock,
-    read_json,
     remove_leftovers,
-    write_json,
 )
 from tapvit_jax.progress import Progress
 from tapvit_jax.prune.allocate import check_budget
@@ -56,7 +54,15 @@ from tapvit_jax.prune.budget import within
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.runtime import one_line, run_program, set_up_jax
-from tapvit_jax.stages import Stages, all_succeed, claim_workdir, from_main, on_main
+from tapvit_jax.stages import (
+    Stages,
+    all_succeed,
+    claim_workdir,
+    from_main,
+    on_main,
+    read_row,
+    write_row,
+)
 from tapvit_jax.structs import to_plain
 from tapvit_jax.versions import library_versions
 
@@ -190,7 +196,7 @@ class Comparison:
         locked = stack.enter_context(file_lock(path.with_suffix(".lock"), wait=wait))
         if locked is False:
             return "busy"
-        if self._result(cell) is not None:
+        if self._result(cell, say=True) is not None:
             return "done"
         if locked:
             remove_leftovers(path)
@@ -210,7 +216,7 @@ class Comparison:
             if not self._quiet:
                 tqdm.write(traceback.format_exc(), file=sys.stderr)
             return one_line(f"{type(error).__name__}: {error}")
-        on_main(lambda: write_json(self._path(cell), {"key": cell.key, "row": row}))
+        on_main(lambda: write_row(self._path(cell), cell.key, row))
         return None
 
     def _row(self, cell: Cell) -> dict[str, Any]:
@@ -299,16 +305,8 @@ class Comparison:
             weight = UNITS["peer"]
         return weight + UNITS["recover"] * bool(cell.epochs)
 
-    def _result(self, cell: Cell) -> dict[str, Any] | None:
-        path = self._path(cell)
-        if not path.exists():
-            return None
-        try:
-            found = read_json(path)
-        except InputError:
-            return None
-        whole = isinstance(found, dict) and found.get("key") == cell.key
-        return found["row"] if whole and isinstance(found.get("row"), dict) else None
+    def _result(self, cell: Cell, say: bool = False) -> dict[str, Any] | None:
+        return read_row(self._path(cell), cell.key, say)
 
     def _path(self, cell: Cell) -> Path:
         return self.workdir / "cells" / f"{cell.key[:24]}.json"

@@ -58,7 +58,8 @@ model's predictions on the metric set, "ridge" has none. "corp" is all that CORP
 NuWa's subspaces and least squares, but also solves for attention's projection; others lie between.
 """
 
-_WIDTHS = ("sensitivity", "greedy", "exact", "depth", "softmax", "uniform", "global", "isomorphic")
+_RANKED = ("local", "global", "global_per_cost", "isomorphic")
+_WIDTHS = ("sensitivity", "greedy", "exact", "depth", "softmax", "uniform", *_RANKED)
 _PROBED = ("sensitivity", "greedy", "exact", "depth")
 _TERMS = tuple(field.name for field in dataclasses.fields(TermWeights))
 
@@ -90,7 +91,8 @@ class Method:
 
     Attributes:
       criterion: name in `CRITERIA`, or of an external peer.
-      widths: a rule of `AllocateConfig`; "depth", "exact" with branches that may go; "uniform", the
+      widths: a rule of `AllocateConfig`; "depth", "exact" with branches that may go;
+        "global_per_cost", "global" by scores per MAC, kinds of units on one scale; "uniform", the
         same share of every layer, of attention less, as published; "published", all of TAP-ViTs'
         rules; "peer", whatever the peer does.
       recover: closed-form recovery behind it, a name in `RECOVERIES`.
@@ -107,7 +109,7 @@ class Method:
     @property
     def by_layers(self) -> bool:
         """Whether its widths follow from layer scores."""
-        return self.widths not in ("uniform", "global", "isomorphic")
+        return self.widths not in ("uniform", *_RANKED)
 
     def prune(self, base: PruneConfig) -> PruneConfig:
         """How it scores and chooses widths, limits and floors as in the experiment's config.
@@ -125,9 +127,15 @@ class Method:
             layers = dataclasses.replace(layers, max_batches=base.layers.max_batches)
             allocate = AllocateConfig.as_published()
         elif self.widths != PEER:
-            rule = {"uniform": "softmax", "depth": "exact"}.get(self.widths, self.widths)
-            depth = self.widths == "depth"
-            allocate = dataclasses.replace(allocate, widths=rule, branches=depth)
+            rules = {"uniform": "softmax", "depth": "exact", "global_per_cost": "global"}
+            depth, fair = self.widths == "depth", self.widths == "global_per_cost"
+            allocate = dataclasses.replace(
+                allocate,
+                widths=rules.get(self.widths, self.widths),
+                branches=depth,
+                per_cost=fair,
+                normalize=fair,
+            )
             if depth:
                 layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
             layers = dataclasses.replace(layers, recovery="ridge" if self.loop else "none")

@@ -405,27 +405,29 @@ class Preparation:
         """
         select_config, pool = select_config or self.config.select, self.parts.public_pool
         self._check_counts(select_config)
+        split, validation, mixture = self.parts.devices[d], self.parts.public_validation, None
         if kind == SELECTED:
             mixtures = mixtures or self.config.gmm
             chosen = self._chosen(select_config, mixtures)
             finetune, validation = (chosen.arrays[n][d] for n in ("finetune", "validation"))
-            if self.config.data.partition.leaks:
-                validation = self.parts.devices[d].private_test
             metric = finetune[: select_config.metric_count]
-            return ImageSets(metric, finetune, validation, self._received(mixtures)[d][0])
-        validation = self.parts.public_validation
-        if kind == "random":
+            mixture = self._received(mixtures)[d][0]
+        elif kind == "random":
             order = np.random.default_rng([self.seed, d]).permutation(pool)
             finetune = order[: select_config.finetune_count]
-            return ImageSets(finetune[: select_config.metric_count], finetune, validation)
-        if kind == ORACLE:
-            split = self.parts.devices[d]
+            metric = finetune[: select_config.metric_count]
+        elif kind == ORACLE:
             order = np.random.default_rng([self.seed, d]).permutation(split.private_train)
             # As many steps as with other sets: few images are taken several times in an epoch.
             finetune = np.resize(order, select_config.finetune_count)
-            own = validation[np.isin(self.files.labels[validation], split.classes)]
-            return ImageSets(order[: select_config.metric_count], finetune, own)
-        return ImageSets(pool, pool, validation)
+            metric = order[: select_config.metric_count]
+            validation = validation[np.isin(self.files.labels[validation], split.classes)]
+        else:
+            metric = finetune = pool
+        if self.config.data.partition.leaks:
+            # As published: whatever the images, the epoch is chosen on what is reported.
+            validation = split.private_test
+        return ImageSets(metric, finetune, validation, mixture)
 
     # Cloud: the classes that a device sees.
 

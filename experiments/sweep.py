@@ -41,7 +41,15 @@ from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.recover import Method as RecoverMethod
 from tapvit_jax.runtime import one_line, run_program, set_up_jax
-from tapvit_jax.stages import Stages, all_succeed, claim_workdir, from_main, on_main
+from tapvit_jax.stages import (
+    Stages,
+    all_succeed,
+    claim_workdir,
+    from_main,
+    on_main,
+    read_row,
+    write_row,
+)
 from tapvit_jax.structs import from_plain, to_plain
 
 State = Literal["done", "failed", "running", "missing"]
@@ -301,7 +309,7 @@ class Sweep:
         locked = stack.enter_context(lock)
         if locked is False:
             return "busy"
-        if self._result(unit) is not None:
+        if self._result(unit, say=True) is not None:
             return "done"
         failure = self._path(unit, ".failed.json")
         if wait and failure.exists():
@@ -328,7 +336,7 @@ class Sweep:
                 failure["traceback"] = traceback.format_exc().splitlines()
             on_main(lambda: write_json(self._path(unit, ".failed.json"), failure))
             return
-        on_main(lambda: write_json(self._path(unit, ".json"), {"key": unit.key, "row": row}))
+        on_main(lambda: write_row(self._path(unit, ".json"), unit.key, row))
 
     def _row(self, unit: Unit) -> dict[str, Any]:
         job, d, title = self._job_of(unit), unit.device, f"unit {unit.number}"
@@ -406,16 +414,8 @@ class Sweep:
             self._job = key, Job(unit.config, self.stages, payloads, self.progress)
         return self._job[1]
 
-    def _result(self, unit: Unit) -> dict[str, Any] | None:
-        path = self._path(unit, ".json")
-        if not path.exists():
-            return None
-        try:
-            found = read_json(path)
-        except InputError:
-            return None
-        whole = isinstance(found, dict) and found.get("key") == unit.key
-        return found["row"] if whole and isinstance(found.get("row"), dict) else None
+    def _result(self, unit: Unit, say: bool = False) -> dict[str, Any] | None:
+        return read_row(self._path(unit, ".json"), unit.key, say)
 
     def _path(self, unit: Unit, suffix: str) -> Path:
         return self.workdir / "units" / f"{unit.key[:16]}{suffix}"

@@ -36,6 +36,7 @@ from tapvit_jax.versions import library_versions
 _LAYOUT = 2
 _META = "stage.json"
 _ARRAYS = "arrays.safetensors"
+_PACKAGE = "tapvit-jax"
 
 T = TypeVar("T")
 
@@ -169,9 +170,47 @@ class Stages:
             raise InputError(f"{directory}: is not the stage it should be")
         if spec.pop("spec_sha256", None) != content_hash(spec):
             raise InputError(f"{directory / _META}: altered")
+        _check_version(directory, dict(spec.get("libraries", {})).get(_PACKAGE))
         if spec.get("sha256") != file_hash(path):
             raise InputError(f"{path}: truncated or altered")
         return Artefact(key, read_safetensors(path), spec["meta"], cached=True)
+
+
+def write_row(path: Path, key: str, row: Mapping[str, Any]) -> None:
+    """Write a finished result, JSON values, under the hash of everything that it depends on."""
+    version = library_versions()[_PACKAGE]
+    write_json(path, {"key": key, "version": version, "row": row})
+
+
+def read_row(path: Path, key: str, say: bool = False) -> dict[str, Any] | None:
+    """What `write_row` wrote; None where there is nothing, or nothing whole, of this version.
+
+    Args:
+      path: of the file.
+      key: what it has to be the result of.
+      say: whether to say that another version made it.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+    except InputError:
+        return None
+    if not isinstance(found, dict) or found.get("key") != key:
+        return None
+    try:
+        _check_version(path, found.get("version"))
+    except InputError as error:
+        if say:
+            log.warning("%s; computing it again", error)
+        return None
+    return found["row"] if isinstance(found.get("row"), dict) else None
+
+
+def _check_version(path: Path, found: Any) -> None:
+    version = library_versions()[_PACKAGE]
+    if found != version:
+        raise InputError(f"{path}: was made by {_PACKAGE} {found}, this is {version}")
 
 
 def all_succeed(action: Callable[[], T]) -> T:

@@ -1,63 +1,19 @@
 """Joining processes, and two real ones on loopback against one."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tests.flags import CHEAP
-
-ROOT = Path(__file__).parents[1]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+from tests.processes import run_together
 
 
 def start(tmp_path, processes):
     """Run tests.two_processes in several processes; their results by rank."""
-    port = free_port()
-    running = []
     out, shared = tmp_path / f"out{processes}", tmp_path / f"shared{processes}"
-    for rank in range(processes):
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": CHEAP,
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        }
-        if processes > 1:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(rank),
-            }
-        command = [sys.executable, "-m", "tests.two_processes", str(out), str(shared)]
-        running.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        texts = [process.communicate(timeout=400)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, text in zip(running, texts, strict=True):
-        assert process.returncode == 0, text[-4000:]
+    command = ["tests.two_processes", str(out), str(shared)]
+    for ended in run_together([command] * processes, tmp_path / "cache", one_job=processes > 1):
+        assert ended.returncode == 0, ended.stdout[-4000:]
     return [dict(np.load(out / f"{rank}.npz")) for rank in range(processes)]
 
 

@@ -16,7 +16,8 @@ import safetensors.numpy
 from tapvit_jax import stages as stages_module
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash, file_hash, is_locked
-from tapvit_jax.stages import Stages, claim_workdir, differences
+from tapvit_jax.stages import Stages, claim_workdir, differences, read_row, write_row
+from tapvit_jax.versions import library_versions
 from tests.flags import CHEAP
 
 INPUTS = {"seed": 1, "options": {"epochs": 2, "names": ["a", "b"]}}
@@ -25,6 +26,7 @@ ARRAYS = {
     "scalar": np.float32(2.5),
     "empty": np.zeros((0, 4), np.int64),
 }
+VERSION = library_versions()["tapvit-jax"]
 META = {"best": 0.25, "record": [{"epoch": 1, "loss": 1e-7}], "bic": {10: 1.0, 9: 2.0}}
 
 
@@ -168,6 +170,25 @@ def test_a_damaged_artefact_is_computed_again_and_that_is_said(tmp_path, caplog,
     assert work.times == 2 and len(caplog.records) == 1
     assert entries(path.parent) == ["arrays.safetensors", "stage.json"]
     assert list(tmp_path.iterdir()) == [path.parent]
+
+
+def test_what_another_version_made_is_computed_again_and_that_is_said(
+    tmp_path, caplog, monkeypatch
+):
+    work, stages, row = Work(), Stages(tmp_path), tmp_path / "row.json"
+    stages.run("train", INPUTS, work)
+    write_row(row, "key", {"top1": 1})
+    assert read_row(row, "key") == {"top1": 1} and read_row(row, "other") is None
+    newer = stages_module.library_versions() | {"tapvit-jax": "9.0.0"}
+    monkeypatch.setattr(stages_module, "library_versions", lambda: newer)
+    with caplog.at_level(logging.WARNING):
+        check(stages.run("train", INPUTS, work), cached=False)
+        assert read_row(row, "key") is None and read_row(row, "key", say=True) is None
+    assert [record.getMessage().partition(": was made by ")[2] for record in caplog.records] == [
+        f"tapvit-jax {VERSION}, this is 9.0.0; computing it again"
+    ] * 2
+    check(stages.run("train", INPUTS, work), cached=True)
+    assert work.times == 2
 
 
 def test_a_pickle_with_matching_checksums_is_not_executed_either(tmp_path, caplog):

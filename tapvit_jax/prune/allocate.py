@@ -15,7 +15,7 @@ from tapvit_jax.prune.budget import Budget, Limits, within
 from tapvit_jax.prune.cost import FLOAT32_BYTES, Cost, Latency, block_cost, cost
 from tapvit_jax.prune.knapsack import exact_levels, greedy_levels
 from tapvit_jax.prune.mask import Plan, top_k_mask
-from tapvit_jax.prune.ranking import Ranking, ranking_rule
+from tapvit_jax.prune.ranking import Ranking, ranking_rule, unit_costs
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.prune.units import WIDTH_FIELDS, WIDTH_KINDS, UnitGroup, unit_key, unit_table
 from tapvit_jax.prune.widths import (
@@ -97,6 +97,9 @@ class AllocateConfig:
       ragged: kept attention dims may differ from head to head (as published); reshaping pads them
         to the widest head, and the cost counts the padding.
       coupled: queries, keys and values keep the same index set (as published).
+      per_cost: for "global" and "isomorphic": scores count per MAC that a unit costs, or per
+        parameter where parameters alone are bounded.
+      normalize: for "global": scores count by the mean of their kind of unit.
       clip: for the softmax: "water_fill" hands what it gives beyond a full layer to the other
         layers; "clip" drops it, as published, and so falls short of the budget.
     """
@@ -110,6 +113,8 @@ class AllocateConfig:
     round_to: int | RoundTo = 1
     ragged: bool = False
     coupled: bool = False
+    per_cost: bool = False
+    normalize: bool = False
     clip: Literal["water_fill", "clip"] = "water_fill"
 
     def __post_init__(self):
@@ -117,6 +122,10 @@ class AllocateConfig:
             raise InputError("round_to and min_dim must be 1 or more")
         if self.branches and (self.widths not in ("greedy", "exact") or self.ragged):
             raise InputError("branches needs widths 'greedy' or 'exact', and no ragged heads")
+        if self.per_cost and self.widths not in ("global", "isomorphic"):
+            raise InputError("per_cost needs widths 'global' or 'isomorphic'")
+        if self.normalize and self.widths != "global":
+            raise InputError("normalize needs widths 'global'")
         if self.coupled and self.step("qk") != self.step("vo"):
             raise InputError("coupled qk and vo need the same round_to")
         if not 0 <= self.min_keep <= 1 or not 0 < self.attn_share <= 1:
@@ -274,8 +283,15 @@ def _rule(
     if layers is not None:
         check_scores(dense, layers)
     if config.widths in get_args(Ranking):
+        unit = "macs" if set(limits) - {"params", "encoder_params"} else min(limits)
         return ranking_rule(
-            dense, units, config.widths, ragged=config.ragged, coupled=config.coupled
+            dense,
+            units,
+            config.widths,
+            costs=unit_costs(dense, unit) if config.per_cost else None,
+            normalize=config.normalize,
+            ragged=config.ragged,
+            coupled=config.coupled,
         )
     if config.widths == "softmax" or layers is None:
         return softmax_rule(dense, layers, config.alpha, config.attn_share)

@@ -28,6 +28,7 @@ def ranking_rule(
     ranking: Ranking,
     *,
     costs: Mapping[str, float] | None = None,
+    normalize: bool = False,
     ragged: bool = False,
     coupled: bool = False,
     kinds: Sequence[Kind] = WIDTH_KINDS,
@@ -41,7 +42,7 @@ def ranking_rule(
         return local_rule(config, kinds=kinds)
     options = {"costs": costs, "ragged": ragged, "coupled": coupled, "kinds": kinds}
     if ranking == "global":
-        return global_rule(config, units, **options)
+        return global_rule(config, units, normalize=normalize, **options)
     if ranking == "isomorphic":
         return isomorphic_rule(config, units, **options)
     raise InputError(f"ranking is {ranking!r}, expected one of local, global, isomorphic")

@@ -49,7 +49,7 @@ class TrainConfig:
       flip: random horizontal mirroring of the training images.
       cutmix: parameter of the beta distribution of how much of an image another one covers, see
         `cut_and_mix`; 0 covers nothing.
-      clip_norm: largest norm of the gradient.
+      clip_norm: largest norm of the gradient; None leaves it as it is.
       patience: epochs without a better one after which training stops; None never stops early.
       checkpoint_epochs: a checkpoint is kept every so many epochs.
       checkpoint_steps: and every so many steps, within epochs; None keeps none there.
@@ -74,7 +74,7 @@ class TrainConfig:
     shift: int = 0
     flip: bool = False
     cutmix: float = 0.0
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     patience: int | None = None
     checkpoint_epochs: int = 5
     checkpoint_steps: int | None = None
@@ -82,7 +82,7 @@ class TrainConfig:
     def __post_init__(self):
         check_choices(self)
         images, patience, every = self.images_per_epoch, self.patience, self.checkpoint_steps
-        blocks = self.feature_blocks
+        blocks, norm = self.feature_blocks, self.clip_norm
         for field, fine, expected in (
             ("epochs", self.epochs >= 0, "0 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
@@ -100,7 +100,7 @@ class TrainConfig:
             ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or None"),
             ("shift", self.shift >= 0, "0 or more"),
             ("cutmix", 0 <= self.cutmix < math.inf, "0 or more"),
-            ("clip_norm", self.clip_norm > 0, "more than 0"),
+            ("clip_norm", norm is None or norm > 0, "more than 0, or None"),
             ("patience", patience is None or patience >= 1, "1 or more, or None"),
             ("checkpoint_epochs", self.checkpoint_epochs >= 1, "1 or more"),
             ("checkpoint_steps", every is None or every >= 1, "1 or more, or None"),
@@ -116,7 +116,9 @@ class TrainConfig:
     @classmethod
     def as_published(cls) -> "TrainConfig":
         """Adam, 1e-5 constant, 50 epochs, batch 64, cross-entropy (TAP-ViTs, 2601.02437)."""
-        return cls(epochs=50, batch_size=64, learning_rate=1e-5, schedule="constant")
+        return cls(
+            epochs=50, batch_size=64, learning_rate=1e-5, schedule="constant", clip_norm=None
+        )
 
     def steps_per_epoch(self, images: int) -> int:
         """Batches of an epoch over a training set of so many images."""
@@ -164,8 +166,9 @@ def optimizer(options: TrainConfig) -> optax.GradientTransformation:
     def kernels(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
+    norm = options.clip_norm
     return optax.chain(
-        optax.clip_by_global_norm(options.clip_norm),
+        optax.identity() if norm is None else optax.clip_by_global_norm(norm),
         optax.scale_by_adam(),
         optax.add_decayed_weights(options.weight_decay, mask=kernels),
     )

@@ -23,8 +23,9 @@ from tapvit_jax.prune.allocate import (
 from tapvit_jax.prune.budget import Budget, within
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import top_k_mask
+from tapvit_jax.prune.ranking import unit_costs
 from tapvit_jax.prune.reshape import reshaped_config
-from tapvit_jax.prune.units import unit_key, unit_table
+from tapvit_jax.prune.units import WIDTH_KINDS, unit_key, unit_table
 from tapvit_jax.prune.widths import (
     divergence_curves,
     measured_divergence,
@@ -85,18 +86,61 @@ def random_parts(config, seed: int):
     bounds=st.dictionaries(st.sampled_from(BOUNDS), st.floats(0.3, 1.0), min_size=1),
     widths=st.sampled_from(["sensitivity", "greedy", "exact", "local", "global", "isomorphic"]),
     parts=st.booleans(),
+    fair=st.booleans(),
 )
-def test_every_rule_keeps_the_budget_and_uses_it(seed, ties, bounds, widths, parts):
+def test_every_rule_keeps_the_budget_and_uses_it(seed, ties, bounds, widths, parts, fair):
     units, layers = random_scores(SMALL, seed, ties)
     layers = random_parts(SMALL, seed) if parts else layers
     budget = Budget(**bounds)
-    config = AllocateConfig(widths=widths)
+    ranked = fair and widths in ("global", "isomorphic")
+    # Only scores that are not negative can be divided.
+    units = {key: np.abs(scores) for key, scores in units.items()} if fair else units
+    config = AllocateConfig(widths=widths, per_cost=ranked, normalize=fair and widths == "global")
     limits = budget.limits(SMALL)
     if not within(smallest_cost(SMALL, config), limits):
         return
     small = reshaped_config(allocate(SMALL, units, layers, budget, config=config))
     assert within(cost(small), limits)
     assert not [c for c in grown(small, SMALL, config) if within(cost(c), limits)]
+
+
+def test_kinds_of_units_can_compete_on_one_scale():
+    units, _ = random_scores(SMALL, 0, ties=False)
+    units = {key: np.abs(scores) for key, scores in units.items()}
+    louder = {key: 9 * scores if key.endswith("/qk") else scores for key, scores in units.items()}
+
+    def widths(scores, **options):
+        config = AllocateConfig(widths="global", **options)
+        return reshaped_config(allocate(SMALL, scores, None, Budget(macs=0.6), config=config))
+
+    assert widths(louder, normalize=True) == widths(units, normalize=True)
+    assert widths(louder) != widths(units)
+
+
+@pytest.mark.parametrize("bound", ["macs", "params"])
+def test_of_equal_scores_the_costliest_units_go_first(bound):
+    units = {group.key: np.ones(group.shape) for group in unit_table(SMALL)}
+    costs = unit_costs(SMALL, bound)
+    config = AllocateConfig(widths="global", per_cost=True, min_keep=0.0)
+    plan = allocate(SMALL, units, None, Budget(**{bound: 0.7}), config=config)
+    kinds = {kind: [key for key in costs if key.endswith(f"/{kind}")] for kind in WIDTH_KINDS}
+    cost_of = {kind: costs[keys[0]] for kind, keys in kinds.items()}
+    kept = {kind: np.mean([plan.keep[key].mean() for key in keys]) for kind, keys in kinds.items()}
+    dear, cheap = max(cost_of, key=cost_of.get), min(cost_of, key=cost_of.get)
+    assert cost_of[dear] > cost_of[cheap]
+    assert kept[dear] < 0.5 * kept[cheap]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_cost": True}, "per_cost needs widths 'global' or 'isomorphic'"),
+        ({"normalize": True, "widths": "isomorphic"}, "normalize needs widths 'global'"),
+    ],
+)
+def test_options_of_other_rules_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        AllocateConfig(**options)
 
 
 @pytest.mark.parametrize("widths", ["sensitivity", "greedy", "exact"])
