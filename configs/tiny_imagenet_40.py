@@ -59,7 +59,7 @@ def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
 
 
 def sweep():
-    """Four devices at five budgets, as published and with the mended criterion."""
+    """Four devices at five budgets, units ranked by the published criterion and the mended one."""
     return grid(
         {
             "device": range(4),

@@ -359,7 +359,7 @@ def _peer_names(wanted: bool, methods: Sequence[str]) -> tuple[str, ...]:
     if not wanted and not set(methods) & set(PEERS):
         return ()
     if not available():
-        raise InputError("--peers: torch-pruning is not installed, see requirements-peers.txt")
+        raise InputError("--peers: torch-pruning is not installed; `make peers` does it")
     return PEERS
 
 

@@ -4,6 +4,7 @@ The public face, one line each, in the order of use:
 
     model  = tap.load_timm("deit_small_patch16_224", "model.safetensors")
     gmm    = tap.Gmm.fit(features); gmm.save(path); tap.Gmm.load(path)
+    source = tap.open_source("path/of/images")
     features = tap.pool_features(extractor, source, indices, directory)     # out of core, cached
     logp   = tap.log_likelihood([gmm, ...], features)
     chosen = tap.select([gmm, ...], features, count=640)
@@ -14,7 +15,8 @@ The public face, one line each, in the order of use:
     masked = tap.apply_masks(model, plan)
     better = tap.recover(model, plan, batches)                              # closed form
     small  = tap.reshape(better, plan)
-    states = tap.train_variants(config, [tap.Variant(params, train, validation), ...], ...)
+    states = tap.train_variants(config, [tap.Variant(params, train, validation), ...],
+                                source, model.preprocess, tap.TrainConfig(epochs=20))
     tap.save(small, directory); tap.load(directory)
     tap.export_onnx(small, path, images=images); tap.export_stablehlo(...); tap.export_timm(...)
 
@@ -26,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tapvit_jax.convert.timm import load_timm, save_timm
+    from tapvit_jax.data.preprocess import Preprocess
+    from tapvit_jax.data.sources import open_source
     from tapvit_jax.errors import InputError
     from tapvit_jax.export.onnx import export_onnx
     from tapvit_jax.export.stablehlo import export_stablehlo, load_stablehlo
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from tapvit_jax.models.presets import list_models
     from tapvit_jax.models.registry import Model
     from tapvit_jax.models.store import load, save
+    from tapvit_jax.pipeline import PruneConfig
     from tapvit_jax.proxy.density import log_likelihood
     from tapvit_jax.proxy.features import Extractor, ExtractorConfig
     from tapvit_jax.proxy.gmm import Gmm, GmmConfig
@@ -50,10 +55,15 @@ if TYPE_CHECKING:
     from tapvit_jax.prune.recover import RecoverConfig, recover
     from tapvit_jax.prune.reshape import reshape
     from tapvit_jax.train.classes import likely_classes, prior_weights
+    from tapvit_jax.train.evaluate import Teacher
+    from tapvit_jax.train.finetune import TrainData
+    from tapvit_jax.train.step import TrainConfig
     from tapvit_jax.train.variants import Variant, train_variants
 
 _HOMES = {
     "convert.timm": "load_timm save_timm",
+    "data.preprocess": "Preprocess",
+    "data.sources": "open_source",
     "errors": "InputError",
     "export.onnx": "export_onnx",
     "export.stablehlo": "export_stablehlo load_stablehlo",
@@ -64,6 +74,7 @@ _HOMES = {
     "models.presets": "list_models",
     "models.registry": "Model",
     "models.store": "load save",
+    "pipeline": "PruneConfig",
     "proxy.density": "log_likelihood",
     "proxy.features": "Extractor ExtractorConfig",
     "proxy.gmm": "Gmm GmmConfig",
@@ -78,6 +89,9 @@ _HOMES = {
     "prune.recover": "RecoverConfig recover",
     "prune.reshape": "reshape",
     "train.classes": "likely_classes prior_weights",
+    "train.evaluate": "Teacher",
+    "train.finetune": "TrainData",
+    "train.step": "TrainConfig",
     "train.variants": "Variant train_variants",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -99,9 +113,14 @@ __all__ = [
     "Model",
     "NeuronConfig",
     "Plan",
+    "Preprocess",
+    "PruneConfig",
     "RecoverConfig",
     "RoundTo",
     "SelectConfig",
+    "Teacher",
+    "TrainConfig",
+    "TrainData",
     "Variant",
     "allocate",
     "apply_masks",
@@ -121,6 +140,7 @@ __all__ = [
     "log_likelihood",
     "mixture_shares",
     "neuron_importance",
+    "open_source",
     "pool_features",
     "prior_weights",
     "recover",

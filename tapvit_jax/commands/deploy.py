@@ -9,8 +9,10 @@ import numpy as np
 from tapvit_jax.commands.common import (
     Command,
     add_image_options,
+    add_model_options,
     labels_fit,
     open_images,
+    open_model,
     preprocess_of,
 )
 from tapvit_jax.data.base import UNLABELLED
@@ -41,7 +43,7 @@ def register(command: Command) -> None:
     add_image_options(c)
 
     c = command("bench-latency", bench_latency)
-    c.add_argument("--model", required=True, help="the dense model's directory")
+    add_model_options(c)
     c.add_argument("--pruned", action="append", default=[], help="a pruned one's, repeatable")
     c.add_argument("--batch", type=int, action="append", help="repeatable; 1 and 8 by default")
     c.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -103,7 +105,7 @@ def bench_latency(args: argparse.Namespace) -> None:
         )
     if args.fit and args.fit < 3:
         raise InputError(f"--fit is {args.fit}, expected 3 or more random prunings")
-    dense = store.load(args.model)
+    dense = open_model(args)
     if args.fit:
         check_prunable(dense.config)
     models = {args.model: dense} | {path: store.load(path) for path in args.pruned}

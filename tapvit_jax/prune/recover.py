@@ -45,12 +45,14 @@ class RecoverConfig:
         units contribute on average into its bias (VBP, arXiv 2507.12988); "none" does nothing.
       order: "sequential" goes block by block on the already recovered prefix and aims at the dense
         model's residual stream, so that later blocks repair what earlier ones lost; "parallel" lets
-        all blocks see the dense model's activations, as CORP does (arXiv 2602.05243).
+        all blocks see the dense model's activations, as CORP does (arXiv 2602.05243), but for what
+        a branch that is gone right before them would have added.
       attention: "low_rank" gives each head the best subspace of its width, for queries and keys in
         the sense of the attention logits, for values in the sense of the branch's output; "kept"
         keeps the dims that the plan names and solves around them; "weights" takes the subspace of
         the weights alone, as NuWa does (arXiv 2504.03118).
-      head: also solve the classifier, towards the dense logits.
+      head: also solve the classifier, towards the dense logits; in sequential order, and where one
+        token alone is classified (not DeiT's distilled models, whose two classifiers stay).
       prior: moves the classifier's bias to the classes that the device sees, whatever the plan is
         (see `prior_weights`): more accurate on a device that sees some classes, less faithful to
         the dense model. They follow from the device's mixture (see `proxy.shares`) with "mixture",
@@ -98,7 +100,8 @@ def recover(
       model: the dense model.
       plan: what is kept; it may come from any criterion.
       batches: images of the metric dataset, as in `neuron_importance`; labels are not used. Of
-        several processes, each brings its own. All tokens of all images are kept, twice.
+        several processes, each brings its own. The tokens of all images are kept, in a block up to
+        four times: 4 x images x tokens x embed_dim x 4 bytes, and once all heads' outputs.
       method: overrides the config's.
       config: see `RecoverConfig`.
       prior: weights of the classes (see `prior_weights`) for the config's prior; without them,
@@ -221,7 +224,9 @@ def _recover_block(
             folds = streams.kept_hidden_moments(part | {"mlp": mlp}, kept, kernel)
         solved = solve_mlp(mlp, *folds, kept, ridge, scale)
         part = part | {"mlp": solved}
-    streams.pass_mlp(part, keep.get("mlp"))
+        streams.pass_mlp(part, kept)
+    else:
+        streams.pass_no_mlp()
     return part
 
 

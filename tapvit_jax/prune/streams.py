@@ -76,6 +76,8 @@ class Streams:
         self._heads: list[Array] = []
         self._block = 0
         self._parallel = False
+        # In parallel: a branch before this is gone, and what follows has to make up for it.
+        self._short = False
 
     def _place(self, images: Any, seen: int) -> tuple[Array, Array]:
         """Images on the devices, and which rows are images and not padding.
@@ -117,12 +119,16 @@ class Streams:
         self._found = list(self._middle)
 
     def begin(self, i: int, parallel: bool) -> Params:
-        """Enter a block; returns its dense parameters. In parallel, it sees what dense ones see."""
+        """Enter a block; returns its dense parameters.
+
+        In parallel, its branches see what dense ones see, but for what a branch that is gone right
+        before them would have added: nothing else could make up for that.
+        """
         self._block, self._parallel = i, parallel
         part = block_params(self._dense, i)
         passed = [_pass_block(self._spec, part, x) for x in self._target]
         self._middle, self._behind = [mid for mid, _ in passed], [out for _, out in passed]
-        if parallel:
+        if parallel and not self._short:
             self._found = list(self._target)
         return jax.tree.map(np.asarray, part)
 
@@ -158,10 +164,10 @@ class Streams:
         """Take the recovered stream past an attention branch that is not there."""
         part = block_params(self._dense, self._block)
         self._found = [_merge_patches(self._spec, part, x) for x in self._found]
-        self._rejoin()
 
     def _rejoin(self) -> None:
         if self._parallel:
+            self._short = False
             self.see_dense_middle()
 
     def hidden_moments(self, part: Params) -> list[Moments]:
@@ -206,7 +212,11 @@ class Streams:
             widths = dataclasses.replace(spec.widths, mlp_dim=len(units))
             spec = dataclasses.replace(spec, widths=widths)
         self._found = [_pass_mlp(spec, part, x) for x in self._found]
-        self._target = self._behind
+        self._target, self._short = self._behind, False
+
+    def pass_no_mlp(self) -> None:
+        """Take both streams past an MLP branch that is not there."""
+        self._target, self._short = self._behind, True
 
     def head_moments(self) -> list[Moments]:
         """Of the recovered features, and the dense logits."""

@@ -12,6 +12,7 @@ import tapvit_jax as tap
 from configs import cifar100, imagenet, tiny_imagenet
 from experiments import protocol
 from experiments.config import ExperimentConfig, read
+from experiments.methods import SETS
 from experiments.run import Experiment
 from experiments.sweep import resolve
 from tapvit_jax.data.partition import PartitionConfig, partition
@@ -200,11 +201,18 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
         plain = small(plain, devices, **extractor)
         if name == "cifar100":
             plain.recover.feature_distill = 0.1
+            plain.prune.allocate.update({"widths": "global", "per_cost": True, "normalize": True})
         if name == "imagenet":
             # Compiling the closed form for every block's shape takes as long as all else.
             plain.compensate.method = "none"
-        results = Experiment(read(plain), tmp_path / f"run-{name}", True).run()
+        experiment = Experiment(read(plain), tmp_path / f"run-{name}", True)
+        results = experiment.run()
         assert len(results["devices"]) == devices
+        # As published the epoch is chosen on what is reported, whatever images a device gets.
+        private = experiment.job.parts.devices[0].private_test
+        for kind in SETS:
+            validation = experiment.job.image_sets(0, kind).validation
+            assert np.isin(validation, private).all() == (mode == "as_published")
         for row in results["devices"]:
             assert row["cost"]["encoder_params"] <= row["limits"]["encoder_params"]
             assert 0 <= row["variants"]["selected"]["recovered"] <= 1

@@ -356,6 +356,17 @@ def test_better_recovery_is_nearer_to_the_dense_model(tiny):
     assert error["ridge"] < 0.7 * error["mean"] < 0.6 * error["none"], error
 
 
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+@pytest.mark.parametrize("branch", ["attn_branch", "mlp_branch"])
+def test_what_follows_makes_up_for_a_branch_that_is_gone(tiny, branch, order):
+    images = images_of(COUNT)
+    plan = Plan(tiny.config, {f"blocks_1/{branch}": np.array(False)})
+    config = RecoverConfig(order=order, head=False)
+    dense, masked = (np.asarray(m.apply(images)) for m in (tiny, apply_masks(tiny, plan)))
+    found = np.asarray(recovered(tiny, plan, [images], config=config).apply(images))
+    assert np.linalg.norm(found - dense) < 0.7 * np.linalg.norm(masked - dense)
+
+
 def test_parallel_recovery_leaves_the_head(tiny):
     plan, images = halved(tiny.config), images_of(COUNT)
     found = recovered(tiny, plan, [images], config=RecoverConfig(order="parallel"))
