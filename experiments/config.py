@@ -104,6 +104,8 @@ class ExperimentConfig:
       comparisons: metric sets to stand beside the selected one: the whole pool, or a random public
         subset of the same size.
       latency_batch: batch size of the latency measurement.
+      latency_table: what `tapvit bench-latency --fit` wrote for the dense model; budgets on latency
+        need it. Plans keep to what it predicts, and reports show what is measured.
     """
 
     name: str
@@ -124,6 +126,7 @@ class ExperimentConfig:
     validation_share: float = 0.5
     comparisons: tuple[Comparison, ...] = ("pool", "random")
     latency_batch: int = 1
+    latency_table: str | None = None
 
     def __post_init__(self):
         if not self.budgets:

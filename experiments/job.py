@@ -131,9 +131,13 @@ class Job(Preparation):
         budget: Budget,
     ) -> Found:
         def compute():
-            return allocate(self.dense, units, layers, budget, config=options).keep, {}
+            latency = self.latency_model
+            plan = allocate(self.dense, units, layers, budget, config=options, latency=latency)
+            return plan.keep, {}
 
         inputs = {"scores": scores, "budget": to_plain(budget), "allocate": to_plain(options)}
+        if budget.needs_latency:
+            inputs["latency"] = to_plain(self.latency_model)
         found = self.stages.run("plan", inputs, compute)
         return Found(found.key, Plan(self.dense.config, found.arrays))
 
@@ -256,6 +260,7 @@ class Job(Preparation):
                 self.source.load(metric, self.config.data.preprocess),
                 self.source.labels[metric],
                 budget,
+                latency=self.latency_model,
                 method=method,
                 embedding=embedding,
                 seed=self.seed,

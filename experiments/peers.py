@@ -24,7 +24,7 @@ from tapvit_jax.models.params import flatten, unflatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.swin import SwinConfig
 from tapvit_jax.prune.budget import Budget, Limits, within
-from tapvit_jax.prune.cost import Cost, cost
+from tapvit_jax.prune.cost import Cost, Latency, cost
 
 Embedding = Literal["cut", "whole"]
 
@@ -127,6 +127,7 @@ def torch_pruning(
     method: str,
     embedding: Embedding,
     seed: int,
+    latency: Latency | None = None,
 ) -> PeerModel:
     """Prune with Torch-Pruning as its own ViT examples do: one global ranking, in one shot.
 
@@ -142,6 +143,8 @@ def torch_pruning(
         same, ranked within groups of equal structure), "l2" or "random".
       embedding: whether the residual width is cut as well, or left whole.
       seed: of the random method.
+      latency: predicts the time of a forward pass, for bounds on latency; of networks with the
+        residual width left whole alone.
 
     Raises:
       InputError: an unknown method, not installed, a network that timm or our counter cannot
@@ -151,7 +154,7 @@ def torch_pruning(
     Source: DepGraph (CVPR 2023) and Isomorphic Pruning (ECCV 2024) as in torch-pruning 1.6.1.
     """
     _check(model, images, labels, method, embedding)
-    limits = budget.limits(model.config)
+    limits = budget.limits(model.config, latency)
     with _seeded(seed):  # timm draws weights, which are then replaced
         network = _timm_network(model)
     if _METHODS[method].needs_gradients:
@@ -159,7 +162,7 @@ def torch_pruning(
     with _seeded(seed):
         pruner = _Pruner(network, model.config, method, embedding)
     name = f"torch-pruning {method}, embedding {embedding}"
-    ratio = _search(pruner.config_at, limits, name)
+    ratio = _search(lambda ratio: cost(pruner.config_at(ratio), latency), limits, name)
     config = pruner.prune(ratio)
     return PeerModel(network, _ours(network, config, model), cost(config), ratio)
 
@@ -356,14 +359,14 @@ def _ours(network: Any, config: TransformerConfig, dense: Model) -> Model:
     return dense.replace(config=config, params=jax.tree.map(jnp.asarray, unflatten(leaves)))
 
 
-def _search(config_at: Callable[[float], TransformerConfig], limits: Limits, name: str) -> float:
+def _search(cost_at: Callable[[float], Cost], limits: Limits, name: str) -> float:
     """The first ratio of the grid that meets the limits, then halving between it and the last.
 
     Where none does, the grid is refined around the one that came closest.
     """
 
     def excess(ratio: float) -> float:
-        found = cost(config_at(ratio))
+        found = cost_at(ratio)
         return max(getattr(found, unit) / max(limit, 1) for unit, limit in limits.items())
 
     def scan(ratios: Sequence[float]) -> dict[float, float]:
@@ -380,7 +383,7 @@ def _search(config_at: Callable[[float], TransformerConfig], limits: Limits, nam
         ends = _GRID[max(nearest - 1, 0)], _GRID[min(nearest + 1, len(_GRID) - 1)]
         tried = scan(np.linspace(*ends, _REFINED).tolist())
     if min(tried.values()) > 1:
-        smallest = cost(config_at(min(tried, key=tried.__getitem__)))
+        smallest = cost_at(min(tried, key=tried.__getitem__))
         reached = ", ".join(
             f"{unit} {getattr(smallest, unit)} of at most {limit}" for unit, limit in limits.items()
         )
@@ -388,7 +391,7 @@ def _search(config_at: Callable[[float], TransformerConfig], limits: Limits, nam
     low, high = [0.0, *tried][-2:]
     for _ in range(_HALVINGS if high else 0):
         middle = (low + high) / 2
-        if within(cost(config_at(middle)), limits):
+        if within(cost_at(middle), limits):
             high = middle
         else:
             low = middle

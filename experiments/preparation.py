@@ -40,6 +40,7 @@ from tapvit_jax.proxy.shares import (
     mixture_shares,
     rows_for_classes,
 )
+from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.stages import Artefact, Stages, all_succeed, on_main
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.classes import prior_weights
@@ -106,6 +107,10 @@ class Preparation:
         self._payloads = payloads
         self._mixtures: dict[GmmConfig, list[tuple[Gmm, int]]] = {}
         self._selections: dict[tuple[SelectConfig, GmmConfig], Artefact] = {}
+        table = config.latency_table
+        self.latency_model = (
+            None if table is None else all_succeed(lambda: LatencyModel.load(table))
+        )
         with progress.step("read and partition the images", UNITS["data"]):
             all_succeed(self._read_data)
         distributed.check_agreement({"data": self.data_key}, "the hosts")

@@ -69,7 +69,8 @@ class Experiment:
         self.job = job = Job(config, self.stages, workdir / "payloads", self.progress)
         for device in range(len(job.parts.devices)):
             # Before any work: a budget that cannot be met is refused now.
-            check_budget(job.dense_config, config.budget(device), config.prune.allocate)
+            budget, allocate = config.budget(device), config.prune.allocate
+            check_budget(job.dense_config, budget, allocate, job.latency_model)
         on_main(lambda: store.save(job.dense, workdir / "models" / "dense"))
         on_main(lambda: job.extractor.save(workdir / "extractor"))
         rows = [self._device_row(d) for d in range(len(job.parts.devices))]
@@ -121,8 +122,8 @@ class Experiment:
             "private_test": len(test),
             "payload_bytes": job.payloads[d][1],
             "budget": str(budget),
-            "limits": budget.limits(job.dense.config),
-            "cost": dataclasses.asdict(cost(small.config)),
+            "limits": budget.limits(job.dense.config, job.latency_model),
+            "cost": dataclasses.asdict(cost(small.config, job.latency_model)),
             "dense": job.dense_top1(d),
             "variants": variants,
             "latency_ms": job.latency(f"device {d}", small, config.latency_batch),

@@ -357,9 +357,9 @@ class Sweep:
             "private_test": len(split.private_test),
             "payload_bytes": job.payloads[d][1],
             "budget": str(unit.budget),
-            "limits": unit.budget.limits(job.dense.config),
-            "cost": dataclasses.asdict(cost(small.config)),
-            "dense_cost": dataclasses.asdict(cost(job.dense.config)),
+            "limits": unit.budget.limits(job.dense.config, job.latency_model),
+            "cost": dataclasses.asdict(cost(small.config, job.latency_model)),
+            "dense_cost": dataclasses.asdict(cost(job.dense.config, job.latency_model)),
             "dense": job.dense_top1(d),
             "pruned": job.top1(job.pruned(plan), split.private_test),
             "compensated": job.top1(compensated, split.private_test),
@@ -373,7 +373,7 @@ class Sweep:
     def _plan(self, job: Job, unit: Unit) -> tuple[ImageSets, Found]:
         prune, budget = unit.config.prune, unit.budget
         # Before any work: a budget that cannot be met is refused now.
-        check_budget(job.dense_config, budget, prune.allocate)
+        check_budget(job.dense_config, budget, prune.allocate, job.latency_model)
         sets = job.image_sets(unit.device)
         return sets, job.plan(f"unit {unit.number}", sets, prune, budget)
 

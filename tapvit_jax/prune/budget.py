@@ -106,7 +106,8 @@ class Budget:
         """
         if self.needs_latency and latency is None:
             raise InputError(
-                f"budget {self} needs a latency model: measure one with tapvit bench-latency"
+                f"budget {self} needs a latency model: measure one with tapvit bench-latency --fit "
+                "(prune --latency-table, latency_table in configs)"
             )
         full = cost(dense, latency)
         limits: Limits = {}

@@ -16,6 +16,7 @@ from experiments.run import Experiment
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.progress import Progress
+from tapvit_jax.prune.latency import FEATURES, LatencyModel
 from tapvit_jax.stages import Stages
 from tapvit_jax.structs import to_plain
 
@@ -54,6 +55,26 @@ def test_every_promised_file_is_there(finished):
         payload = workdir / "payloads" / f"device_{row['device']}.gmm"
         assert payload.stat().st_size == row["payload_bytes"] < 20_000
         assert tap.load(workdir / row["model"]).history["budget"] == row["budget"]
+
+
+def test_budgets_on_latency_take_a_table(tmp_path):
+    config = tiny()
+    config.budgets, config.comparisons, config.recover.epochs = ("latency=0.7",), (), 0
+    config.data.partition.num_devices = 1
+    with pytest.raises(InputError, match="needs a latency model"):
+        Experiment(read(config), tmp_path / "without", quiet=True).run()
+    plain = read(config)
+    dense = plain.dense.network(plain.data.preprocess, 10)
+    # A microsecond for a thousand MACs of the dense layers, and a little for all else.
+    coefficients = tuple(1e3 if name.endswith("macs") else 1e-4 for name in FEATURES)
+    table = LatencyModel(dense, coefficients, 1, 1, 0.0, 0.0, (), {})
+    table.save(tmp_path / "latency.json")
+    config.latency_table = str(tmp_path / "latency.json")
+    (row,) = Experiment(read(config), tmp_path / "with", quiet=True).run()["devices"]
+    assert row["limits"] == {"latency_ms": pytest.approx(0.7 * table.predict(dense))}
+    assert 0 < row["cost"]["latency_ms"] <= row["limits"]["latency_ms"]
+    small = tap.load(tmp_path / "with" / row["model"])
+    assert row["cost"]["latency_ms"] == pytest.approx(table.predict(small.config))
 
 
 def test_budgets_are_kept_and_costs_are_those_of_the_saved_model(finished):
