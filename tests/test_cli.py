@@ -146,6 +146,24 @@ def test_selections_are_deterministic(work, tmp_path):
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
+def test_features_of_the_pool_are_computed_once(work, tmp_path, monkeypatch):
+    kept = "--features", tmp_path / "features"
+    select = ["select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
+              "--pool", work / "pool", "--count", "20"]  # fmt: skip
+    call(*select, "--out", tmp_path / "without.json")
+    call(*select, *kept, "--out", tmp_path / "first.json")
+
+    def computed(*_, **__):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(tap.Extractor, "stream", computed)
+    call(*select, *kept, "--out", tmp_path / "second.json")
+    texts = {(tmp_path / f"{name}.json").read_text() for name in ("without", "first", "second")}
+    assert len(texts) == 1
+    prune(work, tmp_path / "small", "--extractor", work / "extractor", "--payload",
+          work / "device.gmm", "--recover-epochs", "0", *kept)  # fmt: skip
+
+
 def test_inspect_reads_everything(work, tmp_path, capsys):
     call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
          "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip

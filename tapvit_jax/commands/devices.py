@@ -1,6 +1,7 @@
 """extractor, device-fit, select: from private images to a choice of public ones."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +33,7 @@ from tapvit_jax.proxy.features import (
     embedding_network,
 )
 from tapvit_jax.proxy.gmm import CovarianceType, Gmm, GmmConfig, fit_report
+from tapvit_jax.proxy.pool_features import pool_features
 from tapvit_jax.proxy.select import Method as SelectMethod
 from tapvit_jax.proxy.select import select
 from tapvit_jax.train.finetune import TrainConfig, TrainData, train
@@ -87,6 +89,12 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--finetune-count", type=int, default=6400, help="images in the fine-tuning set"
     )
     parser.add_argument("--select-method", choices=get_args(SelectMethod), default="importance")
+    parser.add_argument(
+        "--features",
+        metavar="DIR",
+        help="where the pool's features are kept and found again, so that no later command "
+        "computes them; they need not fit into memory",
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -163,7 +171,10 @@ def choose(args: argparse.Namespace) -> None:
     pool = open_images(
         args.pool, extractor.preprocess, split=args.split, skip_corrupt=args.skip_corrupt
     )
-    chosen, _ = select_images(args, gmms, extractor, pool)
+    progress = Progress(1.0)
+    with progress.step("features and selection", 1) as step:
+        chosen, _ = select_images(args, gmms, extractor, pool, step.advance)
+    progress.close()
     write_json(args.out, _selection(args, pool.source, args.payload, chosen))
     print(f"{args.out}: {len(gmms)} devices, {chosen.shape[1]} of {len(pool.indices)} images each")
 
@@ -178,10 +189,23 @@ def load_payload(path: str, extractor: Extractor) -> Gmm:
 
 
 def select_images(
-    args: argparse.Namespace, gmms: list[Gmm], extractor: Extractor, pool: Images
+    args: argparse.Namespace,
+    gmms: list[Gmm],
+    extractor: Extractor,
+    pool: Images,
+    on_share: Callable[[float], None],
 ) -> tuple[Int[np.ndarray, "v n"], Float[np.ndarray, "p d"]]:
     """Indices of the images chosen for each mixture, metric dataset first; the pool's features."""
-    found = extractor.features(pool.source, pool.indices)
+
+    def on_batch(images: int) -> None:
+        on_share(images / len(pool.indices))
+
+    if args.features is None:
+        found = extractor.features(pool.source, pool.indices, on_batch=on_batch)
+    else:
+        found = pool_features(
+            extractor, pool.source, pool.indices, args.features, on_batch=on_batch
+        )
     # Small pools are used whole for fine-tuning; only the metric dataset's size is binding.
     finetune = min(max(args.finetune_count, args.count), len(pool.indices))
     positions = select(

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -140,11 +141,11 @@ def prune(args: argparse.Namespace) -> None:
         skip_corrupt=args.skip_corrupt,
     )
     progress = Progress(6.0 + args.recover_epochs)
-    with progress.step("select", 1):
+    with progress.step("select", 1) as step:
         if args.payload is None:
             (metric, finetune), device = _read_selection(args, pool), None
         else:
-            metric, finetune, device = _select(args, model, pool)
+            metric, finetune, device = _select(args, model, pool, step.advance)
     source, labelled = pool.source, not args.label_free and labels_fit(model, pool.source)
     labelled = labelled and bool((source.labels[finetune] >= 0).all())
     if CRITERIA[args.method].needs_labels and not labelled:
@@ -267,7 +268,7 @@ def _prune_config(args: argparse.Namespace) -> PruneConfig:
 
 
 def _select(
-    args: argparse.Namespace, model: Model, pool: Images
+    args: argparse.Namespace, model: Model, pool: Images, on_share: Callable[[float], None]
 ) -> tuple[np.ndarray, np.ndarray, tuple[Gmm, np.ndarray]]:
     """The images chosen for a payload, its mixture and the pool's features."""
     Gmm.load(args.payload)  # what cannot be read is said before the pool is
@@ -280,7 +281,7 @@ def _select(
         raise InputError(
             f"{error}; without --extractor, the extractor is the default one of this model and pool"
         ) from error
-    (chosen,), features = select_images(args, [gmm], extractor, pool)
+    (chosen,), features = select_images(args, [gmm], extractor, pool, on_share)
     return chosen[: args.count], chosen, (gmm, features)
 
 
