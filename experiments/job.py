@@ -468,7 +468,8 @@ def _scored_by(prune: PruneConfig) -> dict[str, Any]:
     """What unit scores depend on."""
     if prune.criterion is None:
         return {"neurons": to_plain(prune.neurons)}
-    return {"criterion": prune.criterion, "max_batches": prune.neurons.max_batches}
+    read = {"max_batches": prune.neurons.max_batches, "images": prune.deletion_images}
+    return {"criterion": prune.criterion} | read
 
 
 def described(job: Job) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Method:
                 layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
             layers = dataclasses.replace(layers, recovery="ridge" if self.loop else "none")
         named = ranked.get("criterion")
-        return PruneConfig(neurons, layers, allocate, base.batch_size, named)
+        return PruneConfig(neurons, layers, allocate, base.batch_size, named, base.deletion_images)
 
 
 def _changed(neurons: NeuronConfig, changes: Changes) -> NeuronConfig:

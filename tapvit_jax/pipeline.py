@@ -39,6 +39,8 @@ class PruneConfig:
       batch_size: images in a scoring batch; the kernels compare images within a batch.
       criterion: name in `CRITERIA` that ranks the units instead of `neurons`, of which only
         `max_batches` then counts; None is what `neurons` says.
+      deletion_images: how many images a criterion reads that deletes every unit in turn
+        (single_channel_kl); each costs a forward pass a unit.
     """
 
     neurons: NeuronConfig = NeuronConfig()
@@ -46,6 +48,7 @@ class PruneConfig:
     allocate: AllocateConfig = AllocateConfig()
     batch_size: int = 64
     criterion: str | None = None
+    deletion_images: int = CriterionConfig.max_images
 
     def __post_init__(self):
         if self.criterion is not None:
@@ -55,6 +58,8 @@ class PruneConfig:
             raise InputError("allocate.coupled needs neurons.couple_qk_vo, so that scores agree")
         if self.batch_size < 2:
             raise InputError(f"batch_size is {self.batch_size}, expected 2 or more")
+        if self.deletion_images < 1:
+            raise InputError(f"deletion_images is {self.deletion_images}, expected 1 or more")
 
     def ranked_by(self, name: str) -> dict[str, Any]:
         """The fields `neurons` and `criterion` that rank units by a criterion of the registry.
@@ -130,9 +135,9 @@ def score_units(
     Raises:
       InputError: see `unit_importance`.
     """
+    options = CriterionConfig(config.neurons.max_batches, config.deletion_images)
     if config.criterion is None:
         return neuron_importance(model, found, config=config.neurons, seed=seed)
-    options = CriterionConfig(max_batches=config.neurons.max_batches)
     return unit_importance(model, found, config.criterion, config=options, seed=seed)
 
 

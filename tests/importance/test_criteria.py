@@ -33,6 +33,7 @@ from tapvit_jax.models import backbone
 from tapvit_jax.models.backbone import apply, apply_with_taps
 from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.registry import Model
+from tapvit_jax.pipeline import PruneConfig, score_units
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.units import unit_table
 from tapvit_jax.sharding import data_mesh
@@ -407,6 +408,17 @@ def test_single_channel_kl_reads_no_more_than_it_needs(one_block, images):
 
     few = deletion_divergences(one_block, unlimited(), max_images=6, mesh=ONE)
     assert_scores_close(deletion_divergences(one_block, [images]), few, rtol=1e-2, atol=1e-4)
+
+
+def test_experiments_say_how_many_images_are_read_for_deletions(one_block, images):
+    config = PruneConfig(criterion="single_channel_kl", deletion_images=3)
+    found = score_units(one_block, [images], config)
+    few = deletion_divergences(one_block, [images], max_images=3, mesh=ONE)
+    assert_scores_close(found, few, rtol=1e-4, atol=1e-6)
+    more = deletion_divergences(one_block, [images], max_images=6, mesh=ONE)
+    assert any(not np.allclose(found[key], more[key], rtol=1e-2) for key in found)
+    with pytest.raises(InputError, match="deletion_images is 0"):
+        PruneConfig(deletion_images=0)
 
 
 @pytest.mark.parametrize("name", ["relevance", "redundancy", "activation"])
