@@ -468,8 +468,11 @@ def _scored_by(prune: PruneConfig) -> dict[str, Any]:
     """What unit scores depend on."""
     if prune.criterion is None:
         return {"neurons": to_plain(prune.neurons)}
-    read = {"max_batches": prune.neurons.max_batches, "images": prune.deletion_images}
-    return {"criterion": prune.criterion} | read
+    return {
+        "criterion": prune.criterion,
+        "max_batches": prune.neurons.max_batches,
+        "deletion_images": prune.deletion_images,
+    }
 
 
 def described(job: Job) -> dict[str, Any]:

@@ -523,7 +523,8 @@ def test_peers_are_cells_like_others(finished, monkeypatch):
     """The pruner itself is tested where torch is."""
     calls = []
 
-    def torch_pruning(model, images, labels, budget, *, method, embedding, seed):
+    def torch_pruning(model, images, labels, budget, *, method, embedding, seed, latency):
+        assert latency is None
         calls.append((method, embedding, seed, len(images), len(labels)))
         if method == "l2":
             return types.SimpleNamespace(model=model)
