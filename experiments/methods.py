@@ -59,8 +59,8 @@ NuWa's subspaces and least squares, but also solves for attention's projection; 
 """
 
 _RANKED = ("local", "global", "global_per_cost", "isomorphic")
-_WIDTHS = ("sensitivity", "greedy", "exact", "depth", "softmax", "uniform", *_RANKED)
-_PROBED = ("sensitivity", "greedy", "exact", "depth")
+_WIDTHS = ("sensitivity", "heads", "greedy", "exact", "depth", "softmax", "uniform", *_RANKED)
+_PROBED = ("sensitivity", "heads", "greedy", "exact", "depth")
 _TERMS = tuple(field.name for field in dataclasses.fields(TermWeights))
 
 Changes = Mapping[str, Any]
@@ -91,10 +91,10 @@ class Method:
 
     Attributes:
       criterion: name in `CRITERIA`, or of an external peer.
-      widths: a rule of `AllocateConfig`; "depth", "exact" with branches that may go;
-        "global_per_cost", "global" by scores per MAC, kinds of units on one scale; "uniform", the
-        same share of every layer, of attention less, as published; "published", all of TAP-ViTs'
-        rules; "peer", whatever the peer does.
+      widths: a rule of `AllocateConfig`; "heads", "sensitivity" with whole heads to lose; "depth",
+        "exact" with branches that may go; "global_per_cost", "global" by scores per MAC, kinds of
+        units on one scale; "uniform", the same share of every layer, of attention less, as
+        published; "published", all of TAP-ViTs' rules; "peer", whatever the peer does.
       recover: closed-form recovery behind it, a name in `RECOVERIES`.
       loop: layers are probed with recovery in the loop.
       changes: of `NeuronConfig`'s fields, or of a term's weight for MLP and attention both.
@@ -128,17 +128,21 @@ class Method:
             allocate = AllocateConfig.as_published()
         elif self.widths != PEER:
             rules = {"uniform": "softmax", "depth": "exact", "global_per_cost": "global"}
+            rules["heads"] = "sensitivity"
             depth, fair = self.widths == "depth", self.widths == "global_per_cost"
+            attention = "heads" if self.widths == "heads" else allocate.attention
             allocate = dataclasses.replace(
                 allocate,
                 widths=rules.get(self.widths, self.widths),
                 branches=depth,
+                attention=attention,
                 per_cost=fair,
                 normalize=fair,
             )
             if depth:
                 layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
-            layers = dataclasses.replace(layers, recovery="ridge" if self.loop else "none")
+            recovery = "ridge" if self.loop else "none"
+            layers = dataclasses.replace(layers, attention=attention, recovery=recovery)
         named = ranked.get("criterion")
         return PruneConfig(neurons, layers, allocate, base.batch_size, named, base.deletion_images)
 

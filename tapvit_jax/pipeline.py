@@ -56,6 +56,11 @@ class PruneConfig:
         uncoupled = self.criterion is None and not self.neurons.couple_qk_vo
         if self.allocate.coupled and uncoupled:
             raise InputError("allocate.coupled needs neurons.couple_qk_vo, so that scores agree")
+        if self.allocate.attention != self.layers.attention:
+            raise InputError(
+                f"allocate.attention is {self.allocate.attention!r} and layers.attention "
+                f"{self.layers.attention!r}, expected the same"
+            )
         if self.batch_size < 2:
             raise InputError(f"batch_size is {self.batch_size}, expected 2 or more")
         if self.deletion_images < 1:

@@ -64,6 +64,8 @@ class LayerConfig:
         scores depend on the batch size; otherwise the plain mean over all images.
       ragged: choose attention dims over all heads of a layer together (as published) or the same
         count in every head.
+      attention: probes remove "dims" of every head, or whole "heads", to the nearest one and all
+        only at sparsity 1; as `AllocateConfig.attention`.
       recovery: "ridge" recovers every probe in closed form, each branch alone, and scores queries
         and keys apart from values; "none" prunes only.
       max_batches: divergences are taken on so many batches, and none beyond is read.
@@ -72,6 +74,7 @@ class LayerConfig:
 
     sparsity: tuple[float, ...] = (0.5, 0.7, 0.9)
     direction: Literal["forward", "reverse"] = "forward"
+    attention: Literal["dims", "heads"] = "dims"
     recovery: Literal["none", "ridge"] = "none"
     batch_quirk: bool = False
     ragged: bool = False
@@ -110,7 +113,7 @@ class LayerScores:
     Attributes:
       sparsity: the probes.
       mlp: scores of the MLP branches.
-      attn: scores of the attention branches; of queries, keys and values together.
+      attn: scores of the attention branches; of queries, keys and values together, or of heads.
       qk: scores of queries and keys alone, with recovery in the loop.
       vo: scores of values alone, with recovery in the loop; `attn` is then the sum of both.
     """
@@ -226,7 +229,7 @@ def _probe_gates(
     A gate of zero on an MLP unit after GELU, on a value dim or on a query dim computes what zeroed
     parameters compute, and lets the probes of a branch share all that comes before the gate.
     """
-    kinds = {"mlp": ("mlp",), "attn": ("qk", "vo")}
+    kinds = {"mlp": ("mlp",), "attn": ("head",) if config.attention == "heads" else ("qk", "vo")}
     gates: list[dict[Branch, Gates]] = []
     for i, block in enumerate(model_config.blocks):
         rows: dict[Branch, Gates] = {}
@@ -235,7 +238,7 @@ def _probe_gates(
                 rows[branch] = {
                     kind: np.stack(
                         [
-                            probe_mask(np.asarray(units[unit_key(i, kind)]), s, config.ragged)
+                            _kind_mask(kind, units[unit_key(i, kind)], s, config.ragged)
                             for s in config.sparsity
                         ]
                     ).astype(np.float32)
@@ -251,6 +254,17 @@ def probe_mask(scores: Float[np.ndarray, "..."], sparsity: float, ragged: bool) 
         return top_k_mask(scores, probe_count(scores.size, sparsity))
     count = probe_count(scores.shape[1], sparsity)
     return np.stack([top_k_mask(row, count) for row in scores])
+
+
+def head_mask(scores: Float[np.ndarray, "h"], sparsity: float) -> np.ndarray:
+    """Mask of the heads that a probe keeps: the nearest number, and one at least below 1."""
+    count = round(len(scores) * (1 - sparsity))
+    return top_k_mask(scores, count if sparsity == 1 else max(count, min(len(scores), 1)))
+
+
+def _kind_mask(kind: str, scores: Any, sparsity: float, ragged: bool) -> np.ndarray:
+    scores = np.asarray(scores)
+    return head_mask(scores, sparsity) if kind == "head" else probe_mask(scores, sparsity, ragged)
 
 
 def _probe_batch(
@@ -304,7 +318,7 @@ def _recovered_importance(
     shape = (len(config.sparsity), len(specs))
     scores = {kind: np.zeros(shape) for kind in ("mlp", "qk", "vo")}
     for i, spec in enumerate(specs):
-        probes = _recovered_probes(streams, i, units, config.sparsity)
+        probes = _recovered_probes(streams, i, units, config)
         if not probes:
             streams.leave()
             continue
@@ -324,25 +338,32 @@ def _recovered_importance(
         for kind, values in zip(probes, (sums / weight).reshape(len(probes), -1), strict=True):
             scores[kind][:, i] = values
         streams.leave()
+    if config.attention == "heads":
+        return LayerScores(config.sparsity, scores["mlp"], scores["vo"])
     return LayerScores(config.sparsity, attn=scores["qk"] + scores["vo"], **scores)
 
 
 def _recovered_probes(
-    streams: Streams, i: int, units: Mapping[str, Any], sparsity: tuple[float, ...]
+    streams: Streams, i: int, units: Mapping[str, Any], config: LayerConfig
 ) -> dict[str, Params]:
     """By kind of unit, a block's parameters that change, for all probes along a leading axis."""
     dense = streams.begin(i, parallel=True)
     keep = {
-        kind: [probe_mask(np.asarray(units[unit_key(i, kind)]), s, False) for s in sparsity]
-        for kind in ("mlp", "qk", "vo")
+        kind: [_kind_mask(kind, units[unit_key(i, kind)], s, False) for s in config.sparsity]
+        for kind in ("mlp", "qk", "vo", "head")
         if unit_key(i, kind) in units
     }
     found: dict[str, list[Params]] = {}
     if "attn" in dense:
-        logits = streams.logit_moments(dense)
-        found["qk"] = [
-            {"attn": solve_queries_keys(dense["attn"], *logits, mask)} for mask in keep["qk"]
-        ]
+        if config.attention == "heads":
+            # A head whose values are gone is gone.
+            dims = np.ones((1, dense["attn"]["v"]["kernel"].shape[2]), bool)
+            keep["vo"] = [mask[:, None] & dims for mask in keep["head"]]
+        else:
+            logits = streams.logit_moments(dense)
+            found["qk"] = [
+                {"attn": solve_queries_keys(dense["attn"], *logits, mask)} for mask in keep["qk"]
+            ]
         folds, scale = streams.attention_moments(dense), layer_scale(dense, "ls1")
         found["vo"] = [
             {"attn": solve_values(dense["attn"], folds, mask, scale=scale)[0]}

@@ -17,7 +17,15 @@ from tapvit_jax.prune.knapsack import exact_levels, greedy_levels
 from tapvit_jax.prune.mask import Plan, top_k_mask
 from tapvit_jax.prune.ranking import Ranking, ranking_rule, unit_costs
 from tapvit_jax.prune.reshape import reshaped_config
-from tapvit_jax.prune.units import WIDTH_FIELDS, WIDTH_KINDS, UnitGroup, unit_key, unit_table
+from tapvit_jax.prune.units import (
+    HEAD_KINDS,
+    WIDTH_FIELDS,
+    WIDTH_KINDS,
+    Kind,
+    UnitGroup,
+    unit_key,
+    unit_table,
+)
 from tapvit_jax.prune.widths import (
     BRANCHES,
     PARTS,
@@ -88,6 +96,7 @@ class AllocateConfig:
       alpha: temperature of the softmax over layers (published: 1.1).
       attn_share: for the softmax, how much of the MLPs' pruned share the attention branches lose on
         average; the published budgets prune .216 of attention where they prune .342 of MLPs.
+      attention: lose "dims" of every head, or whole "heads"; layers are to be probed alike.
       branches: whole branches may go (depth), where that loses least; for "greedy" and "exact",
         with layers that were probed at sparsity 1.
       min_keep: no branch that stays keeps less than this share of its units.
@@ -107,6 +116,7 @@ class AllocateConfig:
     widths: Widths = "sensitivity"
     alpha: float = 1.1
     attn_share: float = 0.216 / 0.342
+    attention: Literal["dims", "heads"] = "dims"
     branches: bool = False
     min_keep: float = 0.1
     min_dim: int = 1
@@ -122,6 +132,8 @@ class AllocateConfig:
             raise InputError("round_to and min_dim must be 1 or more")
         if self.branches and (self.widths not in ("greedy", "exact") or self.ragged):
             raise InputError("branches needs widths 'greedy' or 'exact', and no ragged heads")
+        if self.attention == "heads" and (self.ragged or self.coupled):
+            raise InputError("attention 'heads' goes neither with ragged nor with coupled")
         if self.per_cost and self.widths not in ("global", "isomorphic"):
             raise InputError("per_cost needs widths 'global' or 'isomorphic'")
         if self.normalize and self.widths != "global":
@@ -132,8 +144,15 @@ class AllocateConfig:
             raise InputError("min_keep must lie in [0, 1] and attn_share in (0, 1]")
 
     def step(self, kind: str) -> int:
-        """The multiple that widths of a kind are rounded to."""
+        """The multiple that widths of a kind are rounded to; heads are not."""
+        if kind == "head":
+            return 1
         return self.round_to if isinstance(self.round_to, int) else getattr(self.round_to, kind)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Kinds of units whose counts are chosen."""
+        return HEAD_KINDS if self.attention == "heads" else WIDTH_KINDS
 
     @classmethod
     def as_published(cls) -> "AllocateConfig":
@@ -158,7 +177,7 @@ def allocate(
 
     Args:
       model: a `Model` or its config.
-      units: scores by group key for kinds mlp, qk and vo.
+      units: scores by group key for kinds mlp, qk and vo, or mlp and head.
       layers: layer scores; None treats all layers alike, under the softmax rule. Rules by the
         scores of single units ignore them.
       budget: bounds on parameters, MACs, memory or latency, one or several.
@@ -176,7 +195,9 @@ def allocate(
     if config.branches and (layers is None or 1.0 not in layers.sparsity):
         raise InputError("branches needs layers that were probed at sparsity 1")
     limits = budget.limits(dense, latency)
-    groups = [group for group in unit_table(dense) if group.kind in WIDTH_KINDS]
+    if config.attention == "heads" and layers is not None and layers.qk is not None:
+        raise InputError("attention 'heads' needs layers that were probed by heads")
+    groups = [group for group in unit_table(dense) if group.kind in config.kinds]
     missing = [group.key for group in groups if group.key not in units]
     if missing:
         raise InputError(f"no scores for {', '.join(missing)}")
@@ -248,7 +269,7 @@ def smallest_cost(
     for i, block in enumerate(dense.blocks):
         least = {}
         for group in unit_table(dense):
-            if group.block == i and group.kind in WIDTH_KINDS:
+            if group.block == i and group.kind in config.kinds:
                 size, step = group.shape[-1], config.step(group.kind)
                 floor = _round_count(_floor(size, config), size, step)
                 least[WIDTH_FIELDS[group.kind]] = floor
@@ -292,10 +313,11 @@ def _rule(
             normalize=config.normalize,
             ragged=config.ragged,
             coupled=config.coupled,
+            kinds=config.kinds,
         )
     if config.widths == "softmax" or layers is None:
         return softmax_rule(dense, layers, config.alpha, config.attn_share)
-    costs = _part_costs(dense, limits, latency)
+    costs = _part_costs(dense, limits, latency, config.kinds)
     if config.widths == "sensitivity":
         return sensitivity_rule(dense, layers, costs)
     choose = greedy_levels if config.widths == "greedy" else exact_levels
@@ -303,7 +325,7 @@ def _rule(
 
 
 def _part_costs(
-    dense: TransformerConfig, limits: Limits, latency: Latency | None
+    dense: TransformerConfig, limits: Limits, latency: Latency | None, kinds: tuple[Kind, ...]
 ) -> dict[str, Float[np.ndarray, "l"]]:
     """Share of the bounds that the units of each part of a block take; several bounds add up.
 
@@ -315,8 +337,9 @@ def _part_costs(
     summed = summed or {"macs": full.macs}
     costs = {part: np.zeros(len(dense.blocks)) for part in PARTS}
     for i, block in enumerate(dense.blocks):
-        for part, kinds in PARTS.items():
-            bare = dataclasses.replace(block, **{WIDTH_FIELDS[kind]: 0 for kind in kinds})
+        for part, members in PARTS.items():
+            fields = {WIDTH_FIELDS[kind]: 0 for kind in members if kind in kinds}
+            bare = dataclasses.replace(block, **fields)
             blocks = (*dense.blocks[:i], bare, *dense.blocks[i + 1 :])
             without = cost(dataclasses.replace(dense, blocks=blocks), latency)
             costs[part][i] = sum(
@@ -326,14 +349,14 @@ def _part_costs(
     return costs
 
 
-def _keep_under_peak(dense: TransformerConfig, limit: int) -> GroupKeeps:
+def _keep_under_peak(dense: TransformerConfig, limit: int, kinds: tuple[Kind, ...]) -> GroupKeeps:
     """Largest keep ratio at which each branch's peak of live activations stays within a bound."""
     keeps = {branch: np.ones(len(dense.blocks)) for branch in BRANCHES}
     for i, block in enumerate(dense.blocks):
         spec = dense.block_spec(i)
 
         def peak(ratio: float, branch: str, spec=spec, block=block) -> int:
-            fields = [WIDTH_FIELDS[kind] for kind in PARTS[branch]]
+            fields = [WIDTH_FIELDS[kind] for kind in PARTS[branch] if kind in kinds]
             narrow = {name: math.ceil(ratio * getattr(block, name)) for name in fields}
             found = block_cost(
                 dataclasses.replace(spec, widths=dataclasses.replace(block, **narrow))
@@ -369,7 +392,8 @@ class _Planner:
         self.floors = {group.key: self._group_floor(group) for group in groups}
         self.most = self.sizes
         if "activation_bytes" in limits:
-            self.most = self.ideal(_keep_under_peak(dense, limits["activation_bytes"]))
+            keeps = _keep_under_peak(dense, limits["activation_bytes"], config.kinds)
+            self.most = self.ideal(keeps)
 
     def _size(self, group: UnitGroup) -> int:
         return group.size if self.config.ragged else group.shape[-1]
@@ -414,10 +438,10 @@ class _Planner:
             return reshaped_config(self.plan(counts))
         blocks = []
         for i, block in enumerate(self.dense.blocks):
-            keys = {field: unit_key(i, kind) for kind, field in WIDTH_FIELDS.items()}
+            keys = {WIDTH_FIELDS[kind]: unit_key(i, kind) for kind in self.config.kinds}
             found = {field: counts[key] for field, key in keys.items() if key in counts}
             narrow = dataclasses.replace(block, **found)
-            if self._is_gone(counts, unit_key(i, "vo")):
+            if any(self._is_gone(counts, unit_key(i, kind)) for kind in ("vo", "head")):
                 narrow = dataclasses.replace(narrow, num_heads=0, attn=False)
             if self._is_gone(counts, unit_key(i, "mlp")):
                 narrow = dataclasses.replace(narrow, mlp=False)
@@ -471,7 +495,7 @@ class _Planner:
                 raise InputError(
                     f"scores of {group.key} have shape {scores.shape}, expected {group.shape}"
                 )
-            if group.kind == "mlp" or self.config.ragged:
+            if scores.ndim == 1 or self.config.ragged:
                 keep[group.key] = top_k_mask(scores, count)
             else:
                 rows = [top_k_mask(row, count) for row in scores]

@@ -128,13 +128,13 @@ def isomorphic_rule(
 def unit_costs(
     config: TransformerConfig, unit: Literal["macs", "params", "encoder_params"] = "macs"
 ) -> dict[str, float]:
-    """Cost of one unit of kinds mlp, qk and vo by group key; a dim's is that in one head.
+    """Cost of one unit of kinds mlp, qk, vo and head by group key; a dim's is that in one head.
 
     Costs are linear in each of these widths. Source: ours.
     """
     full = getattr(cost(config), unit)
     costs = {}
-    for group in _groups(config, WIDTH_KINDS):
+    for group in _groups(config, tuple(WIDTH_FIELDS)):
         block = dataclasses.replace(config.blocks[group.block], **{WIDTH_FIELDS[group.kind]: 0})
         blocks = (*config.blocks[: group.block], block, *config.blocks[group.block + 1 :])
         without = getattr(cost(dataclasses.replace(config, blocks=blocks)), unit)

@@ -26,11 +26,19 @@ from tapvit_jax.models.swin import SwinConfig
 
 Kind = Literal["mlp", "qk", "vo", "head", "attn_branch", "mlp_branch"]
 
-WIDTH_FIELDS: dict[Kind, str] = {"mlp": "mlp_dim", "qk": "qk_dim", "vo": "v_dim"}
+WIDTH_FIELDS: dict[Kind, str] = {
+    "mlp": "mlp_dim",
+    "qk": "qk_dim",
+    "vo": "v_dim",
+    "head": "num_heads",
+}
 """The width in `BlockConfig` that units of a kind make up."""
 
-WIDTH_KINDS = tuple(WIDTH_FIELDS)
-"""Kinds whose counts a budget turns into widths."""
+WIDTH_KINDS: tuple[Kind, ...] = ("mlp", "qk", "vo")
+"""Kinds whose counts a budget turns into widths, where attention is pruned dim by dim."""
+
+HEAD_KINDS: tuple[Kind, ...] = ("mlp", "head")
+"""The same where it is pruned head by head."""
 
 
 @dataclasses.dataclass(frozen=True)

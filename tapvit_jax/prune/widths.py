@@ -17,7 +17,7 @@ from tapvit_jax.prune.units import unit_table
 
 BRANCHES = ("mlp", "attn")
 
-PARTS = {"mlp": ("mlp",), "attn": ("qk", "vo"), "qk": ("qk",), "vo": ("vo",)}
+PARTS = {"mlp": ("mlp",), "attn": ("qk", "vo", "head"), "qk": ("qk",), "vo": ("vo",)}
 """What layer scores may be about, and the kinds of units in it."""
 
 Keeps = dict[str, Float[np.ndarray, "l"]]

@@ -13,7 +13,7 @@ from tapvit_jax.importance.layers import LayerConfig, layer_importance, probe_co
 from tapvit_jax.models import backbone
 from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.registry import Model
-from tapvit_jax.prune.mask import Plan, apply_masks
+from tapvit_jax.prune.mask import Plan, apply_masks, top_k_mask
 from tapvit_jax.prune.recover import RecoverConfig, recover, solve_queries_keys
 from tapvit_jax.prune.streams import Streams
 from tapvit_jax.prune.units import unit_table
@@ -85,6 +85,36 @@ def test_scores_equal_the_slow_way(request, images, config, backbone):
         assert scores.min() > 1e-4
         np.testing.assert_allclose(scores, expected[branch].mean(axis=-1), atol=1e-5)
         np.testing.assert_allclose(found.mean(branch), scores.mean(axis=0))
+
+
+@pytest.mark.parametrize("recovery", ["none", "ridge"])
+@pytest.mark.parametrize("backbone", ["tiny_model", "swin_model"])
+def test_whole_heads_are_probed(request, images, backbone, recovery):
+    model = request.getfixturevalue(backbone)
+    units, one = random_scores(model.config), data_mesh(jax.local_devices()[:1])
+    config = LayerConfig((0.45, 1.0), attention="heads", recovery=recovery)
+    found = layer_importance(model, [images], units, config=config, mesh=one)
+    dims = layer_importance(
+        model, [images], units, config=dataclasses.replace(config, attention="dims"), mesh=one
+    )
+    np.testing.assert_allclose(found.mlp, dims.mlp, rtol=1e-3, atol=1e-5)
+    assert found.qk is None and found.vo is None
+    original = log_probabilities(model, images)
+    alone = RecoverConfig(order="parallel", head=False)
+    for i, block in enumerate(model.config.blocks):
+        scores = units[f"blocks_{i}/head"]
+        for row, count in enumerate((max(round(0.55 * block.num_heads), 1), 0)):
+            mask = top_k_mask(scores, count)
+            if recovery == "none":
+                small = apply_masks(model, Plan(model.config, {f"blocks_{i}/head": mask}))
+            else:
+                # As a head without values; without the head, its queries and keys would go as well.
+                values = np.repeat(mask[:, None], block.v_dim, axis=1)
+                plan = Plan(model.config, {f"blocks_{i}/vo": values})
+                small = recover(model, plan, [images], config=alone, mesh=one)
+            pruned = log_probabilities(small, images)
+            expected = (np.exp(original) * (original - pruned)).sum(axis=1).mean()
+            np.testing.assert_allclose(found.attn[row, i], expected, rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize(

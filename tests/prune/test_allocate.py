@@ -25,7 +25,7 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.ranking import unit_costs
 from tapvit_jax.prune.reshape import reshaped_config
-from tapvit_jax.prune.units import WIDTH_KINDS, unit_key, unit_table
+from tapvit_jax.prune.units import WIDTH_FIELDS, WIDTH_KINDS, unit_key, unit_table
 from tapvit_jax.prune.widths import (
     divergence_curves,
     measured_divergence,
@@ -60,7 +60,7 @@ def random_scores(config, seed: int, ties: bool):
 
 def grown(config, dense, options: AllocateConfig):
     """Every config that is one step of one width larger."""
-    steps = {"qk_dim": "qk", "v_dim": "vo", "mlp_dim": "mlp"}
+    steps = {WIDTH_FIELDS[kind]: kind for kind in options.kinds}
     for i, (block, full) in enumerate(zip(config.blocks, dense.blocks, strict=True)):
         for name in ("qk_dim", "v_dim", "mlp_dim"):
             width, most = getattr(block, name), getattr(full, name)
@@ -85,17 +85,22 @@ def random_parts(config, seed: int):
     ties=st.booleans(),
     bounds=st.dictionaries(st.sampled_from(BOUNDS), st.floats(0.3, 1.0), min_size=1),
     widths=st.sampled_from(["sensitivity", "greedy", "exact", "local", "global", "isomorphic"]),
-    parts=st.booleans(),
+    parts=st.sampled_from(["attn", "qk and vo", "heads"]),
     fair=st.booleans(),
 )
 def test_every_rule_keeps_the_budget_and_uses_it(seed, ties, bounds, widths, parts, fair):
     units, layers = random_scores(SMALL, seed, ties)
-    layers = random_parts(SMALL, seed) if parts else layers
+    layers = random_parts(SMALL, seed) if parts == "qk and vo" else layers
     budget = Budget(**bounds)
     ranked = fair and widths in ("global", "isomorphic")
     # Only scores that are not negative can be divided.
     units = {key: np.abs(scores) for key, scores in units.items()} if fair else units
-    config = AllocateConfig(widths=widths, per_cost=ranked, normalize=fair and widths == "global")
+    config = AllocateConfig(
+        widths=widths,
+        attention="heads" if parts == "heads" else "dims",
+        per_cost=ranked,
+        normalize=fair and widths == "global",
+    )
     limits = budget.limits(SMALL)
     if not within(smallest_cost(SMALL, config), limits):
         return
@@ -131,9 +136,34 @@ def test_of_equal_scores_the_costliest_units_go_first(bound):
     assert kept[dear] < 0.5 * kept[cheap]
 
 
+@pytest.mark.parametrize("widths", ["sensitivity", "exact", "global"])
+def test_attention_can_lose_whole_heads(widths):
+    units, layers = random_scores(SMALL, 0, ties=False)
+    config = AllocateConfig(widths=widths, attention="heads")
+    plan = allocate(SMALL, units, layers, Budget(macs=0.5), config=config)
+    lost = 0
+    for i, block in enumerate(reshaped_config(plan).blocks):
+        full = SMALL.blocks[i]
+        assert (block.qk_dim, block.v_dim) == (full.qk_dim, full.v_dim)
+        kept, scores = plan.keep[unit_key(i, "head")], units[unit_key(i, "head")]
+        assert 1 <= block.num_heads == kept.sum()
+        assert kept.all() or scores[kept].min() >= scores[~kept].max()
+        lost += full.num_heads - block.num_heads
+    assert lost > 0
+
+
+def test_attention_branches_go_by_heads_too():
+    units, layers = random_scores(SMALL, 0, ties=False)
+    layers = LayerScores((0.5, 1.0), 9 * np.ones((2, 4)), np.full((2, 4), 1e-6))
+    config = AllocateConfig(widths="exact", attention="heads", branches=True)
+    plan = allocate(SMALL, units, layers, Budget(macs=0.67), config=config)
+    assert not any(block.attn for block in reshaped_config(plan).blocks)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"attention": "heads", "ragged": True}, "attention 'heads' goes neither with ragged"),
         ({"per_cost": True}, "per_cost needs widths 'global' or 'isomorphic'"),
         ({"normalize": True, "widths": "isomorphic"}, "normalize needs widths 'global'"),
     ],
