@@ -21,10 +21,10 @@ def free_port() -> int:
 def run_together(
     commands: list[list[str]], cache: Path, *, one_job: bool
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run several modules with arguments at the same time, on a CPU device each.
+    """Run several programs at the same time, on a CPU device each.
 
     Args:
-      commands: what follows `python -m`.
+      commands: what follows `python`.
       cache: where compiled programs are kept.
       one_job: they join as processes of one job, in this order.
     """
@@ -44,7 +44,7 @@ def run_together(
             }
         running.append(
             subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [sys.executable, *command],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,

@@ -11,7 +11,7 @@ from tests.processes import run_together
 def start(tmp_path, processes):
     """Run tests.two_processes in several processes; their results by rank."""
     out, shared = tmp_path / f"out{processes}", tmp_path / f"shared{processes}"
-    command = ["tests.two_processes", str(out), str(shared)]
+    command = ["-m", "tests.two_processes", str(out), str(shared)]
     for ended in run_together([command] * processes, tmp_path / "cache", one_job=processes > 1):
         assert ended.returncode == 0, ended.stdout[-4000:]
     return [dict(np.load(out / f"{rank}.npz")) for rank in range(processes)]

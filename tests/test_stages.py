@@ -3,7 +3,6 @@ import json
 import logging
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from tapvit_jax.files import content_hash, file_hash, is_locked
 from tapvit_jax.stages import Stages, claim_workdir, differences, read_row, write_row
 from tapvit_jax.versions import library_versions
 from tests.flags import CHEAP
+from tests.processes import free_port
 
 INPUTS = {"seed": 1, "options": {"epochs": 2, "names": ["a", "b"]}}
 ARRAYS = {
@@ -405,9 +405,7 @@ def test_a_killed_worker_leaves_no_lock(tmp_path):
 
 
 def test_processes_of_one_job_compute_together_and_read_the_same(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     job = [
         start(
             JOB,

@@ -8,7 +8,7 @@ from tests.processes import run_together
 
 CONFIG = "--config=tests/experiments/tiny_sweep.py"
 # Long steps would blow rounding up until some images change sides.
-PROGRAM = ["experiments.sweep", CONFIG, "--config.recover.learning_rate=1e-4"]
+PROGRAM = ["-m", "experiments.sweep", CONFIG, "--config.recover.learning_rate=1e-4"]
 
 
 def read_results(directory):

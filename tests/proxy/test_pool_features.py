@@ -2,10 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,8 +16,7 @@ from tapvit_jax.proxy import pool_features as module
 from tapvit_jax.proxy.features import Extractor
 from tapvit_jax.proxy.pool import open_pool
 from tapvit_jax.proxy.pool_features import FEATURES_FILE, RECORD_FILE, pool_features
-from tests.flags import CHEAP
-from tests.test_distributed import free_port
+from tests.processes import run_together
 
 BATCH, PIECE, COUNT = 2, 6, 23
 
@@ -327,31 +322,10 @@ except InputError as error:
 
 
 def test_two_processes_write_what_one_writes(tmp_path, whole):
-    port, running = free_port(), []
-    for rank in range(2):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": CHEAP}
-        environment |= {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(rank),
-        }
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "two")]
-        running.append(
-            subprocess.Popen(
-                command,
-                cwd=Path(__file__).parents[2],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        texts = [process.communicate(timeout=200)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], texts
+    command = ["-c", PROGRAM, str(tmp_path / "two")]
+    ended = run_together([command] * 2, tmp_path / "cache", one_job=True)
+    texts = [process.stdout for process in ended]
+    assert [process.returncode for process in ended] == [0, 0], texts
     total = float(np.load(whole / FEATURES_FILE).sum())
     for text, share in zip(texts, (2 * PIECE, COUNT - 2 * PIECE), strict=True):
         assert f"read {share} {total}" in text
