@@ -10,7 +10,7 @@ from experiments.job import Job
 from experiments.methods import PEER, RECOVERIES, Method, find_set
 from tapvit_jax.convert.weights import fingerprint
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import content_hash
+from tapvit_jax.files import content_hash, read_json
 from tapvit_jax.proxy.gmm import GmmConfig
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.structs import to_plain
@@ -130,7 +130,7 @@ def cells_of(config: ExperimentConfig, grid: Grid) -> list[Cell]:
     """All cells, those that share most next to each other.
 
     Raises:
-      InputError: a device that does not exist, or a checkpoint that is not there.
+      InputError: a device that does not exist, or a checkpoint or latency table that is not there.
     """
     devices = config.data.partition.num_devices
     for device in grid.devices:
@@ -138,6 +138,8 @@ def cells_of(config: ExperimentConfig, grid: Grid) -> list[Cell]:
             raise InputError(f"--devices names {device}, expected 0 to {devices - 1}")
     weights = config.dense.weights
     shared = {"weights": None if weights is None else fingerprint(weights)}
+    if config.latency_table is not None:
+        shared["latency"] = content_hash(read_json(config.latency_table))
     found: list[Cell] = []
     for seed in grid.seeds:
         base = seed_config(config, grid, seed)

@@ -223,7 +223,7 @@ class Comparison:
         job, budget = self._job_of(cell), parse_budget(cell.budget)
         sets = image_sets(job, cell.device, cell.set)
         plan, model = self._pruned(job, cell, sets)
-        latency = job.latency_model
+        latency = job.latency_model if budget.needs_latency else None
         found = cost(model.value.config if plan is None else reshaped_config(plan.value), latency)
         limits, dense = budget.limits(job.dense.config, latency), cost(job.dense.config)
         if not within(found, limits):

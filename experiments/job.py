@@ -48,6 +48,7 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.prune.units import unit_key
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.classes import likely_classes
 from tapvit_jax.train.evaluate import evaluate_indices
@@ -253,6 +254,9 @@ class Job(Preparation):
           InputError: a package that is not installed, or a budget that it does not reach.
         """
 
+        # A residual width that is cut has no predicted time, and is not asked for one in vain.
+        latency = self.latency_model if budget.needs_latency else None
+
         def compute(step, scratch):
             method, embedding = peers.settings(name)
             found = peers.torch_pruning(
@@ -260,7 +264,7 @@ class Job(Preparation):
                 self.source.load(metric, self.config.data.preprocess),
                 self.source.labels[metric],
                 budget,
-                latency=self.latency_model,
+                latency=latency,
                 method=method,
                 embedding=embedding,
                 seed=self.seed,
@@ -275,6 +279,8 @@ class Job(Preparation):
             "budget": to_plain(budget),
             "seed": self.seed,
         }
+        if latency is not None:
+            inputs["latency"] = to_plain(latency)
         found = self._stage("peer", f"{title}: prune", UNITS["peer"], inputs, compute)
         config = backbone.read_config(found.meta["family"], found.meta["config"], "peer")
         return Found(found.key, self.dense.replace(config=config, params=to_params(found.arrays)))
@@ -490,6 +496,12 @@ def described(job: Job) -> dict[str, Any]:
 
 
 def keep_ratios(plan: Plan) -> dict[str, list[float]]:
-    """Share of the units that every block keeps, by kind."""
+    """Share of the units that every block keeps, by kind; those of a head that goes go with it."""
+    keep = dict(plan.keep)
+    for i, block in enumerate(plan.config.blocks):
+        for kind in ("qk", "vo") if block.attn else ():
+            heads = keep[unit_key(i, "head")] & keep[unit_key(i, "attn_branch")]
+            keep[unit_key(i, kind)] = keep[unit_key(i, kind)] & heads[:, None]
+    whole = Plan(plan.config, keep)
     blocks = range(len(plan.config.blocks))
-    return {kind: [plan.keep_ratio(i, kind) for i in blocks] for kind in ("mlp", "qk", "vo")}
+    return {kind: [whole.keep_ratio(i, kind) for i in blocks] for kind in ("mlp", "qk", "vo")}

@@ -22,6 +22,7 @@ from experiments.config import ExperimentConfig, identity
 from experiments.preparation import UNITS, Preparation
 from experiments.statistics import mean_interval
 from tapvit_jax import distributed
+from tapvit_jax.errors import InputError
 from tapvit_jax.files import write_json
 from tapvit_jax.progress import Progress
 from tapvit_jax.proxy.density import log_likelihood
@@ -56,9 +57,13 @@ def measure(
       payload (`parameters`) and private images (`members`).
 
     Raises:
-      InputError: an unknown kind, a work directory of another config, or a mixture that cannot be
-        fitted.
+      InputError: an unknown kind, splits that leak, a work directory of another config, or a
+        mixture that cannot be fitted.
     """
+    if config.data.partition.leaks:
+        raise InputError(
+            "data.partition.leaks: private-test images are members as well, none are others"
+        )
     options = [dataclasses.replace(config.gmm, covariance_type=kind) for kind in kinds]
     plain = {"program": "experiments.membership", **identity(config)}
     distributed.check_agreement({"config": plain}, "the hosts")
@@ -76,8 +81,7 @@ def measure(
                 job.extractor.features(job.source, images)
                 for images in (split.private_train, split.private_test)
             )
-            seed = config.seed + config.gmm.seed + d
-            gmms = [Gmm.fit(members, dataclasses.replace(o, seed=seed)) for o in options]
+            gmms = [Gmm.fit(members, job.seeded(option, d)) for option in options]
             for kind, gmm, area in zip(kinds, gmms, areas(gmms, members, others), strict=True):
                 rows[kind].append(
                     {

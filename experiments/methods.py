@@ -142,7 +142,9 @@ class Method:
             if depth:
                 layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
             recovery = "ridge" if self.loop else "none"
-            layers = dataclasses.replace(layers, attention=attention, recovery=recovery)
+            changed = {"attention": attention, "recovery": recovery}
+            changed |= {"ragged": False} if attention == "heads" else {}
+            layers = dataclasses.replace(layers, **changed)
         named = ranked.get("criterion")
         return PruneConfig(neurons, layers, allocate, base.batch_size, named, base.deletion_images)
 

@@ -299,12 +299,16 @@ class Preparation:
 
     # Device: nothing but the payload leaves this method.
 
+    def seeded(self, options: GmmConfig, d: int) -> GmmConfig:
+        """How a device fits its mixture, with the seed that is its own."""
+        return dataclasses.replace(options, seed=self.seed + options.seed + d)
+
     def _payload(self, d: int, options: GmmConfig) -> tuple[Gmm, int]:
         path = self._payloads / f"device_{d}.gmm"
         if options != self.config.gmm:
             path = self._payloads / content_hash(to_plain(options))[:16] / path.name
         images, key = self.parts.devices[d].private_train, self.extractor.fingerprint
-        options = dataclasses.replace(options, seed=self.seed + options.seed + d)
+        options = self.seeded(options, d)
 
         def compute(step, scratch):
             gmm, table = fit_report(self.extractor.features(self.source, images), options)

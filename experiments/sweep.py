@@ -146,6 +146,8 @@ def _unit(base: ExperimentConfig, number: int, overrides: Mapping[str, Any]) -> 
     compensate = dataclasses.replace(config.compensate, method=method)
     config = dataclasses.replace(config, compensate=compensate)
     identified = {"config": identity(config), "device": device, "recovery": recovery}
+    if config.latency_table is not None:
+        identified["latency"] = content_hash(read_json(config.latency_table))
     key = content_hash(identified)
     return Unit(number, to_plain(overrides), config, device, recovery, (number,), key)
 

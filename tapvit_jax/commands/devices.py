@@ -92,8 +92,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features",
         metavar="DIR",
-        help="where the pool's features are kept and found again, so that no later command "
-        "computes them; they need not fit into memory",
+        help="where the pool's features, which payloads ask for, are kept and found again, so that "
+        "no later command computes them; they need not fit into memory",
     )
     parser.add_argument("--seed", type=int, default=0)
 

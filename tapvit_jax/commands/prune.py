@@ -122,6 +122,8 @@ def prune(args: argparse.Namespace) -> None:
     check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
     if (args.selection is None) == (args.payload is None):
         raise InputError("prune needs either --selection or --payload")
+    if args.features is not None and args.payload is None:
+        raise InputError("--features needs --payload, a selection file asks for none")
     if args.prior is None:
         args.prior = "metric" if args.payload is None else "mixture"
     if args.prior == "mixture" and args.payload is None:

@@ -65,7 +65,8 @@ class LayerConfig:
       ragged: choose attention dims over all heads of a layer together (as published) or the same
         count in every head.
       attention: probes remove "dims" of every head, or whole "heads", to the nearest one and all
-        only at sparsity 1; as `AllocateConfig.attention`.
+        only at sparsity 1; as `AllocateConfig.attention`. Scores stand under the sparsity that was
+        asked for: of four heads, 0.9 removes three.
       recovery: "ridge" recovers every probe in closed form, each branch alone, and scores queries
         and keys apart from values; "none" prunes only.
       max_batches: divergences are taken on so many batches, and none beyond is read.
@@ -91,6 +92,8 @@ class LayerConfig:
             raise InputError(
                 f"sparsity is {self.sparsity}, expected different values above 0, at most 1"
             )
+        if self.attention == "heads" and self.ragged:
+            raise InputError("attention 'heads' goes not with ragged")
         if self.recovery == "ridge" and (self.ragged or self.batch_quirk):
             raise InputError("recovery in the loop goes neither with ragged nor with batch_quirk")
 

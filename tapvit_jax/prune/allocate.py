@@ -39,6 +39,7 @@ from tapvit_jax.prune.widths import (
     softmax_keep,
     softmax_rule,
 )
+from tapvit_jax.structs import check_choices
 
 Widths = Literal["sensitivity", "greedy", "exact", "softmax", "local", "global", "isomorphic"]
 
@@ -96,11 +97,13 @@ class AllocateConfig:
       alpha: temperature of the softmax over layers (published: 1.1).
       attn_share: for the softmax, how much of the MLPs' pruned share the attention branches lose on
         average; the published budgets prune .216 of attention where they prune .342 of MLPs.
-      attention: lose "dims" of every head, or whole "heads"; layers are to be probed alike.
+      attention: lose "dims" of every head, or whole "heads"; layers are to be probed alike. Not
+        under bounds on latency, whose model is fitted to prunings of dims.
       branches: whole branches may go (depth), where that loses least; for "greedy" and "exact",
         with layers that were probed at sparsity 1.
       min_keep: no branch that stays keeps less than this share of its units.
-      min_dim: no branch that stays keeps fewer units than this (dims per head for attention).
+      min_dim: no branch that stays keeps fewer units than this (dims per head for attention, and
+        one head at least).
       round_to: widths become multiples of this where the dense width allows it; one number, or one
         for every kind of unit.
       ragged: kept attention dims may differ from head to head (as published); reshaping pads them
@@ -128,6 +131,7 @@ class AllocateConfig:
     clip: Literal["water_fill", "clip"] = "water_fill"
 
     def __post_init__(self):
+        check_choices(self)
         if self.min_dim < 1 or (isinstance(self.round_to, int) and self.round_to < 1):
             raise InputError("round_to and min_dim must be 1 or more")
         if self.branches and (self.widths not in ("greedy", "exact") or self.ragged):
@@ -236,11 +240,14 @@ def check_budget(
 
     Raises:
       InputError: names every infeasible bound and its smallest feasible value; a backbone without
-        prunable units; a bound on latency without a latency model.
+        prunable units; a bound on latency without a latency model, or where heads go.
     """
     dense: TransformerConfig = getattr(model, "config", model)
     check_prunable(dense)
-    smallest = smallest_cost(dense, config or AllocateConfig(), latency)
+    config = config or AllocateConfig()
+    if config.attention == "heads" and budget.needs_latency:
+        raise InputError("attention 'heads' goes not with a bound on latency")
+    smallest = smallest_cost(dense, config, latency)
     limits = budget.limits(dense, latency)
     problems = _too_small(smallest, cost(dense, latency), limits, budget)
     if problems:
@@ -271,7 +278,7 @@ def smallest_cost(
         for group in unit_table(dense):
             if group.block == i and group.kind in config.kinds:
                 size, step = group.shape[-1], config.step(group.kind)
-                floor = _round_count(_floor(size, config), size, step)
+                floor = _round_count(_floor(group.kind, size, config), size, step)
                 least[WIDTH_FIELDS[group.kind]] = floor
         blocks.append(dataclasses.replace(block, **least))
     return cost(dataclasses.replace(dense, blocks=tuple(blocks)), latency)
@@ -284,8 +291,9 @@ def _round_up(fraction: float) -> float:
     return np.ceil(fraction * 1e4) / 1e4
 
 
-def _floor(size: int, config: AllocateConfig) -> int:
-    return min(size, max(config.min_dim, int(np.ceil(config.min_keep * size))))
+def _floor(kind: Kind, size: int, config: AllocateConfig) -> int:
+    least = 1 if kind == "head" else config.min_dim
+    return min(size, max(least, int(np.ceil(config.min_keep * size))))
 
 
 def _round_count(count: int, size: int, step: int) -> int:
@@ -304,7 +312,8 @@ def _rule(
     if layers is not None:
         check_scores(dense, layers)
     if config.widths in get_args(Ranking):
-        unit = "macs" if set(limits) - {"params", "encoder_params"} else min(limits)
+        sizes = {"params", "encoder_params", "model_bytes"}
+        unit = "macs" if set(limits) - sizes else "params"
         return ranking_rule(
             dense,
             units,
@@ -400,7 +409,8 @@ class _Planner:
 
     def _group_floor(self, group: UnitGroup) -> int:
         size = group.shape[-1]
-        least = _round_count(_floor(size, self.config), size, self.config.step(group.kind))
+        floor = _floor(group.kind, size, self.config)
+        least = _round_count(floor, size, self.config.step(group.kind))
         return least * group.shape[0] if self.config.ragged and group.kind != "mlp" else least
 
     def ideal(self, keeps: GroupKeeps) -> dict[str, float]:

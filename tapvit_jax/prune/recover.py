@@ -46,7 +46,8 @@ class RecoverConfig:
       order: "sequential" goes block by block on the already recovered prefix and aims at the dense
         model's residual stream, so that later blocks repair what earlier ones lost; "parallel" lets
         all blocks see the dense model's activations, as CORP does (arXiv 2602.05243), but for what
-        a branch that is gone right before them would have added.
+        a branch that is gone right before them would have added (for the last block's MLP nothing
+        makes up).
       attention: "low_rank" gives each head the best subspace of its width, for queries and keys in
         the sense of the attention logits, for values in the sense of the branch's output; "kept"
         keeps the dims that the plan names and solves around them; "weights" takes the subspace of
@@ -143,7 +144,7 @@ def recover(
         else:
             params = params | {name: _recover_block(streams, i, params.get(name, {}), keep, config)}
         on_share(1.0 / len(model.config.blocks))
-    # In parallel, the classifier sees what it has always seen.
+    # In parallel, the classifier is left to what it has always seen.
     solvable = config.order == "sequential" and not getattr(model.config, "distilled", False)
     if config.head and config.method == "ridge" and solvable and not whole:
         params = params | {"head": _solve_head(model, streams.head_moments())}

@@ -203,10 +203,10 @@ class Streams:
             sums = _add_hidden(self._spec, self._mesh.size, first, *given)
         return _checked(sums)
 
-    def pass_mlp(self, part: Params, keep: Bool[np.ndarray, "f"] | None) -> None:
+    def pass_mlp(self, part: Params, keep: Bool[np.ndarray, "f"]) -> None:
         """Take both streams out of the block, whose pruned hidden units, if any, are zero."""
         spec = self._spec
-        if keep is not None and not keep.all():
+        if not keep.all():
             units = _few_shapes(keep)
             part = part | {"mlp": _reordered(part["mlp"], units)}
             widths = dataclasses.replace(spec.widths, mlp_dim=len(units))

@@ -26,6 +26,7 @@ from experiments.statistics import gap_closed, mean_interval, mean_ranks, paired
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_lock
 from tapvit_jax.importance.criteria import unit_importance
+from tapvit_jax.importance.layers import LayerConfig
 from tapvit_jax.importance.neurons import NeuronConfig
 from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.progress import Progress
@@ -133,6 +134,17 @@ def test_every_method_of_the_table_can_be_planned_with():
     published = METHODS["tap_published"]
     assert published.prune(base) == PruneConfig.as_published() and published.recover == "none"
     assert METHODS["taylor_softmax_mean"] == Method("taylor", "softmax", "mean")
+    heads = METHODS["tap_loop_heads_ridge"].prune(base)
+    assert heads.allocate == AllocateConfig(attention="heads")
+    assert (heads.layers.attention, heads.layers.recovery) == ("heads", "ridge")
+    ragged = dataclasses.replace(base, layers=LayerConfig(ragged=True))
+    assert METHODS["tap_heads"].prune(ragged).layers == LayerConfig(attention="heads")
+    fair = METHODS["taylor_global_per_cost"].prune(base).allocate
+    assert fair == AllocateConfig(widths="global", per_cost=True, normalize=True)
+    assert METHODS["tap_local"].prune(base).allocate == AllocateConfig(widths="local")
+    assert not METHODS["tap_local"].by_layers and METHODS["tap_heads"].by_layers
+    with pytest.raises(InputError, match="attention 'dims', expected the same"):
+        PruneConfig(allocate=AllocateConfig(attention="heads"))
 
 
 def test_methods_keep_the_configs_limits():

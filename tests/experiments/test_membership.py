@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import digits, tiny_imagenet_40
 from experiments.config import read
 from experiments.membership import areas, measure, table
 from tapvit_jax.errors import InputError
@@ -50,6 +50,14 @@ def test_every_device_is_attacked_with_every_kind(tmp_path):
     lines = table(results).splitlines()
     assert len(lines) == 4
     assert lines[-1].startswith("| full | 0.")
+
+
+def test_splits_that_leak_are_refused(tmp_path):
+    config = tiny_imagenet_40.get_config()
+    config.data.partition.leaks = True
+    with pytest.raises(InputError, match="leaks: private-test images are members as well"):
+        measure(read(config), tmp_path / "m", ("diag",), quiet=True)
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_directory_of_another_config_is_refused(tmp_path):

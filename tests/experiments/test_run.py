@@ -15,8 +15,10 @@ from experiments.config import read
 from experiments.run import Experiment
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
+from tapvit_jax.models.vit import vit_config
 from tapvit_jax.progress import Progress
 from tapvit_jax.prune.latency import FEATURES, LatencyModel
+from tapvit_jax.prune.mask import Plan
 from tapvit_jax.stages import Stages
 from tapvit_jax.structs import to_plain
 
@@ -55,6 +57,16 @@ def test_every_promised_file_is_there(finished):
         payload = workdir / "payloads" / f"device_{row['device']}.gmm"
         assert payload.stat().st_size == row["payload_bytes"] < 20_000
         assert tap.load(workdir / row["model"]).history["budget"] == row["budget"]
+
+
+def test_keep_ratios_count_heads_and_branches_that_are_gone():
+    config = vit_config(
+        image_size=8, patch_size=4, num_classes=2, depth=2, num_heads=4, embed_dim=8
+    )
+    keep = {"blocks_0/head": np.array([True, False, False, True])}
+    keep |= {"blocks_1/attn_branch": np.array(False)}
+    found = job.keep_ratios(Plan(config, keep))
+    assert found == {"mlp": [1.0, 1.0], "qk": [0.5, 0.0], "vo": [0.5, 0.0]}
 
 
 def test_budgets_on_latency_take_a_table(tmp_path):

@@ -322,6 +322,8 @@ def test_recovery_goes_with_no_quirks(changes):
     "changes", [{"direction": "both"}, {"max_batches": 0}, {"recovery_batches": 0}]
 )
 def test_bad_options_are_refused(changes):
+    with pytest.raises(InputError, match="attention 'heads' goes not with ragged"):
+        LayerConfig(attention="heads", ragged=True)
     with pytest.raises(InputError, match=f"{next(iter(changes))} is "):
         LayerConfig(**changes)
 

@@ -22,6 +22,7 @@ from tapvit_jax.prune.allocate import (
 )
 from tapvit_jax.prune.budget import Budget, within
 from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.latency import FEATURES, LatencyModel
 from tapvit_jax.prune.mask import top_k_mask
 from tapvit_jax.prune.ranking import unit_costs
 from tapvit_jax.prune.reshape import reshaped_config
@@ -62,7 +63,7 @@ def grown(config, dense, options: AllocateConfig):
     """Every config that is one step of one width larger."""
     steps = {WIDTH_FIELDS[kind]: kind for kind in options.kinds}
     for i, (block, full) in enumerate(zip(config.blocks, dense.blocks, strict=True)):
-        for name in ("qk_dim", "v_dim", "mlp_dim"):
+        for name in steps:
             width, most = getattr(block, name), getattr(full, name)
             if width < most:
                 step = options.step(steps[name])
@@ -152,6 +153,19 @@ def test_attention_can_lose_whole_heads(widths):
     assert lost > 0
 
 
+def test_heads_are_planned_by_probes_of_heads_and_by_their_own_floors():
+    units, layers = random_scores(SMALL, 0, ties=False)
+    config = AllocateConfig(attention="heads", min_dim=8)
+    plan = allocate(SMALL, units, layers, Budget(macs=0.5), config=config)
+    heads = [block.num_heads for block in reshaped_config(plan).blocks]
+    assert min(heads) < SMALL.blocks[0].num_heads
+    with pytest.raises(InputError, match="needs layers that were probed by heads"):
+        allocate(SMALL, units, random_parts(SMALL, 0), Budget(macs=0.5), config=config)
+    latency = LatencyModel(SMALL, (1.0,) * len(FEATURES), 1, 1, 0.0, 0.0, (), {})
+    with pytest.raises(InputError, match="goes not with a bound on latency"):
+        allocate(SMALL, units, layers, Budget(latency=0.9), config=config, latency=latency)
+
+
 def test_attention_branches_go_by_heads_too():
     units, layers = random_scores(SMALL, 0, ties=False)
     layers = LayerScores((0.5, 1.0), 9 * np.ones((2, 4)), np.full((2, 4), 1e-6))
@@ -164,6 +178,7 @@ def test_attention_branches_go_by_heads_too():
     ("options", "message"),
     [
         ({"attention": "heads", "ragged": True}, "attention 'heads' goes neither with ragged"),
+        ({"attention": "head"}, "attention is 'head'"),
         ({"per_cost": True}, "per_cost needs widths 'global' or 'isomorphic'"),
         ({"normalize": True, "widths": "isomorphic"}, "normalize needs widths 'global'"),
     ],
