@@ -119,6 +119,8 @@ def test_the_prior_is_the_mixtures_the_images_or_the_dense_models(work, tmp_path
     assert np.abs(moved["mixture"] - moved["metric"]).max() > 1e-3
     with pytest.raises(tap.InputError, match="--prior mixture needs --payload"):
         prune(work, tmp_path / "none", "--selection", "any.json", "--prior", "mixture")
+    with pytest.raises(tap.InputError, match="--features needs --payload"):
+        prune(work, tmp_path / "none", "--selection", "any.json", "--features", tmp_path / "f")
 
 
 def test_published_method_without_any_recovery(work, tmp_path, capsys):
