@@ -5,12 +5,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.config import ExperimentConfig
+from experiments.config import ExperimentConfig, latency_identity
 from experiments.job import Job
 from experiments.methods import PEER, RECOVERIES, Method, find_set
 from tapvit_jax.convert.weights import fingerprint
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import content_hash, read_json
+from tapvit_jax.files import content_hash
 from tapvit_jax.proxy.gmm import GmmConfig
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.structs import to_plain
@@ -138,8 +138,7 @@ def cells_of(config: ExperimentConfig, grid: Grid) -> list[Cell]:
             raise InputError(f"--devices names {device}, expected 0 to {devices - 1}")
     weights = config.dense.weights
     shared = {"weights": None if weights is None else fingerprint(weights)}
-    if config.latency_table is not None:
-        shared["latency"] = content_hash(read_json(config.latency_table))
+    shared |= latency_identity(config)
     found: list[Cell] = []
     for seed in grid.seeds:
         base = seed_config(config, grid, seed)

@@ -223,7 +223,7 @@ class Comparison:
         job, budget = self._job_of(cell), parse_budget(cell.budget)
         sets = image_sets(job, cell.device, cell.set)
         plan, model = self._pruned(job, cell, sets)
-        latency = job.latency_model if budget.needs_latency else None
+        latency = job.latency_for(budget)
         found = cost(model.value.config if plan is None else reshaped_config(plan.value), latency)
         limits, dense = budget.limits(job.dense.config, latency), cost(job.dense.config)
         if not within(found, limits):
@@ -247,7 +247,7 @@ class Comparison:
             return None, job.peer(title, sets.metric, method.criterion, budget)
         prune = method.prune(job.config.prune)
         # Before any work: a budget that cannot be met is refused now.
-        check_budget(job.dense_config, budget, prune.allocate, job.latency_model)
+        check_budget(job.dense_config, budget, prune.allocate, job.latency_for(budget))
         units = job.unit_scores(title, sets.metric, prune)
         layers = None
         if method.by_layers:

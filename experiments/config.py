@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tapvit_jax.data.partition import PartitionConfig
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
+from tapvit_jax.files import content_hash, read_json
 from tapvit_jax.models.backbone import Config
 from tapvit_jax.models.presets import create
 from tapvit_jax.pipeline import PruneConfig
@@ -148,6 +149,17 @@ class ExperimentConfig:
     def budget(self, device: int) -> Budget:
         """The budget of one device."""
         return Budget.parse(self.budgets[device % len(self.budgets)])
+
+
+def latency_identity(config: ExperimentConfig) -> dict[str, str]:
+    """What keys of results hold of the latency table, which may change under its path.
+
+    Raises:
+      InputError: a table that is not there or no JSON.
+    """
+    if config.latency_table is None:
+        return {}
+    return {"latency": content_hash(read_json(config.latency_table))}
 
 
 def identity(config: ExperimentConfig) -> dict[str, Any]:

@@ -48,7 +48,6 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
-from tapvit_jax.prune.units import unit_key
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.classes import likely_classes
 from tapvit_jax.train.evaluate import evaluate_indices
@@ -131,14 +130,15 @@ class Job(Preparation):
         options: AllocateConfig,
         budget: Budget,
     ) -> Found:
+        latency = self.latency_for(budget)
+
         def compute():
-            latency = self.latency_model
             plan = allocate(self.dense, units, layers, budget, config=options, latency=latency)
             return plan.keep, {}
 
         inputs = {"scores": scores, "budget": to_plain(budget), "allocate": to_plain(options)}
-        if budget.needs_latency:
-            inputs["latency"] = to_plain(self.latency_model)
+        if latency is not None:
+            inputs["latency"] = to_plain(latency)
         found = self.stages.run("plan", inputs, compute)
         return Found(found.key, Plan(self.dense.config, found.arrays))
 
@@ -254,8 +254,7 @@ class Job(Preparation):
           InputError: a package that is not installed, or a budget that it does not reach.
         """
 
-        # A residual width that is cut has no predicted time, and is not asked for one in vain.
-        latency = self.latency_model if budget.needs_latency else None
+        latency = self.latency_for(budget)
 
         def compute(step, scratch):
             method, embedding = peers.settings(name)
@@ -496,12 +495,6 @@ def described(job: Job) -> dict[str, Any]:
 
 
 def keep_ratios(plan: Plan) -> dict[str, list[float]]:
-    """Share of the units that every block keeps, by kind; those of a head that goes go with it."""
-    keep = dict(plan.keep)
-    for i, block in enumerate(plan.config.blocks):
-        for kind in ("qk", "vo") if block.attn else ():
-            heads = keep[unit_key(i, "head")] & keep[unit_key(i, "attn_branch")]
-            keep[unit_key(i, kind)] = keep[unit_key(i, kind)] & heads[:, None]
-    whole = Plan(plan.config, keep)
+    """Share of the units that every block keeps, by kind."""
     blocks = range(len(plan.config.blocks))
-    return {kind: [whole.keep_ratio(i, kind) for i in blocks] for kind in ("mlp", "qk", "vo")}
+    return {kind: [plan.keep_ratio(i, kind) for i in blocks] for kind in ("mlp", "qk", "vo")}

@@ -61,6 +61,13 @@ NuWa's subspaces and least squares, but also solves for attention's projection; 
 _RANKED = ("local", "global", "global_per_cost", "isomorphic")
 _WIDTHS = ("sensitivity", "heads", "greedy", "exact", "depth", "softmax", "uniform", *_RANKED)
 _PROBED = ("sensitivity", "heads", "greedy", "exact", "depth")
+_RULES: dict[str, dict[str, Any]] = {
+    "heads": {"widths": "sensitivity", "attention": "heads"},
+    "depth": {"widths": "exact", "branches": True},
+    "uniform": {"widths": "softmax"},
+    "global_per_cost": {"widths": "global", "per_cost": True, "normalize": True},
+}
+"""What a name for widths that is no rule of its own stands for, in `AllocateConfig`'s fields."""
 _TERMS = tuple(field.name for field in dataclasses.fields(TermWeights))
 
 Changes = Mapping[str, Any]
@@ -127,23 +134,13 @@ class Method:
             layers = dataclasses.replace(layers, max_batches=base.layers.max_batches)
             allocate = AllocateConfig.as_published()
         elif self.widths != PEER:
-            rules = {"uniform": "softmax", "depth": "exact", "global_per_cost": "global"}
-            rules["heads"] = "sensitivity"
-            depth, fair = self.widths == "depth", self.widths == "global_per_cost"
-            attention = "heads" if self.widths == "heads" else allocate.attention
-            allocate = dataclasses.replace(
-                allocate,
-                widths=rules.get(self.widths, self.widths),
-                branches=depth,
-                attention=attention,
-                per_cost=fair,
-                normalize=fair,
-            )
-            if depth:
+            rule = {"widths": self.widths, "branches": False, "per_cost": False, "normalize": False}
+            allocate = dataclasses.replace(allocate, **rule | _RULES.get(self.widths, {}))
+            if allocate.branches:
                 layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
             recovery = "ridge" if self.loop else "none"
-            changed = {"attention": attention, "recovery": recovery}
-            changed |= {"ragged": False} if attention == "heads" else {}
+            ragged = layers.ragged and allocate.attention == "dims"
+            changed = {"attention": allocate.attention, "recovery": recovery, "ragged": ragged}
             layers = dataclasses.replace(layers, **changed)
         named = ranked.get("criterion")
         return PruneConfig(neurons, layers, allocate, base.batch_size, named, base.deletion_images)

@@ -40,6 +40,7 @@ from tapvit_jax.proxy.shares import (
     mixture_shares,
     rows_for_classes,
 )
+from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.stages import Artefact, Stages, all_succeed, on_main
 from tapvit_jax.structs import to_plain
@@ -114,6 +115,13 @@ class Preparation:
         with progress.step("read and partition the images", UNITS["data"]):
             all_succeed(self._read_data)
         distributed.check_agreement({"data": self.data_key}, "the hosts")
+
+    def latency_for(self, budget: Budget) -> LatencyModel | None:
+        """What predicts times under a budget; None under one that bounds none.
+
+        Not every network has a predicted time: one whose residual width is cut has none.
+        """
+        return self.latency_model if budget.needs_latency else None
 
     # Data.
 

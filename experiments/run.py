@@ -70,7 +70,7 @@ class Experiment:
         for device in range(len(job.parts.devices)):
             # Before any work: a budget that cannot be met is refused now.
             budget, allocate = config.budget(device), config.prune.allocate
-            check_budget(job.dense_config, budget, allocate, job.latency_model)
+            check_budget(job.dense_config, budget, allocate, job.latency_for(budget))
         on_main(lambda: store.save(job.dense, workdir / "models" / "dense"))
         on_main(lambda: job.extractor.save(workdir / "extractor"))
         rows = [self._device_row(d) for d in range(len(job.parts.devices))]

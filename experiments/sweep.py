@@ -21,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import arguments, joined
-from experiments.config import ExperimentConfig, grid, identity
+from experiments.config import ExperimentConfig, grid, identity, latency_identity
 from experiments.job import Job, Pruned, keep_ratios
 from experiments.preparation import UNITS, Found, ImageSets
 from tapvit_jax import distributed
@@ -146,9 +146,7 @@ def _unit(base: ExperimentConfig, number: int, overrides: Mapping[str, Any]) -> 
     compensate = dataclasses.replace(config.compensate, method=method)
     config = dataclasses.replace(config, compensate=compensate)
     identified = {"config": identity(config), "device": device, "recovery": recovery}
-    if config.latency_table is not None:
-        identified["latency"] = content_hash(read_json(config.latency_table))
-    key = content_hash(identified)
+    key = content_hash(identified | latency_identity(config))
     return Unit(number, to_plain(overrides), config, device, recovery, (number,), key)
 
 
@@ -375,7 +373,7 @@ class Sweep:
     def _plan(self, job: Job, unit: Unit) -> tuple[ImageSets, Found]:
         prune, budget = unit.config.prune, unit.budget
         # Before any work: a budget that cannot be met is refused now.
-        check_budget(job.dense_config, budget, prune.allocate, job.latency_model)
+        check_budget(job.dense_config, budget, prune.allocate, job.latency_for(budget))
         sets = job.image_sets(unit.device)
         return sets, job.plan(f"unit {unit.number}", sets, prune, budget)
 

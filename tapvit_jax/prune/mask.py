@@ -13,7 +13,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig, param_shapes
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.prune.units import unit_table
+from tapvit_jax.prune.units import unit_key, unit_table
 
 UnitMasks = dict[str, Float[Array, "..."]]
 """Unit masks by group key; the leading axes, if any, are variants."""
@@ -55,9 +55,17 @@ class Plan:
         return {key: int(mask.sum()) for key, mask in self.keep.items()}
 
     def keep_ratio(self, block: int, kind: str) -> float:
-        """Share of the block's units of one kind that stay; 0 where the branch is absent."""
-        mask = self.keep.get(f"blocks_{block}/{kind}")
-        return float(mask.mean()) if mask is not None and mask.size else 0.0
+        """Share of the block's units of one kind that stay; 0 where the branch is absent.
+
+        Units of a head or a branch that goes go with it.
+        """
+        mask = self.keep.get(unit_key(block, kind))
+        if mask is None or not mask.size:
+            return 0.0
+        if kind in ("qk", "vo"):
+            mask = mask & self.keep[unit_key(block, "head")][:, None]
+        branch = "mlp_branch" if kind == "mlp" else "attn_branch"
+        return float((mask & self.keep[unit_key(block, branch)]).mean())
 
     def to_plain(self) -> dict[str, Any]:
         """Kept indices per group as JSON values (flat indices for two-dimensional groups)."""
