@@ -196,7 +196,7 @@ def _forward(
     inputs = [None if gates is None else gates[f"blocks_{i}"] for i in range(count)]
     x = embed(model_config, params, images)
     end = classified_tokens(model_config, count - 1) if count else None
-    if gates is None or end is None:
+    if end is None:
         x, found = visit_blocks(model_config, params, x, visit, inputs)
         return classify(model_config, params, x), found
     # Nothing goes back from tokens that no logit depends on; the last block's taps hold all tokens,
