@@ -6,7 +6,8 @@
     tapvit export | bench-latency                deployment
 
 IMAGES is a folder with a folder of images per class, a flat folder of images, Tiny-ImageNet in its
-own layout, "digits", or "tfds:NAME". Bad input ends with one line and exit code 2.
+own layout, CIFAR-10 or CIFAR-100 in their binary layouts, "digits", or "tfds:NAME". Bad input ends
+with one line and exit code 2.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run() -> int:
     """Entry point of the console script."""
-    return run_program(main)
+    return run_program(main, "nothing half-written is left behind")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def run_program(main: Callable[[], object]) -> int:
-    """Run a program; return its exit code.
+def run_program(
+    main: Callable[[], object],
+    interrupted: str = "the same command continues where this stopped",
+) -> int:
+    """Run a program; return its exit code. `interrupted` is what Ctrl-C means for the user.
 
     0 after success, 2 with one line on stderr when an input is wrong or the disk is full or closed
     to the user, 130 after Ctrl-C.
@@ -77,6 +80,6 @@ def run_program(main: Callable[[], object]) -> int:
         print(f"error: {one_line(where + error.strerror)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues where this stopped", file=sys.stderr)
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return 130
     return 0

@@ -64,8 +64,10 @@ def call(*arguments):
 
 
 def prune(work, out, *more, budget="macs=0.5", pool="pool"):
+    # A selection file says how many images there are.
+    more = (*more, "--count", "64") if "--payload" in more else more
     call("prune", "--model", work / "dense", "--pool", work / pool, "--budget", budget,
-         "--recover-epochs", "1", "--count", "64", "--out", out, *more)  # fmt: skip
+         "--recover-epochs", "1", "--out", out, *more)  # fmt: skip
 
 
 def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
@@ -121,6 +123,12 @@ def test_the_prior_is_the_mixtures_the_images_or_the_dense_models(work, tmp_path
         prune(work, tmp_path / "none", "--selection", "any.json", "--prior", "mixture")
     with pytest.raises(tap.InputError, match="--features needs --payload"):
         prune(work, tmp_path / "none", "--selection", "any.json", "--features", tmp_path / "f")
+    with pytest.raises(tap.InputError, match="--finetune-count needs --payload"):
+        prune(work, tmp_path / "none", "--selection", "any.json", "--finetune-count", "100")
+    with pytest.raises(tap.InputError, match="--device is of a --selection file"):
+        prune(work, tmp_path / "none", "--payload", work / "device.gmm", "--device", "0")
+    with pytest.raises(tap.InputError, match="--payload, found neither"):
+        prune(work, tmp_path / "none")
 
 
 def test_published_method_without_any_recovery(work, tmp_path, capsys):

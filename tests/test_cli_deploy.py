@@ -109,7 +109,8 @@ def test_exports(work, tmp_path, capsys):  # noqa: F811
          "--out", tmp_path / "model.hlo")  # fmt: skip
     run = load_stablehlo(tmp_path / "model.hlo")
     np.testing.assert_allclose(run(images), dense.apply(images), atol=1e-5)
-    call("export", work / "dense", "--format", "timm", "--out", tmp_path / "timm")
+    call("export", work / "dense", "--format", "timm", "--images", work / "private",
+         "--out", tmp_path / "timm")  # fmt: skip
     assert "local-dir:" in capsys.readouterr().out
     assert (tmp_path / "timm" / "config.json").is_file()
 

@@ -37,7 +37,8 @@ def register(command: Command) -> None:
     c.add_argument(
         "--images",
         metavar="IMAGES",
-        help="what the artefact is checked on; with labels, its accuracy is measured too",
+        help="what the artefact is checked on; for onnx and stablehlo its accuracy is measured on "
+        "them too, if they have labels",
     )
     c.add_argument("--out", required=True, help="the file, or for timm the folder")
     add_image_options(c)
@@ -62,14 +63,10 @@ def register(command: Command) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write a model as ONNX, StableHLO or for timm, checked before it gets its name."""
+    """Write a model as ONNX, StableHLO or for timm, checked on images before it gets its name."""
     model = store.load(args.model)
-    if args.format == "timm":
-        if args.precision != "float32":
-            raise InputError(f"--precision {args.precision} is for onnx and stablehlo")
-        export_timm(model, args.out)
-        print(f"{args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
-        return
+    if args.format == "timm" and args.precision != "float32":
+        raise InputError(f"--precision {args.precision} is for onnx and stablehlo")
     if args.images is None:
         raise InputError(f"--format {args.format} is checked on real images: give --images")
     preprocess = preprocess_of(model)
@@ -84,6 +81,10 @@ def export(args: argparse.Namespace) -> None:
     if not labels_fit(model, source):
         source = source.with_labels(np.full(len(source), UNLABELLED, np.int32))
     checked = source.load(images.indices[: max(BATCH_SIZES)], preprocess)
+    if args.format == "timm":
+        export_timm(model, args.out, images=checked)
+        print(f"{args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
+        return
     write = export_onnx if args.format == "onnx" else export_stablehlo
     report = write(
         model,

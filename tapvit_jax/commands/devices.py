@@ -44,6 +44,9 @@ SELECTION_VERSION = 1
 DEFAULT_EXTRACTOR = ExtractorConfig(kind="pooled", dim=16)
 """Follows from the model and the pool alone, so that both sides can build it."""
 
+CHOICE = {"count": 640, "finetune_count": 6400, "select_method": "importance", "features": None}
+"""How images are chosen unless the options say otherwise."""
+
 
 def register(command: Command) -> None:
     """Add the commands of this module."""
@@ -84,11 +87,14 @@ def register(command: Command) -> None:
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
     """Add how many public images are chosen, and how."""
-    parser.add_argument("--count", type=int, default=640, help="images in the metric dataset")
+    parser.set_defaults(**CHOICE)
+    parser.add_argument("--count", type=int, help="images in the metric dataset, 640 by default")
     parser.add_argument(
-        "--finetune-count", type=int, default=6400, help="images in the fine-tuning set"
+        "--finetune-count", type=int, help="images in the fine-tuning set, 6400 by default"
     )
-    parser.add_argument("--select-method", choices=get_args(SelectMethod), default="importance")
+    parser.add_argument(
+        "--select-method", choices=get_args(SelectMethod), help="importance by default"
+    )
     parser.add_argument(
         "--features",
         metavar="DIR",

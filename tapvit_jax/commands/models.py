@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise InputError(
             f"{args.images}: has {len(images.source.class_names)} classes and labels up to "
             f"{labels.max()}, expected the model's {model.config.num_classes} classes "
-            "(--classes names them)"
+            "(convert --classes names them)"
         )
     found = evaluate_model(model, images.source, images.indices)
     print(f"top-1 {100 * found.top1:.2f} %, cross-entropy {found.loss:.4f}, {found.count} images")

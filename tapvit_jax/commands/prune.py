@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,7 @@ from tapvit_jax.commands.common import (
     print_costs,
 )
 from tapvit_jax.commands.devices import (
+    CHOICE,
     DEFAULT_EXTRACTOR,
     add_selection_options,
     load_payload,
@@ -75,7 +77,7 @@ def register(command: Command) -> None:
         "model_bytes, activation_bytes, latency (a fraction) and latency_ms",
     )
     c.add_argument("--selection", help="a selection file")
-    c.add_argument("--device", type=int, default=0, help="which device of the selection file")
+    c.add_argument("--device", type=int, help="which device of the selection file, the first is 0")
     c.add_argument("--payload", help="instead of --selection: choose for this payload")
     c.add_argument(
         "--extractor",
@@ -120,14 +122,9 @@ def register(command: Command) -> None:
 def prune(args: argparse.Namespace) -> None:
     """Choose images for a device, score, plan, recover, fine-tune and reshape its model."""
     check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
-    if (args.selection is None) == (args.payload is None):
-        raise InputError("prune needs either --selection or --payload")
-    if args.features is not None and args.payload is None:
-        raise InputError("--features needs --payload, a selection file asks for none")
+    _check_choice(args)
     if args.prior is None:
         args.prior = "metric" if args.payload is None else "mixture"
-    if args.prior == "mixture" and args.payload is None:
-        raise InputError("--prior mixture needs --payload, a selection file holds no mixture")
     model = open_model(args)
     preprocess = preprocess_of(model)
     budget = Budget.parse(args.budget)
@@ -148,8 +145,15 @@ def prune(args: argparse.Namespace) -> None:
             (metric, finetune), device = _read_selection(args, pool), None
         else:
             metric, finetune, device = _select(args, model, pool, step.advance)
-    source, labelled = pool.source, not args.label_free and labels_fit(model, pool.source)
-    labelled = labelled and bool((source.labels[finetune] >= 0).all())
+    source = pool.source
+    labelled = not args.label_free and bool((source.labels[finetune] >= 0).all())
+    if labelled and not labels_fit(model, source):
+        labelled = False
+        print(
+            f"the labels of {args.pool} are not used: it has {len(source.class_names)} classes, "
+            f"the model {model.config.num_classes} without names (convert --classes names them)",
+            file=sys.stderr,
+        )
     if CRITERIA[args.method].needs_labels and not labelled:
         why = "--label-free is given" if args.label_free else f"{args.pool} has none that fit"
         raise InputError(f"--method {args.method} needs the labels of the pool, but {why}")
@@ -170,7 +174,7 @@ def prune(args: argparse.Namespace) -> None:
             plan, measured = allocate(model, units, layers, budget, config=config.allocate), None
     training, validation = hold_out(finetune, args.seed)
     options = RecoverConfig(args.recover, prior=args.prior)
-    # What is printed at the end is of images that nothing was fitted to.
+    # What is printed at the end is of images that no weights were fitted to.
     fitted, prior = metric[~np.isin(metric, validation)], None
     if options.moves_prior and not has_prior(model):
         with progress.step("predict public images", 1):
@@ -240,9 +244,26 @@ def prune(args: argparse.Namespace) -> None:
     compared = "top-1" if labelled else "agreement with the dense model"
     compared += " under the device's prior" if "weights" in reference else ""
     print(
-        f"{compared} on {len(validation)} of the chosen public images, which neither recovery nor "
-        f"fine-tuning was fitted to: {', '.join(shares)}"
+        f"{compared} on {len(validation)} of the chosen public images, to which no weights were "
+        f"fitted{', but which chose the epoch' if args.recover_epochs else ''}: {', '.join(shares)}"
     )
+
+
+def _check_choice(args: argparse.Namespace) -> None:
+    """Refuse options that would do nothing beside a selection file or a payload."""
+    if (args.selection is None) == (args.payload is None):
+        found = "neither" if args.payload is None else "both"
+        raise InputError(f"prune needs either --selection or --payload, found {found}")
+    if args.payload is not None:
+        if args.device is not None:
+            raise InputError("--device is of a --selection file, a --payload is one device's")
+        return
+    if args.prior == "mixture":
+        raise InputError("--prior mixture needs --payload, a selection file holds no mixture")
+    for name, usual in ({"extractor": None} | CHOICE).items():
+        if getattr(args, name) != usual:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} needs --payload, in a selection file the choice is made")
 
 
 def _top1(model: Model, source: ImageSource, indices: np.ndarray, **reference: Any) -> float:
@@ -292,9 +313,13 @@ def _read_selection(args: argparse.Namespace, pool: Images) -> tuple[np.ndarray,
     if selection["pool"] != pool.source.fingerprint():
         raise InputError(f"{args.selection}: was made for another pool than {args.pool}")
     devices = selection["devices"]
-    if not 0 <= args.device < len(devices):
-        raise InputError(f"--device is {args.device}, expected 0 to {len(devices) - 1}")
-    chosen = np.asarray(devices[args.device]["indices"])
+    device = args.device or 0
+    if not 0 <= device < len(devices):
+        raise InputError(
+            f"--device is {device}, expected 0 to {len(devices) - 1}, the devices of "
+            f"{args.selection}"
+        )
+    chosen = np.asarray(devices[device]["indices"])
     return chosen[: selection["metric_count"]], chosen
 
 

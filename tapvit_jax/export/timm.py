@@ -3,10 +3,13 @@
 import os
 from typing import Any
 
+import numpy as np
 import safetensors.numpy
+from jaxtyping import Float
 
-from tapvit_jax.convert.timm import timm_model
+from tapvit_jax.convert.timm import load_timm, timm_model
 from tapvit_jax.errors import InputError
+from tapvit_jax.export.check import TOLERANCES, check_artefact
 from tapvit_jax.files import atomic_directory, write_json
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.resnet import ResNetConfig
@@ -16,12 +19,21 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def export_timm(model: Model, directory: str | os.PathLike) -> None:
+def export_timm(
+    model: Model,
+    directory: str | os.PathLike,
+    *,
+    images: Float[np.ndarray, "n s s ch"] | None = None,
+) -> None:
     """Write model.safetensors and config.json as timm's own models on the hub have them.
 
+    timm has arguments for few pruned widths (see `timm_model`); a model that is masked and not yet
+    reshaped always fits. With `images`, prepared ones, the folder is read back before it gets its
+    name and must give the model's logits on them.
+
     Raises:
-      InputError: timm cannot represent the widths, the model has no preprocessing, or the directory
-        cannot be written.
+      InputError: timm cannot represent the widths, the model has no preprocessing, the check fails,
+        or the directory cannot be written.
     """
     name, arguments, state = timm_model(model)
     record = {
@@ -36,6 +48,9 @@ def export_timm(model: Model, directory: str | os.PathLike) -> None:
     with atomic_directory(directory) as partial:
         safetensors.numpy.save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, record)
+        if images is not None:
+            again = load_timm(name, partial / WEIGHTS_FILE)
+            check_artefact(model, again.apply, images, TOLERANCES["float32"], str(directory))
 
 
 def _pretrained_cfg(model: Model) -> dict[str, Any]:

@@ -411,11 +411,18 @@ def pool_pass(
     def on_device(
         groups: dict[str, Parameters], order: Array, rows: Float[Array, "r d"]
     ) -> Float[Array, "..."]:
-        count, dim = rows.shape
-        chunks = jnp.pad(rows, [(0, -count % chunk), (0, 0)]).reshape(-1, chunk, dim)
-        one = functools.partial(_chunk_values, groups, order, joint, mixed)
-        values = jnp.moveaxis(jax.lax.map(one, chunks), 0, -2)
-        return values.reshape(*values.shape[:-2], -1)[..., :count]
+        # The last chunk begins early enough to be full: padding would copy all rows.
+        count = rows.shape[0]
+        starts = np.minimum(np.arange(0, count, chunk), count - chunk)
+
+        def one(start: Int[Array, ""]) -> Float[Array, "..."]:
+            part = jax.lax.dynamic_slice_in_dim(rows, start, chunk)
+            return _chunk_values(groups, order, joint, mixed, part)
+
+        values = jax.lax.map(one, jnp.asarray(starts))
+        whole = jnp.moveaxis(values[:-1], 0, -2)
+        whole = whole.reshape(*whole.shape[:-2], -1)
+        return jnp.concatenate([whole, values[-1][..., whole.shape[-1] - count :]], axis=-1)
 
     leading = (None, None) if joint else (None,)
     return jax.shard_map(
@@ -456,7 +463,12 @@ def _chunk_values(
 
         values = products
         if mixed or products is None:
-            values = jax.lax.map(one, (stacked, products))
+            items = (stacked, products)
+            if len(stacked["constant"]) == 1:
+                # A loop over one mixture would copy its factors for every chunk.
+                values = one(jax.tree.map(lambda leaf: leaf[0], items))[None]
+            else:
+                values = jax.lax.map(one, items)
         if joint:
             missing = most - values.shape[1]
             values = jnp.pad(values, [(0, 0), (0, missing), (0, 0)], constant_values=-jnp.inf)

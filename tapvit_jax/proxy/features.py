@@ -1,4 +1,4 @@
-"""Features of images: a small extractor that the cloud trains and every device runs.
+"""Features of images: an extractor that the cloud makes and every device runs.
 
 Three kinds, all followed by a PCA fitted on the public pool: the embedding of a small trained
 convolutional network, the mean token that leaves one of the dense model's first blocks, or what a

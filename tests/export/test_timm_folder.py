@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,3 +39,15 @@ def test_another_architecture_is_named(tmp_path):
     export_timm(model, tmp_path / "folder")
     with pytest.raises(InputError, match="says 'vit_tiny_patch16_224', expected 'deit_small"):
         load_timm("deit_small_patch16_224", tmp_path / "folder" / "model.safetensors")
+
+
+def test_logits_are_compared_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    model, _ = make_model("vit")
+    batch = images(model.config.image_size)
+    export_timm(model, tmp_path / "folder", images=batch)
+    assert (tmp_path / "folder" / "config.json").is_file()
+    other = model.replace(params=jax.tree.map(lambda leaf: leaf + 0.1, model.params))
+    monkeypatch.setattr("tapvit_jax.export.timm.load_timm", lambda *_: other)
+    with pytest.raises(InputError, match="not written: its logits differ"):
+        export_timm(model, tmp_path / "second", images=batch)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
