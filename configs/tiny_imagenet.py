@@ -13,5 +13,5 @@ from experiments.protocol import sweep as sweep
 
 
 def get_config(arg="deit_small"):
-    """The published protocol: top 640 / 6,400 images, budgets of encoder parameters in turn."""
+    """The published devices, budgets and image counts (640, 6,400); methods are ours."""
     return protocol.config(protocol.DataSet("tiny-imagenet", "tiny-imagenet-200"), arg)

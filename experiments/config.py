@@ -30,7 +30,7 @@ class DataConfig:
     """Images and who owns them.
 
     Attributes:
-      source: "digits", "tfds:NAME", or a path to image folders or Tiny-ImageNet.
+      source: "digits", "tfds:NAME", or a path to image folders, Tiny-ImageNet or CIFAR.
       preprocess: how an image becomes an input.
       partition: devices, public pool and public-validation.
       workers: processes that decode images; 0 decodes on threads. Results do not depend on it.

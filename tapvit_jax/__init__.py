@@ -3,11 +3,15 @@
 The public face, one line each, in the order of use:
 
     model  = tap.load_timm("deit_small_patch16_224", "model.safetensors")
-    gmm    = tap.Gmm.fit(features); gmm.save(path); tap.Gmm.load(path)
     source = tap.open_source("path/of/images")
+    extractor = tap.build_extractor(tap.ExtractorConfig("pooled"), source, indices,
+                                    model.preprocess, model=model)
+    gmm    = tap.Gmm.fit(extractor.features(source, indices))
+    gmm.save(path, extractor=extractor.fingerprint); tap.Gmm.load(path)
     features = tap.pool_features(extractor, source, indices, directory)     # out of core, cached
     logp   = tap.log_likelihood([gmm, ...], features)
     chosen = tap.select([gmm, ...], features, count=640)
+    batches = list(tap.batches(source, chosen[0], model.preprocess, 64))
     shares = tap.mixture_shares(gmm, tap.fit_classes(features, predictions)) # of the classes
     units  = tap.unit_importance(model, batches, method="tap")              # any of tap.CRITERIA
     layers = tap.layer_importance(model, batches, units, sparsity=(0.5, 0.7, 0.9))
@@ -15,8 +19,9 @@ The public face, one line each, in the order of use:
     masked = tap.apply_masks(model, plan)
     better = tap.recover(model, plan, batches)                              # closed form
     small  = tap.reshape(better, plan)
-    states = tap.train_variants(config, [tap.Variant(params, train, validation), ...],
-                                source, model.preprocess, tap.TrainConfig(epochs=20))
+    tuned  = tap.train_variants(model.config, [tap.Variant(better.params, train, validation,
+                                masks=tap.plan_masks(plan)), ...], source, model.preprocess,
+                                tap.TrainConfig(epochs=20))                 # a TrainResult each
     tap.save(small, directory); tap.load(directory)
     tap.export_onnx(small, path, images=images); tap.export_stablehlo(...); tap.export_timm(...)
 
@@ -28,9 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tapvit_jax.convert.timm import load_timm, save_timm
+    from tapvit_jax.data.pipeline import batches
     from tapvit_jax.data.preprocess import Preprocess
     from tapvit_jax.data.sources import open_source
     from tapvit_jax.errors import InputError
+    from tapvit_jax.export.latency import measure_latency_model
     from tapvit_jax.export.onnx import export_onnx
     from tapvit_jax.export.stablehlo import export_stablehlo, load_stablehlo
     from tapvit_jax.export.timm import export_timm
@@ -40,14 +47,14 @@ if TYPE_CHECKING:
     from tapvit_jax.models.presets import list_models
     from tapvit_jax.models.registry import Model
     from tapvit_jax.models.store import load, save
-    from tapvit_jax.pipeline import PruneConfig
+    from tapvit_jax.pipeline import PruneConfig, plan_masks
     from tapvit_jax.proxy.density import log_likelihood
-    from tapvit_jax.proxy.features import Extractor, ExtractorConfig
+    from tapvit_jax.proxy.features import Extractor, ExtractorConfig, build_extractor
     from tapvit_jax.proxy.gmm import Gmm, GmmConfig
     from tapvit_jax.proxy.pool_features import pool_features
     from tapvit_jax.proxy.select import SelectConfig, select
     from tapvit_jax.proxy.shares import class_shares, fit_classes, mixture_shares
-    from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, allocate
+    from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, allocate, check_budget
     from tapvit_jax.prune.budget import Budget
     from tapvit_jax.prune.cost import Cost, cost
     from tapvit_jax.prune.latency import LatencyModel, fit_latency
@@ -55,16 +62,18 @@ if TYPE_CHECKING:
     from tapvit_jax.prune.recover import RecoverConfig, recover
     from tapvit_jax.prune.reshape import reshape
     from tapvit_jax.train.classes import likely_classes, prior_weights
-    from tapvit_jax.train.evaluate import Teacher
+    from tapvit_jax.train.evaluate import Teacher, predict
     from tapvit_jax.train.finetune import TrainData
     from tapvit_jax.train.step import TrainConfig
     from tapvit_jax.train.variants import Variant, train_variants
 
 _HOMES = {
     "convert.timm": "load_timm save_timm",
+    "data.pipeline": "batches",
     "data.preprocess": "Preprocess",
     "data.sources": "open_source",
     "errors": "InputError",
+    "export.latency": "measure_latency_model",
     "export.onnx": "export_onnx",
     "export.stablehlo": "export_stablehlo load_stablehlo",
     "export.timm": "export_timm",
@@ -74,14 +83,14 @@ _HOMES = {
     "models.presets": "list_models",
     "models.registry": "Model",
     "models.store": "load save",
-    "pipeline": "PruneConfig",
+    "pipeline": "PruneConfig plan_masks",
     "proxy.density": "log_likelihood",
-    "proxy.features": "Extractor ExtractorConfig",
+    "proxy.features": "Extractor ExtractorConfig build_extractor",
     "proxy.gmm": "Gmm GmmConfig",
     "proxy.pool_features": "pool_features",
     "proxy.select": "SelectConfig select",
     "proxy.shares": "class_shares fit_classes mixture_shares",
-    "prune.allocate": "AllocateConfig RoundTo allocate",
+    "prune.allocate": "AllocateConfig RoundTo allocate check_budget",
     "prune.budget": "Budget",
     "prune.cost": "Cost cost",
     "prune.latency": "LatencyModel fit_latency",
@@ -89,7 +98,7 @@ _HOMES = {
     "prune.recover": "RecoverConfig recover",
     "prune.reshape": "reshape",
     "train.classes": "likely_classes prior_weights",
-    "train.evaluate": "Teacher",
+    "train.evaluate": "Teacher predict",
     "train.finetune": "TrainData",
     "train.step": "TrainConfig",
     "train.variants": "Variant train_variants",
@@ -124,6 +133,9 @@ __all__ = [
     "Variant",
     "allocate",
     "apply_masks",
+    "batches",
+    "build_extractor",
+    "check_budget",
     "class_shares",
     "cost",
     "export_onnx",
@@ -138,10 +150,13 @@ __all__ = [
     "load_stablehlo",
     "load_timm",
     "log_likelihood",
+    "measure_latency_model",
     "mixture_shares",
     "neuron_importance",
     "open_source",
+    "plan_masks",
     "pool_features",
+    "predict",
     "prior_weights",
     "recover",
     "reshape",

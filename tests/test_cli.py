@@ -297,6 +297,9 @@ def test_a_selection_of_another_pool_is_refused(work, tmp_path):
          "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip
     with pytest.raises(tap.InputError, match="another pool"):
         prune(work, tmp_path / "small", "--selection", tmp_path / "s.json", pool="private")
+    with pytest.raises(tap.InputError, match=r"--count is 1000, but .*pool has 123 images"):
+        call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
+             "--pool", work / "pool", "--count", "1000", "--out", tmp_path / "s.json")  # fmt: skip
     with pytest.raises(tap.InputError, match="--device is 3"):
         prune(work, tmp_path / "small", "--selection", tmp_path / "s.json", "--device", "3")
     spec = json.loads((tmp_path / "s.json").read_text())

@@ -171,7 +171,9 @@ def hold_out(indices: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
       InputError: fewer than two images.
     """
     if len(indices) < 2:
-        raise InputError(f"{len(indices)} images: expected at least two, one is held out")
+        raise InputError(
+            f"{len(indices)} images were chosen, expected two or more, of which one is held out"
+        )
     order = np.random.default_rng(seed).permutation(indices)
     count = max(1, round(VALIDATION_SHARE * len(indices)))
     return np.sort(order[count:]), np.sort(order[:count])

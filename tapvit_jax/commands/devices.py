@@ -201,7 +201,16 @@ def select_images(
     pool: Images,
     on_share: Callable[[float], None],
 ) -> tuple[Int[np.ndarray, "v n"], Float[np.ndarray, "p d"]]:
-    """Indices of the images chosen for each mixture, metric dataset first; the pool's features."""
+    """Indices of the images chosen for each mixture, metric dataset first; the pool's features.
+
+    Raises:
+      InputError: a pool of fewer images than --count.
+    """
+    if args.count > len(pool.indices):
+        raise InputError(
+            f"--count is {args.count}, but {args.pool} has {len(pool.indices)} images: expected as "
+            "many at most"
+        )
 
     def on_batch(images: int) -> None:
         on_share(images / len(pool.indices))

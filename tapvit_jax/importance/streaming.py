@@ -131,7 +131,7 @@ def _usable_batches(
         if len(images) < fewest:
             continue
         if needs_labels and not _labelled(labels):
-            raise InputError("these scores need batches with labels")
+            raise InputError("these scores need labels, found a batch with images that have none")
         labels = np.zeros(len(images), np.int32) if labels is None else labels
         yield index + i * processes, images, labels
 

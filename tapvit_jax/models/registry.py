@@ -35,7 +35,7 @@ class Model:
     history: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def apply(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b c"]:
-        """Logits of a batch of images."""
+        """Logits, before any softmax, of preprocessed images."""
         return jitted_apply(self.config, self.params, images)
 
     def replace(self, **changes: Any) -> "Model":

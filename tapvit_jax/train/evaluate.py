@@ -30,7 +30,13 @@ KEYS = ("image", "label", "mask")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Teacher:
-    """A fixed network whose soft labels the student learns."""
+    """A fixed network whose soft labels the student learns.
+
+    Attributes:
+      config: the network's config.
+      params: its parameters.
+      forward: logits from (config, params, images).
+    """
 
     config: Any
     params: Params

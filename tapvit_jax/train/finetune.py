@@ -47,6 +47,7 @@ class TrainData:
 
     Attributes:
       source: where the images come from.
+      preprocess: how they become the network's input.
       train: indices to train on.
       validation: indices that choose the epoch; never the ones that give the final score.
       workers: processes that decode images (see `data.pipeline.batches`).

@@ -608,7 +608,7 @@ def test_the_registry_says_what_criteria_need(one_block, images):
             assert found.score(one_block, unread(), 0).keys()
         if found.needs_labels:
             for batch in (images, (images, np.int32([0, 1, 2, -1, 3, 4]))):
-                with pytest.raises(InputError, match="need batches with labels"):
+                with pytest.raises(InputError, match="need labels"):
                     found.score(one_block, [batch], 0)
     assert inspect.signature(unit_importance).parameters["method"].default in CRITERIA
 

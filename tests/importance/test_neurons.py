@@ -440,7 +440,7 @@ def test_missing_labels_are_refused(tiny_model, images, labels):
     config = NeuronConfig.taylor("label")
     unknown = np.where(labels == 2, -1, labels)
     for batch in (images, (images, unknown), {"image": images}):
-        with pytest.raises(InputError, match="need batches with labels"):
+        with pytest.raises(InputError, match="need labels"):
             neuron_importance(tiny_model, [batch], config=config)
 
 
