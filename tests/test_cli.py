@@ -1,5 +1,6 @@
 """The command line, as a user runs it: image files in, a smaller model out."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -129,6 +130,21 @@ def test_the_prior_is_the_mixtures_the_images_or_the_dense_models(work, tmp_path
         prune(work, tmp_path / "none", "--payload", work / "device.gmm", "--device", "0")
     with pytest.raises(tap.InputError, match="--payload, found neither"):
         prune(work, tmp_path / "none")
+
+
+def test_labels_of_other_classes_are_not_used_and_that_is_said(work, tmp_path, capsys):
+    dense = tap.load(work / "dense")
+    head = {"kernel": np.zeros((16, 4), np.float32), "bias": np.zeros(4, np.float32)}
+    config = dataclasses.replace(dense.config, num_classes=4)
+    other = dense.replace(config=config, params=dense.params | {"head": head}, class_names=())
+    tap.save(other, tmp_path / "other")
+    call("prune", "--model", tmp_path / "other", "--pool", work / "pool", "--payload",
+         work / "device.gmm", "--extractor", work / "extractor", "--budget", "macs=0.5",
+         "--count", "32", "--method", "magnitude_l2", "--recover", "none", "--recover-epochs",
+         "0", "--out", tmp_path / "small")  # fmt: skip
+    printed = capsys.readouterr()
+    assert "pool are not used: it has 3 classes, the model 4 without names" in printed.err
+    assert "agreement with the dense model" in printed.out
 
 
 def test_published_method_without_any_recovery(work, tmp_path, capsys):
