@@ -4,10 +4,15 @@ Every process runs the same program on the same config. Statistics are summed wh
 added over the processes once, at the end, so that hosts never wait for one another in between. All
 functions here are trivial where there is one process, and collective where there are several: every
 process must call them in the same order.
+
+Except where one fails: work that may fail on one process alone is done in a `section`, and all
+collectives begin by telling whether somebody has failed. The others then leave the section with a
+`PeerError` instead of waiting for what will never come.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import util
 from typing import Any, TypeVar
 
@@ -89,10 +94,51 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait until all processes have come to the barrier of this name."""
-    if process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+class PeerError(Exception):
+    """A process has failed in a section, which all processes have to leave.
+
+    Attributes:
+      depth: of the section; where several fail, that of the outermost.
+    """
+
+    def __init__(self, depth: int):
+        super().__init__("another process failed")
+        self.depth = depth
+
+
+# Sections that this process is in; they begin and end on the main thread alone.
+_depth = 0
+
+
+@contextlib.contextmanager
+def section() -> Iterator[int]:
+    """Begin what all processes do or none; gives the section's depth, 1 for the outermost."""
+    global _depth
+    _depth += 1
+    try:
+        yield _depth
+    finally:
+        _depth -= 1
+
+
+def agree(failed: int = 0) -> None:
+    """Tell the others that nothing has failed here, or in the section of which depth something has.
+
+    Raises:
+      PeerError: something has failed, here or elsewhere.
+    """
+    found = _exchange(np.array(failed, np.uint8))
+    if found.any():
+        raise PeerError(int(found[found > 0].min()))
+
+
+def barrier() -> None:
+    """Wait until all processes have come to the barrier.
+
+    Raises:
+      PeerError: one of them has failed before.
+    """
+    agree()
 
 
 def share(count: int) -> range:
@@ -110,7 +156,15 @@ def gather(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "processes ..
     """The arrays of all processes, which have one shape and type, in process order.
 
     They travel as bytes, so that every type arrives bit for bit.
+
+    Raises:
+      PeerError: another process failed on the way here; so do all that follow.
     """
+    agree()
+    return _exchange(array)
+
+
+def _exchange(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "processes ..."]:
     array = np.asarray(array, order="C")
     if process_count() == 1:
         return array[None]
@@ -126,12 +180,19 @@ def sum_over_processes(tree: T) -> T:
 
 def gather_bytes(data: bytes) -> list[bytes]:
     """The bytes of all processes, whatever their lengths, in process order."""
+    agree()
+    return exchange_bytes(data)
+
+
+def exchange_bytes(data: bytes) -> list[bytes]:
+    """As `gather_bytes`, between processes that know that all of them have come here."""
     if process_count() == 1:
         return [data]
-    lengths = gather(np.array(len(data), np.int64))
+    lengths = _exchange(np.array(len(data), np.int64))
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
-    return [row[:length].tobytes() for row, length in zip(gather(padded), lengths, strict=True)]
+    received = _exchange(padded)
+    return [row[:length].tobytes() for row, length in zip(received, lengths, strict=True)]
 
 
 def check_agreement(values: Mapping[str, Any], what: str = "the processes") -> None:

@@ -216,32 +216,46 @@ def _check_version(path: Path, found: Any) -> None:
 def all_succeed(action: Callable[[], T]) -> T:
     """Do something on every process; where it fails on one it fails on all.
 
+    What is done may use the collectives of `distributed`: a process that waits in one of them for
+    another that has failed is told so.
+
     Raises:
       InputError: it failed on another process; what it raises here goes through as it is, but for
         a disk that is full or broken, which is a `WriteError`.
     """
     result = failure = None
-    try:
-        result = action()
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            failure = error
-        else:
-            where = "" if error.filename is None else f"{error.filename}: "
-            failure = WriteError(f"{where}cannot be written: {error.strerror}")
-            failure.__cause__ = error
-    except Exception as error:
-        failure = error
+    with distributed.section() as depth:
+        try:
+            try:
+                result = action()
+            except distributed.PeerError:
+                raise
+            except OSError as error:
+                failure = _disk_error(error)
+            except Exception as error:
+                failure = error
+            distributed.agree(0 if failure is None else depth)
+            return result
+        except distributed.PeerError as error:
+            if error.depth < depth:
+                raise
     reason = "" if failure is None else str(failure) or type(failure).__name__
     kind = b"w" if isinstance(failure, WriteError) else b"i"
-    reasons = distributed.gather_bytes(kind + reason.encode() if failure is not None else b"")
+    reasons = distributed.exchange_bytes(kind + reason.encode() if failure is not None else b"")
     if failure is not None:
         raise failure
-    for process, text in enumerate(reasons):
-        if text:
-            error = WriteError if text[:1] == b"w" else InputError
-            raise error(f"process {process}: {text[1:].decode()}")
-    return result
+    process, text = next((p, text) for p, text in enumerate(reasons) if text)
+    error = WriteError if text[:1] == b"w" else InputError
+    raise error(f"process {process}: {text[1:].decode()}")
+
+
+def _disk_error(error: OSError) -> Exception:
+    if error.errno not in DISK_ERRORS:
+        return error
+    where = "" if error.filename is None else f"{error.filename}: "
+    found = WriteError(f"{where}cannot be written: {error.strerror}")
+    found.__cause__ = error
+    return found
 
 
 def from_main(value: T) -> T:

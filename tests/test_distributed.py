@@ -43,7 +43,7 @@ def test_one_process_is_a_job_of_its_own():
     np.testing.assert_array_equal(summed["a"], [1.5, 2.5])
     assert summed["a"].dtype == np.float64
     distributed.check_agreement({"config": {"seed": 1}})
-    distributed.barrier("alone")
+    distributed.barrier()
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 16, 17])

@@ -326,13 +326,13 @@ print(found.meta["worker"], found.arrays["w"].tolist())
 """
 
 JOB = """
-import sys
+import errno, sys
 from pathlib import Path
 import numpy as np
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import WriteError
-from tapvit_jax.stages import Stages
+from tapvit_jax.stages import Stages, all_succeed
 
 distributed.initialize()
 rank, root = distributed.process_index(), Path(sys.argv[1])
@@ -362,6 +362,24 @@ for stage, name in ((stages, "refused"), (Stages(root / "file" / "below"), "unwr
         print(type(error).__name__, str(error).replace(str(root), "ROOT"))
 found = stages.run("shared", {"a": 2}, compute)
 print(found.arrays["w"].tolist(), times)
+
+# The first process waits for the other's part, which never comes, in a section of its own or none.
+def fail_before(collective):
+    if rank == 1:
+        raise OSError(errno.ENOSPC, "No space left on device", "image.png")
+    collective()
+    return {}, {}
+
+def inner():
+    distributed.sum_over_processes(np.ones(1))
+
+for name, collective in (("sum", inner), ("section", lambda: all_succeed(inner)),
+                         ("barrier", distributed.barrier)):
+    try:
+        stages.run(name, {}, lambda: fail_before(collective))
+    except InputError as error:
+        print(type(error).__name__, error)
+print(distributed.sum_over_processes(np.ones(1)).tolist())
 """
 
 
@@ -427,7 +445,12 @@ def test_processes_of_one_job_compute_together_and_read_the_same(tmp_path):
     ):
         assert found[:3] == [*shared, refused]
         assert found[3].startswith(unwritable) and "lies below a file" in found[3]
-        assert found[4:] == ["[0, 1, 2] 2"]
+        assert found[4] == "[0, 1, 2] 2"
+        full = "cannot be written: No space left on device"
+        told = f"WriteError image.png: {full}"
+        if found is lines[0]:
+            told = f"WriteError process 1: image.png: {full}"
+        assert found[5:] == [told] * 3 + ["[2.0]"]
 
 
 def test_an_artefact_that_another_one_finished_first_wins(tmp_path):

@@ -130,7 +130,7 @@ def job(shared: Path) -> dict[str, np.ndarray]:
     small = reshape(tuned, plans[0])
     if distributed.is_main():
         store.save(small, shared / "model")
-    distributed.barrier("saved")
+    distributed.barrier()
     loaded = store.load(shared / "model")
     found["loaded"] = logits(loaded, images)
     return found

@@ -54,7 +54,7 @@ class Checkpoints:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 for left in self._directory.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(left)
-        distributed.barrier("checkpoints")
+        distributed.barrier()
         self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     def __enter__(self) -> "Checkpoints":
@@ -117,7 +117,7 @@ class Checkpoints:
         """Release the directory; `delete` removes it once the run's result is stored elsewhere."""
         self._orbax.close()
         if delete:
-            distributed.barrier("checkpoints done")
+            distributed.barrier()
             if distributed.is_main():
                 shutil.rmtree(self._directory, ignore_errors=True)
 
