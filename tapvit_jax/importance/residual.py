@@ -40,7 +40,8 @@ def residual_importance(
       mesh: devices of this process that share every batch's images; by default all.
 
     Returns:
-      Scores of kinds mlp, qk and vo: mean squared error per token when the unit left.
+      Scores of kinds mlp, qk and vo: mean squared error when the unit left, per token, and for qk
+      per pair of tokens.
 
     Raises:
       InputError: no images, or activations that are not finite.

@@ -399,8 +399,8 @@ def solve_queries_keys(
 
     Args:
       attn: dense parameters.
-      queries: sum of q q^T over all tokens.
-      keys: sum over queries of the covariance of the keys that they attend to: the softmax ignores
+      queries: mean of q q^T over all tokens.
+      keys: mean over queries of the covariance of the keys that they attend to: the softmax ignores
         what all keys have in common, and what is not attended to.
       keep: dims that stay.
       low_rank: see above.

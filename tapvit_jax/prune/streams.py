@@ -133,7 +133,7 @@ class Streams:
         return jax.tree.map(np.asarray, part)
 
     def logit_moments(self, part: Params) -> tuple[np.ndarray, np.ndarray]:
-        """Of queries and keys in every head; see `solve_queries_keys`."""
+        """Of queries and keys in every head, as means over queries; see `solve_queries_keys`."""
         run = functools.partial(_logit_sums, self._spec, self._mesh.size)
         weights = _token_weights(self._config, self._block)
         total = None
@@ -141,9 +141,9 @@ class Streams:
             found = run(part, x, real, weights)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         own = jax.tree.map(lambda a: np.asarray(a, np.float64).sum(axis=0), jax.device_get(total))
-        sums = distributed.sum_over_processes(own)
-        _check_finite(sums)
-        return sums
+        queries, keys, weight = distributed.sum_over_processes(own)
+        _check_finite((queries, keys))
+        return queries / weight, keys / weight
 
     def attention_moments(self, part: Params) -> list[Moments]:
         """Of all heads' outputs, and what the attention branch should add to the stream."""
@@ -406,7 +406,7 @@ def _logit_sums(
     x: Float[Array, "b n d"],
     real: Float[Array, "b"],
     weights: Float[Array, "n"],
-) -> tuple[Float[Array, "v h k k"], Float[Array, "v h k k"]]:
+) -> tuple[Float[Array, "v h k k"], Float[Array, "v h k k"], Float[Array, "v"]]:
     taps = apply_block_with_taps(_only(spec, "attn"), part, x)[1]
     rows = real[:, None] * weights
     if spec.window:
@@ -424,4 +424,4 @@ def _logit_sums(
     attended = jnp.einsum("vbhnm,vbmhk->vbnhk", attention, k)
     received = (attention * rows[:, :, None, :, 0]).sum(axis=3).swapaxes(2, 3)[..., None]
     keys = gram(k, received * k) - gram(attended, rows * attended)
-    return gram(q, rows * q), keys
+    return gram(q, rows * q), keys, rows.sum(axis=(1, 2, 3, 4))

@@ -6,8 +6,8 @@ import pytest
 
 from tapvit_jax.importance import residual
 from tapvit_jax.importance.criteria import unit_importance
-from tapvit_jax.importance.residual import eliminate
-from tapvit_jax.prune.units import unit_table
+from tapvit_jax.importance.residual import eliminate, residual_importance
+from tapvit_jax.prune.units import unit_key, unit_table
 from tapvit_jax.sharding import data_mesh
 
 ONE = data_mesh(jax.local_devices()[:1])
@@ -89,3 +89,11 @@ def test_scores_of_a_model(request, images, backbone):
     scores = found["blocks_0/mlp"]
     # Of two units that always agree one is free.
     assert min(scores[3], scores[5]) < 1e-2 * max(scores[3], scores[5])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "qk", "vo"])
+def test_more_of_the_same_images_change_nothing(tiny_model, images, kind):
+    once, twice = (residual_importance(tiny_model, b, mesh=ONE) for b in ([images], [images] * 2))
+    for i in range(len(tiny_model.config.blocks)):
+        key = unit_key(i, kind)
+        np.testing.assert_allclose(twice[key], once[key], rtol=1e-3)
