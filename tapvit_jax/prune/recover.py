@@ -142,7 +142,9 @@ def recover(
         if untouched:
             streams.skip(i)
         else:
-            params = params | {name: _recover_block(streams, i, params.get(name, {}), keep, config)}
+            part = _recover_block(streams, i, params.get(name, {}), keep, config)
+            # A block without branches has no parameters, and no masks.
+            params = params | ({name: part} if part else {})
         on_share(1.0 / len(model.config.blocks))
     # In parallel, the classifier is left to what it has always seen.
     solvable = config.order == "sequential" and not getattr(model.config, "distilled", False)

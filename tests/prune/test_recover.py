@@ -444,6 +444,19 @@ def test_models_without_heads_can_be_recovered(tiny_config):
     assert dense_error(model, found, images) < dense_error(model, apply_masks(model, plan), images)
 
 
+def test_blocks_without_branches_can_be_recovered(tiny_config):
+    blocks = (
+        BlockConfig(0, 0, 0, 32, attn=False),
+        BlockConfig(0, 0, 0, 0, attn=False, mlp=False),
+    )
+    model = make("cls", dataclasses.replace(tiny_config, blocks=blocks))
+    plan, images = Plan(model.config, {"blocks_0/mlp": np.arange(32) < 12}), images_of(COUNT)
+    found = recovered(model, plan, [images])
+    assert_same(apply_masks(found, plan).params, found.params)
+    logits = np.asarray(found.apply(images))
+    np.testing.assert_allclose(reshape(found, plan).apply(images), logits, atol=1e-4)
+
+
 def test_devices_batches_and_processes_change_nothing(tiny, monkeypatch):
     plan, images = halved(tiny.config), images_of(COUNT)
     alone = np.asarray(recovered(tiny, plan, [images]).apply(images))
