@@ -53,9 +53,6 @@ class PruneConfig:
     def __post_init__(self):
         if self.criterion is not None:
             criterion(self.criterion)
-        uncoupled = self.criterion is None and not self.neurons.couple_qk_vo
-        if self.allocate.coupled and uncoupled:
-            raise InputError("allocate.coupled needs neurons.couple_qk_vo, so that scores agree")
         if self.allocate.attention != self.layers.attention:
             raise InputError(
                 f"allocate.attention is {self.allocate.attention!r} and layers.attention "

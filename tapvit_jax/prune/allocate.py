@@ -15,7 +15,7 @@ from tapvit_jax.prune.budget import Budget, Limits, within
 from tapvit_jax.prune.cost import FLOAT32_BYTES, Cost, Latency, block_cost, cost
 from tapvit_jax.prune.knapsack import exact_levels, greedy_levels
 from tapvit_jax.prune.mask import Plan, top_k_mask
-from tapvit_jax.prune.ranking import Ranking, ranking_rule, unit_costs
+from tapvit_jax.prune.ranking import Ranking, coupled_scores, ranking_rule, unit_costs
 from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.prune.units import (
     HEAD_KINDS,
@@ -108,7 +108,8 @@ class AllocateConfig:
         for every kind of unit.
       ragged: kept attention dims may differ from head to head (as published); reshaping pads them
         to the widest head, and the cost counts the padding.
-      coupled: queries, keys and values keep the same index set (as published).
+      coupled: queries, keys and values keep the same index set (as published), by the mean of their
+        scores; attention counts as one part, however it was probed.
       per_cost: for "global" and "isomorphic": scores count per MAC that a unit costs, or per
         parameter where parameters alone are bounded.
       normalize: for "global": scores count by the mean of their kind of unit.
@@ -189,7 +190,8 @@ def allocate(
       latency: predicts the time of a forward pass, for bounds on latency.
 
     Raises:
-      InputError: an infeasible budget (names the smallest feasible value), or missing scores.
+      InputError: an infeasible budget (names the smallest feasible value), missing scores, or
+        unequal dims that are to be coupled.
 
     Source: softmax as published (arXiv 2601.02437); rankings in `prune.ranking`; all else is ours.
     """
@@ -205,6 +207,9 @@ def allocate(
     missing = [group.key for group in groups if group.key not in units]
     if missing:
         raise InputError(f"no scores for {', '.join(missing)}")
+    if config.coupled:
+        units = coupled_scores(dense, units, normalize=config.normalize)
+        layers = None if layers is None else dataclasses.replace(layers, qk=None, vo=None)
     planner = _Planner(dense, config, groups, units, limits, latency)
     rule = _rule(dense, config, units, layers, limits, latency)
 

@@ -125,6 +125,30 @@ def isomorphic_rule(
     return _threshold_rule(scopes, groups, coupled)
 
 
+def coupled_scores(
+    config: TransformerConfig,
+    units: Mapping[str, Float[np.ndarray, "..."]],
+    *,
+    normalize: bool = False,
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """Scores by which queries, keys and values of a layer keep the same dims: the mean of both.
+
+    Args:
+      config: the dense model's.
+      units: scores by group key.
+      normalize: as in `global_rule`, before the mean is taken.
+
+    Raises:
+      InputError: scores missing, of another shape, not finite, or negative where they are to be
+        divided; unequal dims.
+
+    Source: ours.
+    """
+    groups = _groups(config, WIDTH_KINDS)
+    scores = _checked(groups, units, normalize)
+    return _coupled(groups, _normalized(groups, scores) if normalize else scores)
+
+
 def unit_costs(
     config: TransformerConfig, unit: Literal["macs", "params", "encoder_params"] = "macs"
 ) -> dict[str, float]:
@@ -174,7 +198,11 @@ def _values(
         scores = {group.key: scores[group.key] / _cost(group, costs) for group in groups}
     sizes = {group.key: float(group.size) for group in groups}
     if coupled:
-        scores, sizes = _coupled(groups, scores, sizes)
+        scores = _coupled(groups, scores)
+        for group in groups:
+            if group.kind == "vo":
+                del scores[group.key]
+                sizes[unit_key(group.block, "qk")] += sizes[group.key]
     positions = {}
     for key, found in scores.items():
         if ragged or found.ndim == 1:
@@ -227,22 +255,16 @@ def _cost(group: UnitGroup, costs: Mapping[str, float]) -> float:
 
 
 def _coupled(
-    groups: list[UnitGroup],
-    scores: dict[str, Float[np.ndarray, "..."]],
-    sizes: dict[str, float],
-) -> tuple[dict[str, Float[np.ndarray, "..."]], dict[str, float]]:
-    joined, weights = {}, {}
+    groups: list[UnitGroup], scores: dict[str, Float[np.ndarray, "..."]]
+) -> dict[str, Float[np.ndarray, "..."]]:
+    joined = dict(scores)
     for group in groups:
-        if group.kind == "vo":
-            continue
-        joined[group.key], weights[group.key] = scores[group.key], sizes[group.key]
         if group.kind == "qk":
             other = unit_key(group.block, "vo")
             if other not in scores or scores[other].shape != group.shape:
                 raise InputError(f"blocks_{group.block}: coupled ranking needs as many qk as vo")
-            joined[group.key] = (scores[group.key] + scores[other]) / 2
-            weights[group.key] += sizes[other]
-    return joined, weights
+            joined[group.key] = joined[other] = (scores[group.key] + scores[other]) / 2
+    return joined
 
 
 def _threshold_rule(

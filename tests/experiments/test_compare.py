@@ -152,8 +152,9 @@ def test_methods_keep_the_configs_limits():
     prune = METHODS["tap_published"].prune(base)
     expected = dataclasses.replace(NeuronConfig.as_published(), max_batches=50)
     assert prune.neurons == expected and prune.layers.max_batches == 1
-    with pytest.raises(InputError, match="couple_qk_vo"):
-        Method("taylor", "published").prune(base)
+    coupled = Method("taylor", "published").prune(base)
+    assert coupled.allocate == AllocateConfig.as_published()
+    assert not coupled.neurons.couple_qk_vo
 
 
 def test_a_name_can_carry_changes():

@@ -92,11 +92,12 @@ def test_any_criterion_of_the_registry_can_rank_the_units():
         assert unit.config.prune.layers == base.layers and (own or neurons == base.neurons)
     # Fields of a unit count together, whatever stands in the config.
     coupled = dataclasses.replace(tiny(), prune=PruneConfig.as_published())
-    with pytest.raises(InputError, match=r"unit 0: config.*allocate\.coupled needs"):
-        units([{"device": 0, "criterion": "tap"}], coupled)
-    (unit,) = units([{"device": 0, "criterion": "tap", "prune.allocate.coupled": False}], coupled)
-    assert unit.config.prune.neurons.couple_qk_vo is False
-    assert units([{"device": 0, "criterion": "fisher"}], coupled)[0].config.prune.allocate.coupled
+    heads = {"device": 0, "criterion": "tap", "prune.layers.attention": "heads"}
+    with pytest.raises(InputError, match=r"unit 0: config.*allocate\.attention is 'dims'"):
+        units([heads | {"prune.layers.ragged": False}], coupled)
+    for name in ("tap", "fisher"):
+        (unit,) = units([{"device": 0, "criterion": name}], coupled)
+        assert unit.config.prune.allocate.coupled
 
 
 def test_recoveries_choose_the_closed_form_and_fine_tuning():

@@ -200,6 +200,43 @@ def test_parts_are_pruned_by_their_own_scores(widths):
         assert block.qk_dim < 0.5 * SMALL.blocks[0].qk_dim < 0.7 * block.v_dim
 
 
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"widths": "softmax"},
+        {"widths": "sensitivity"},
+        {"widths": "exact"},
+        {"widths": "global", "per_cost": True, "normalize": True},
+    ],
+    ids=lambda options: options["widths"],
+)
+def test_coupled_dims_are_the_same_by_their_mean_score(options, parts):
+    units, layers = random_scores(SMALL, 7, ties=False)
+    units = {key: np.abs(scores) for key, scores in units.items()}
+    layers = random_parts(SMALL, 7) if parts else layers
+    config = AllocateConfig(coupled=True, **options)
+    plan = allocate(SMALL, units, layers, Budget(macs=0.6), config=config)
+    scale = dict.fromkeys(("qk", "vo"), 1.0)
+    if config.normalize:
+        scale = {k: np.mean([units[unit_key(i, k)] for i in range(4)]) for k in scale}
+    for i in range(len(SMALL.blocks)):
+        kept = plan.keep[unit_key(i, "qk")]
+        np.testing.assert_array_equal(kept, plan.keep[unit_key(i, "vo")])
+        score = sum(units[unit_key(i, kind)] / scale[kind] for kind in scale)
+        for mask, row in zip(kept, score, strict=True):
+            assert mask.all() or row[mask].min() >= row[~mask].max()
+    assert not all(plan.keep[unit_key(i, "qk")].all() for i in range(len(SMALL.blocks)))
+
+
+def test_unequal_dims_cannot_be_coupled():
+    blocks = (BlockConfig(4, 8, 16, 256), *SMALL.blocks[1:])
+    dense = dataclasses.replace(SMALL, blocks=blocks)
+    units, layers = random_scores(dense, 0, ties=False)
+    with pytest.raises(InputError, match="blocks_0: coupled ranking needs as many qk as vo"):
+        allocate(dense, units, layers, Budget(macs=0.6), config=AllocateConfig(coupled=True))
+
+
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
@@ -306,8 +343,6 @@ def test_budget_is_kept_and_used(dense, seed, ties, bounds, round_to, min_keep, 
 @given(seed=st.integers(0, 10**6), share=st.floats(0.15, 0.95), unit=st.sampled_from(UNITS))
 def test_ragged_plans_keep_the_budget_with_padding(seed, share, unit):
     units, layers = random_scores(SMALL, seed, ties=False)
-    for i in range(len(SMALL.blocks)):
-        units[unit_key(i, "qk")] = units[unit_key(i, "vo")]
     budget = Budget(**{unit: share})
     config = AllocateConfig(ragged=True, coupled=True)
     try:
@@ -389,8 +424,6 @@ def test_curves_are_recovered_from_their_points():
 
 def test_published_clipping_loses_budget_and_water_filling_does_not():
     units, _ = random_scores(SMALL, 3, ties=False)
-    for i in range(len(SMALL.blocks)):
-        units[unit_key(i, "qk")] = units[unit_key(i, "vo")]
     layers = LayerScores((0.5,), np.array([[0.0, 0.0, 0.0, 9.0]]), np.zeros((1, 4)))
     budget = Budget(encoder_params=0.7)
     used = {}
