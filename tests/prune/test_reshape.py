@@ -14,6 +14,8 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import check_params, flatten
 from tapvit_jax.models.registry import Model
+from tapvit_jax.models.vit import vit_config
+from tapvit_jax.pipeline import reshape_checked
 from tapvit_jax.prune.cost import cost, param_count
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape, reshape_tree, reshaped_config
@@ -74,6 +76,21 @@ def test_masked_equals_reshaped(tiny_config, images, variant, seed, ragged, dens
     check_params(backbone.param_shapes(small.config), small.params)
     assert cost(small.config).params == param_count(small.config)
     assert cost(small.config).params == sum(leaf.size for leaf in jax.tree.leaves(small.params))
+
+
+def test_models_that_compute_in_bfloat16_are_checked_in_float32():
+    sizes = {"image_size": 8, "patch_size": 4, "num_classes": 5}
+    config = vit_config(**sizes, depth=2, num_heads=4, embed_dim=384)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), backbone.param_shapes(config))
+    model, rng = Model(config, realistic(ones, 2)), np.random.default_rng(0)
+    images = rng.standard_normal((24, 8, 8, 3)).astype(np.float32)
+    width = config.blocks[0].mlp_dim
+    half = rng.permutation(width) < width // 2
+    plan = Plan(config, {unit_key(i, "mlp"): half for i in range(2)})
+    small, relative = reshape_checked(model, plan, images)
+    assert relative < 1e-5
+    assert small.config == reshaped_config(plan) and small.config.dtype == "bfloat16"
 
 
 def loss(config, params, images):
