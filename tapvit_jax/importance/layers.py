@@ -57,7 +57,8 @@ class LayerConfig:
     """How layers are probed.
 
     Attributes:
-      sparsity: shares of a branch's units that the probes remove, one probe each; 1 removes all.
+      sparsity: shares of a branch's units that the probes remove, one probe each; 1 removes the
+        branch, biases and all.
       direction: "forward" is KL(original || pruned); "reverse", as published, KL(pruned ||
         original).
       batch_quirk: sum over batches of (mean over images / batch size), as published, which makes
@@ -230,7 +231,8 @@ def _probe_gates(
     """Gates of zeros and ones for every probe of every branch of every block.
 
     A gate of zero on an MLP unit after GELU, on a value dim or on a query dim computes what zeroed
-    parameters compute, and lets the probes of a branch share all that comes before the gate.
+    parameters compute, and lets the probes of a branch share all that comes before the gate. Where
+    no unit stays, neither does the branch: its bias would go with it.
     """
     kinds = {"mlp": ("mlp",), "attn": ("head",) if config.attention == "heads" else ("qk", "vo")}
     gates: list[dict[Branch, Gates]] = []
@@ -247,6 +249,8 @@ def _probe_gates(
                     ).astype(np.float32)
                     for kind in kinds[branch]
                 }
+                there = [s < 1 for s in config.sparsity]
+                rows[branch][f"{branch}_branch"] = np.array(there, np.float32)
         gates.append(rows)
     return gates
 
@@ -381,6 +385,12 @@ def _recovered_probes(
             solved = solve_mlp(mlp, *kept_moments(folds, mask, kernel), mask, scale=scale)
             # The first layer's pruned units lead nowhere, and all probes can share them.
             found["mlp"].append({"mlp": {"fc2": solved["fc2"]}})
+    for kind in {"vo", "mlp"} & found.keys():
+        # Without units the branch goes, and the bias that was fitted in their place.
+        found[kind] = [
+            jax.tree.map(np.zeros_like, probe) if s == 1 else probe
+            for probe, s in zip(found[kind], config.sparsity, strict=True)
+        ]
     return {kind: jax.tree.map(lambda *a: np.stack(a), *probes) for kind, probes in found.items()}
 
 

@@ -96,7 +96,8 @@ def apply_with_taps(
 
     See `layers.Block` for the taps. Gates, when given, multiply the units of one block:
     {"blocks_i": {"mlp": (b, f), "vo": (b, h, v), "qk": (b, h, k), "head": (b, h)}}; those of qk
-    multiply the queries. What is not used of the taps costs nothing under jit.
+    multiply the queries. Gates "attn_branch" and "mlp_branch" have shape (b) and multiply what a
+    branch adds. What is not used of the taps costs nothing under jit.
     """
     return _module(config).apply({"params": params}, images, gates)
 

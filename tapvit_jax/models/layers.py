@@ -258,6 +258,7 @@ class Block(nn.Module):
             found, taps = Attention(spec, name="attn")(found, gates, outputs)
             found = from_windows(found, spec) if spec.window else found
             found = LayerScale(name="ls1")(found) if spec.layer_scale else found
+            found = _apply_gate(found, gates, "attn_branch")
             x = x[:, :outputs] + found.astype(x.dtype)
         x = x[:, :outputs]
         if spec.widths.mlp:
@@ -265,6 +266,7 @@ class Block(nn.Module):
             found, tap = Mlp(spec, name="mlp")(normed, gates)
             taps = taps | tap
             found = LayerScale(name="ls2")(found) if spec.layer_scale else found
+            found = _apply_gate(found, gates, "mlp_branch")
             x = x + found.astype(x.dtype)
         return x, taps
 

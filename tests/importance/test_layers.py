@@ -53,6 +53,7 @@ def slow_divergences(model, images, units, config):
             for row, sparsity in enumerate(config.sparsity if getattr(block, branch) else ()):
                 keys = [f"blocks_{i}/{kind}" for kind in kinds]
                 keep = {key: kept(units[key], sparsity, config.ragged) for key in keys}
+                keep[f"blocks_{i}/{branch}_branch"] = np.array(sparsity < 1)
                 pruned = log_probabilities(apply_masks(model, Plan(model.config, keep)), images)
                 a, b = (original, pruned) if config.direction == "forward" else (pruned, original)
                 column[row] = (np.exp(a) * (a - b)).sum(axis=1)
@@ -105,8 +106,9 @@ def test_whole_heads_are_probed(request, images, backbone, recovery):
         scores = units[f"blocks_{i}/head"]
         for row, count in enumerate((max(round(0.55 * block.num_heads), 1), 0)):
             mask = top_k_mask(scores, count)
-            if recovery == "none":
-                small = apply_masks(model, Plan(model.config, {f"blocks_{i}/head": mask}))
+            if recovery == "none" or count == 0:
+                keep = {f"blocks_{i}/head": mask, f"blocks_{i}/attn_branch": np.array(count > 0)}
+                small = apply_masks(model, Plan(model.config, keep))
             else:
                 # As a head without values; without the head, its queries and keys would go as well.
                 values = np.repeat(mask[:, None], block.v_dim, axis=1)
@@ -146,6 +148,24 @@ def test_recovered_scores_equal_the_slow_way(request, images, backbone, probed):
         np.testing.assert_allclose(score, expected, rtol=1e-2)
     np.testing.assert_allclose(found.attn, found.qk + found.vo)
     assert set(found.arrays()) == {"mlp", "attn", "qk", "vo"}
+
+
+@pytest.mark.parametrize("recovery", ["none", "ridge"])
+@pytest.mark.parametrize("branch", ["mlp", "attn"])
+def test_a_branch_without_units_takes_its_bias_along(tiny_model, images, branch, recovery):
+    last = {"mlp": "fc2", "attn": "proj"}[branch]
+    block = tiny_model.params["blocks_0"]
+    kernel = np.zeros_like(block[branch][last]["kernel"])
+    bias = 3 * np.random.default_rng(0).standard_normal(kernel.shape[-1]).astype(np.float32)
+    block = block | {branch: block[branch] | {last: {"kernel": kernel, "bias": bias}}}
+    model = tiny_model.replace(params=tiny_model.params | {"blocks_0": block})
+    config, one = LayerConfig((0.5, 1.0), recovery=recovery), data_mesh(jax.local_devices()[:1])
+    found = layer_importance(model, [images], random_scores(model.config), config=config, mesh=one)
+    plan = Plan(model.config, {f"blocks_0/{branch}_branch": np.array(False)})
+    original, without = (log_probabilities(m, images) for m in (model, apply_masks(model, plan)))
+    expected = (np.exp(original) * (original - without)).sum(axis=1).mean()
+    assert expected > 0.01
+    np.testing.assert_allclose(getattr(found, branch)[:, 0], [0, expected], atol=1e-5)
 
 
 def test_recovered_queries_and_keys_alone(tiny_model, images):
