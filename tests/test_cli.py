@@ -274,6 +274,13 @@ def test_bad_budgets_are_refused_before_any_work(work, tmp_path, budget, message
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ragged_heads_are_not_rounded(work, tmp_path):
+    with pytest.raises(tap.InputError, match="ragged heads have no common width"):
+        prune(work, tmp_path / "small", "--payload", work / "device.gmm",
+              "--method", "tap_published", "--round-to", "8", pool="nowhere")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_inputs_leave_nothing_behind(work, tmp_path):
     out = tmp_path / "out"
     payload = (work / "device.gmm").read_bytes()

@@ -107,7 +107,8 @@ class AllocateConfig:
       round_to: widths become multiples of this where the dense width allows it; one number, or one
         for every kind of unit.
       ragged: kept attention dims may differ from head to head (as published); reshaping pads them
-        to the widest head, and the cost counts the padding.
+        to the widest head, and the cost counts the padding. Dims of all heads are counted together,
+        so that `min_dim` and the multiples of qk and vo have to be 1.
       coupled: queries, keys and values keep the same index set (as published), by the mean of their
         scores; attention counts as one part, however it was probed.
       per_cost: for "global" and "isomorphic": scores count per MAC that a unit costs, or per
@@ -139,6 +140,12 @@ class AllocateConfig:
             raise InputError("branches needs widths 'greedy' or 'exact', and no ragged heads")
         if self.attention == "heads" and (self.ragged or self.coupled):
             raise InputError("attention 'heads' goes neither with ragged nor with coupled")
+        steps = self.step("qk"), self.step("vo"), self.min_dim
+        if self.ragged and max(steps) > 1:
+            raise InputError(
+                "ragged heads have no common width: round_to of qk and vo and min_dim are "
+                f"{steps}, expected 1"
+            )
         if self.per_cost and self.widths not in ("global", "isomorphic"):
             raise InputError("per_cost needs widths 'global' or 'isomorphic'")
         if self.normalize and self.widths != "global":

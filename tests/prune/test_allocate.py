@@ -179,6 +179,9 @@ def test_attention_branches_go_by_heads_too():
     [
         ({"attention": "heads", "ragged": True}, "attention 'heads' goes neither with ragged"),
         ({"attention": "head"}, "attention is 'head'"),
+        ({"ragged": True, "round_to": 8}, r"round_to of qk and vo .* are \(8, 8, 1\)"),
+        ({"ragged": True, "round_to": RoundTo(vo=2)}, r"are \(1, 2, 1\), expected 1"),
+        ({"ragged": True, "min_dim": 2}, r"are \(1, 1, 2\), expected 1"),
         ({"per_cost": True}, "per_cost needs widths 'global' or 'isomorphic'"),
         ({"normalize": True, "widths": "isomorphic"}, "normalize needs widths 'global'"),
     ],
@@ -355,6 +358,13 @@ def test_ragged_plans_keep_the_budget_with_padding(seed, share, unit):
     assert within(cost(reshaped_config(plan)), budget.limits(SMALL))
     for i in range(len(SMALL.blocks)):
         np.testing.assert_array_equal(plan.keep[unit_key(i, "qk")], plan.keep[unit_key(i, "vo")])
+
+
+def test_mlps_of_ragged_plans_are_rounded():
+    units, layers = random_scores(SMALL, 0, ties=False)
+    config = AllocateConfig(ragged=True, round_to=RoundTo(mlp=64))
+    small = reshaped_config(allocate(SMALL, units, layers, Budget(macs=0.6), config=config))
+    assert all(block.mlp_dim % 64 == 0 for block in small.blocks)
 
 
 def test_typical_budgets_are_used_to_99_percent():
