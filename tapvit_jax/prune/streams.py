@@ -5,6 +5,7 @@ Letters as in `prune.recover`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -414,7 +415,9 @@ def _logit_sums(
         rows = jnp.broadcast_to(real[:, None, None], (len(real), windows, spec.attended))
 
     def by_device(a: Array, behind: int) -> Array:
-        return a.reshape(devices, -1, *a.shape[a.ndim - behind :]).astype(jnp.float32)
+        # Shapes in full, as in `_add_rows`.
+        outer, inner = a.shape[: a.ndim - behind], a.shape[a.ndim - behind :]
+        return a.reshape(devices, math.prod(outer) // devices, *inner).astype(jnp.float32)
 
     def gram(a: Array, weighted: Array) -> Array:
         return jnp.einsum("vbnhk,vbnhl->vhkl", a, weighted)

@@ -1,5 +1,7 @@
 """Elimination against least squares solved anew, and the scores of a whole model."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,12 @@ import pytest
 from tapvit_jax.importance import residual
 from tapvit_jax.importance.criteria import unit_importance
 from tapvit_jax.importance.residual import eliminate, residual_importance
+from tapvit_jax.models import backbone
+from tapvit_jax.models.layers import BlockConfig
+from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.units import unit_key, unit_table
 from tapvit_jax.sharding import data_mesh
+from tests.conftest import realistic
 
 ONE = data_mesh(jax.local_devices()[:1])
 
@@ -97,3 +103,14 @@ def test_more_of_the_same_images_change_nothing(tiny_model, images, kind):
     for i in range(len(tiny_model.config.blocks)):
         key = unit_key(i, kind)
         np.testing.assert_allclose(twice[key], once[key], rtol=1e-3)
+
+
+@pytest.mark.parametrize("block", [BlockConfig(2, 0, 3, 0), BlockConfig(0, 4, 4, 8)])
+def test_blocks_without_heads_or_dims_are_scored(tiny_config, images, block):
+    config = dataclasses.replace(tiny_config, blocks=(block,))
+    model = Model(config, realistic(backbone.init(config, jax.random.key(0))))
+    found = residual_importance(model, [images], mesh=ONE)
+    for group in unit_table(config):
+        if group.kind in ("mlp", "qk", "vo"):
+            assert found[group.key].shape == group.shape
+            assert not group.size or found[group.key].max() > 0
