@@ -342,7 +342,9 @@ def solve_values(
     kernel = np.zeros_like(dense)
     kernel[slots] = found
     solved = _unscaled(kernel, bias, attn["proj"], scale)
-    branch = _float32((turn @ found, bias))
+    # A layer scale of zero adds nothing, whatever the stream lacks there.
+    seen = np.not_equal(scale, 0.0)
+    branch = _float32((turn @ found * seen, bias * seen))
     return _float32({"v": values, "proj": solved}), branch
 
 

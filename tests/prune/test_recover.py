@@ -444,6 +444,26 @@ def test_models_without_heads_can_be_recovered(tiny_config):
     assert dense_error(model, found, images) < dense_error(model, apply_masks(model, plan), images)
 
 
+def test_layer_scales_of_zero_add_nothing_to_the_recovered_stream(tiny_config, monkeypatch):
+    model, images = make("distilled", tiny_config), images_of(COUNT)
+    block = model.params["blocks_1"]
+    gamma = np.where(np.arange(16) == 3, 0.0, block["ls1"]["gamma"]).astype(np.float32)
+    model = model.replace(params=model.params | {"blocks_1": block | {"ls1": {"gamma": gamma}}})
+    passed, pass_mlp = [], Streams.pass_mlp
+
+    def watched(self, *given):
+        pass_mlp(self, *given)
+        passed.append(self._found[0])
+
+    monkeypatch.setattr(Streams, "pass_mlp", watched)
+    # What the branch that is gone has added is missing in all channels.
+    keep = halved(model.config).keep | {"blocks_0/mlp_branch": np.array(False)}
+    found = recovered(model, Plan(model.config, keep), [images])
+    run = jax.jit(backbone.apply_blocks, static_argnums=0)
+    expected = run(model.config, found.params, images)
+    np.testing.assert_allclose(passed[-1], expected, atol=1e-3)
+
+
 def test_blocks_without_branches_can_be_recovered(tiny_config):
     blocks = (
         BlockConfig(0, 0, 0, 32, attn=False),
