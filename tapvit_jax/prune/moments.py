@@ -21,6 +21,9 @@ PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, np.inf)
 _DEFAULT_PENALTY = 1e-2
 _TINY = 1e-30
 
+# On accelerators products of float32 are coarser by default than what is solved from them allows.
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
 
 class Moments(NamedTuple):
     """Weighted sums over rows of features x and targets y, centred.
@@ -71,10 +74,10 @@ def row_moments(
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     weight = weights.sum()
     shares = weights / jnp.maximum(weight, _TINY)
-    mean_x, mean_y = shares @ x, shares @ y
+    mean_x, mean_y = _product(shares, x), _product(shares, y)
     x, y = x - mean_x, y - mean_y
     weighted = (x * weights[:, None]).T
-    return Moments(weight, mean_x, mean_y, weighted @ x, weighted @ y)
+    return Moments(weight, mean_x, mean_y, _product(weighted, x), _product(weighted, y))
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -35,6 +35,9 @@ from tapvit_jax.models.vit import ViTConfig
 from tapvit_jax.prune.moments import Moments, merge, on_host, row_moments
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 
+# For sums that layers are solved from: products of float32 are coarser by default on accelerators.
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def _token_weights(config: TransformerConfig, i: int) -> Float[np.ndarray, "n"]:
     """Which tokens behind a block anything depends on: behind a ViT's last, those it classifies."""
@@ -312,7 +315,7 @@ def _add_hidden(
     hidden = apply_block_with_taps(_behind_attention(spec), part, x)[1]["mlp"]
     targets = target - x
     if kernel is not None:
-        linear = hidden.astype(jnp.float32) @ kernel
+        linear = jnp.matmul(hidden.astype(jnp.float32), kernel, precision=_HIGHEST)
         targets = jnp.concatenate([targets.astype(jnp.float32), linear], axis=-1)
     return _add_rows(devices, hidden[..., :first], targets, real[:, None] * weights, sums)
 
@@ -420,11 +423,13 @@ def _logit_sums(
         return a.reshape(devices, math.prod(outer) // devices, *inner).astype(jnp.float32)
 
     def gram(a: Array, weighted: Array) -> Array:
-        return jnp.einsum("vbnhk,vbnhl->vhkl", a, weighted)
+        return jnp.einsum("vbnhk,vbnhl->vhkl", a, weighted, precision=_HIGHEST)
 
     q, k = (by_device(taps[name], 3) for name in ("q", "k"))
+    # What all keys have in common does not count, and would cancel only up to rounding.
+    k = k - k.mean(axis=2, keepdims=True)
     attention, rows = by_device(taps["attention"], 3), by_device(rows, 1)[..., None, None]
-    attended = jnp.einsum("vbhnm,vbmhk->vbnhk", attention, k)
+    attended = jnp.einsum("vbhnm,vbmhk->vbnhk", attention, k, precision=_HIGHEST)
     received = (attention * rows[:, :, None, :, 0]).sum(axis=3).swapaxes(2, 3)[..., None]
     keys = gram(k, received * k) - gram(attended, rows * attended)
     return gram(q, rows * q), keys, rows.sum(axis=(1, 2, 3, 4))
