@@ -135,7 +135,8 @@ class AllocateConfig:
     def __post_init__(self):
         check_choices(self)
         if self.min_dim < 1 or (isinstance(self.round_to, int) and self.round_to < 1):
-            raise InputError("round_to and min_dim must be 1 or more")
+            found = f"round_to is {self.round_to} and min_dim {self.min_dim}"
+            raise InputError(f"{found}, expected 1 or more")
         if self.branches and (self.widths not in ("greedy", "exact") or self.ragged):
             raise InputError("branches needs widths 'greedy' or 'exact', and no ragged heads")
         if self.attention == "heads" and (self.ragged or self.coupled):
@@ -153,7 +154,8 @@ class AllocateConfig:
         if self.coupled and self.step("qk") != self.step("vo"):
             raise InputError("coupled qk and vo need the same round_to")
         if not 0 <= self.min_keep <= 1 or not 0 < self.attn_share <= 1:
-            raise InputError("min_keep must lie in [0, 1] and attn_share in (0, 1]")
+            found = f"min_keep is {self.min_keep} and attn_share {self.attn_share}"
+            raise InputError(f"{found}, expected 0 to 1, and attn_share above 0")
 
     def step(self, kind: str) -> int:
         """The multiple that widths of a kind are rounded to; heads are not."""

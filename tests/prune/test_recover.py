@@ -10,7 +10,7 @@ from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.layers import BlockConfig
-from tapvit_jax.models.params import flatten
+from tapvit_jax.models.params import flatten, unflatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune import moments, streams
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
@@ -301,6 +301,20 @@ def test_a_recovered_model_is_a_masked_one_and_reshapes(case, name):
     small, logits = reshape(found, plan), np.asarray(found.apply(images))
     assert np.isfinite(logits).all()
     np.testing.assert_allclose(small.apply(images), logits, atol=1e-4 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_dead_and_repeated_units_and_a_single_image_leave_finite_numbers(case, order):
+    model, plan, images = case
+    leaves = flatten(jax.tree.map(np.array, model.params))
+    for path, leaf in leaves.items():
+        if path[1:] in (("mlp", "fc1", "kernel"), ("attn", "v", "kernel"), ("attn", "q", "kernel")):
+            # Units are last: a dead one, and two that are one.
+            leaf[..., 0], leaf[..., 2] = 0.0, leaf[..., 1]
+    dead = model.replace(params=unflatten(leaves))
+    found = recovered(dead, plan, [images[:1]], config=RecoverConfig(order=order))
+    assert all(np.isfinite(leaf).all() for leaf in flatten(found.params).values())
+    assert np.isfinite(found.apply(images)).all()
 
 
 @pytest.mark.parametrize("variant", ["cls", "swin"])
