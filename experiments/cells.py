@@ -5,10 +5,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.config import ExperimentConfig, latency_identity
+from experiments.config import ExperimentConfig
 from experiments.job import Job
 from experiments.methods import PEER, RECOVERIES, Method, find_set
-from tapvit_jax.convert.weights import fingerprint
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash
 from tapvit_jax.proxy.gmm import GmmConfig
@@ -74,7 +73,8 @@ class Cell:
     """One method under one budget on one device's images of one kind.
 
     Attributes:
-      key: hash of everything its result depends on, whatever else is compared.
+      key: hash of everything its result depends on but the contents of files, whatever else is
+        compared.
       partners: positions of the cells that are fine-tuned with it in one program.
     """
 
@@ -130,19 +130,16 @@ def cells_of(config: ExperimentConfig, grid: Grid) -> list[Cell]:
     """All cells, those that share most next to each other.
 
     Raises:
-      InputError: a device that does not exist, or a checkpoint or latency table that is not there.
+      InputError: a device that does not exist.
     """
     devices = config.data.partition.num_devices
     for device in grid.devices:
         if device >= devices:
             raise InputError(f"--devices names {device}, expected 0 to {devices - 1}")
-    weights = config.dense.weights
-    shared = {"weights": None if weights is None else fingerprint(weights)}
-    shared |= latency_identity(config)
     found: list[Cell] = []
     for seed in grid.seeds:
         base = seed_config(config, grid, seed)
-        shared |= {"job": Job.shared_key(base), "seed": seed}
+        shared = {"job": Job.shared_key(base), "seed": seed}
         for images, (name, method) in itertools.product(grid.sets, grid.methods.items()):
             everywhere = grid.set_methods is None or name in grid.set_methods
             if not (everywhere or images == grid.sets[0]):

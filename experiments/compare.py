@@ -35,7 +35,7 @@ from experiments.cells import (
     recipe,
     seed_config,
 )
-from experiments.config import ExperimentConfig, identity
+from experiments.config import ExperimentConfig, NamedFiles, identity
 from experiments.job import Job, Pruned
 from experiments.methods import DEFAULT_METHODS, PEER, RECOVERIES, SETS, find_methods, image_sets
 from experiments.peers import PEERS, available
@@ -100,6 +100,7 @@ class Comparison:
         self.cells = cells_of(config, grid)
         self.stages = Stages(workdir / "stages")
         self._quiet = quiet or not distributed.is_main()
+        self._files = NamedFiles()
         self._job: tuple[int, Job] | None = None
         self._widths = [max(len(str(cell.labels()[n])) for cell in self.cells) for n in COLUMNS]
         self._widths = [max(w, len(n)) for w, n in zip(self._widths, COLUMNS, strict=True)]
@@ -111,12 +112,14 @@ class Comparison:
           why cells failed, by position.
 
         Raises:
-          InputError: the work directory belongs to another config or cannot be written; images or
-            a dense model that cannot be had.
+          InputError: the work directory belongs to another config or cannot be written; images, a
+            dense model or a latency table that cannot be had.
         """
         plain = {"program": "experiments.compare", "mode": self._mode, **identity(self.config)}
+        named = all_succeed(lambda: self._files.identity(self.config))
         distributed.check_agreement(
-            {"config": plain, "cells": [cell.key for cell in self.cells]}, "the hosts"
+            {"config": plain, "cells": [cell.key for cell in self.cells], "files": named},
+            "the hosts",
         )
         on_main(lambda: claim_workdir(self.workdir, plain))
         self.progress = Progress(self._total(), self._quiet, lines=False)
@@ -216,7 +219,7 @@ class Comparison:
             if not self._quiet:
                 tqdm.write(traceback.format_exc(), file=sys.stderr)
             return one_line(f"{type(error).__name__}: {error}")
-        on_main(lambda: write_row(self._path(cell), cell.key, row))
+        on_main(lambda: write_row(self._path(cell), self._row_key(cell), row))
         return None
 
     def _row(self, cell: Cell) -> dict[str, Any]:
@@ -307,7 +310,11 @@ class Comparison:
         return weight + UNITS["recover"] * bool(cell.epochs)
 
     def _result(self, cell: Cell, say: bool = False) -> dict[str, Any] | None:
-        return read_row(self._path(cell), cell.key, say)
+        path = self._path(cell)
+        return read_row(path, self._row_key(cell), say) if path.exists() else None
+
+    def _row_key(self, cell: Cell) -> str:
+        return content_hash([cell.key, self._files.identity(self.config)])
 
     def _path(self, cell: Cell) -> Path:
         return self.workdir / "cells" / f"{cell.key[:24]}.json"

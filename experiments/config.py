@@ -1,14 +1,17 @@
 """What an experiment's config file may say; anything else is refused by name."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from tapvit_jax.convert.weights import fingerprint
 from tapvit_jax.data.partition import PartitionConfig
 from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash, read_json
 from tapvit_jax.models.backbone import Config
@@ -151,15 +154,29 @@ class ExperimentConfig:
         return Budget.parse(self.budgets[device % len(self.budgets)])
 
 
-def latency_identity(config: ExperimentConfig) -> dict[str, str]:
-    """What keys of results hold of the latency table, which may change under its path.
+class NamedFiles:
+    """What configs name by a path and may change there: images, weights and latency tables.
 
-    Raises:
-      InputError: a table that is not there or no JSON.
+    Each is read once, when a config that names it is first asked for.
     """
-    if config.latency_table is None:
-        return {}
-    return {"latency": content_hash(read_json(config.latency_table))}
+
+    def __init__(self):
+        self._source = functools.cache(lambda spec: open_source(spec).fingerprint())
+        self._weights = functools.cache(fingerprint)
+        self._table = functools.cache(lambda path: content_hash(read_json(path)))
+
+    def identity(self, config: ExperimentConfig) -> dict[str, str | None]:
+        """What keys of results hold of a config's files.
+
+        Raises:
+          InputError: something that is not there or cannot be read.
+        """
+        weights, table = config.dense.weights, config.latency_table
+        return {
+            "source": self._source(config.data.source),
+            "weights": None if weights is None else self._weights(weights),
+            "latency": None if table is None else self._table(table),
+        }
 
 
 def identity(config: ExperimentConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import arguments, joined
-from experiments.config import ExperimentConfig, grid, identity, latency_identity
+from experiments.config import ExperimentConfig, NamedFiles, grid, identity
 from experiments.job import Job, Pruned, keep_ratios
 from experiments.preparation import UNITS, Found, ImageSets
 from tapvit_jax import distributed
@@ -77,7 +77,8 @@ class Unit:
       config: the base config with the overrides; `budgets` holds the one budget.
       recovery: a name in `RECOVERIES`; `config.compensate` follows it.
       partners: numbers of the units that are fine-tuned with it in one program, itself included.
-      key: hash of everything its result depends on; the same wherever it stands in a grid.
+      key: hash of everything its result depends on but the contents of files; the same wherever it
+        stands in a grid.
     """
 
     number: int
@@ -145,8 +146,7 @@ def _unit(base: ExperimentConfig, number: int, overrides: Mapping[str, Any]) -> 
     method = RECOVERIES[recovery][0] or config.compensate.method
     compensate = dataclasses.replace(config.compensate, method=method)
     config = dataclasses.replace(config, compensate=compensate)
-    identified = {"config": identity(config), "device": device, "recovery": recovery}
-    key = content_hash(identified | latency_identity(config))
+    key = content_hash({"config": identity(config), "device": device, "recovery": recovery})
     return Unit(number, to_plain(overrides), config, device, recovery, (number,), key)
 
 
@@ -205,6 +205,7 @@ class Sweep:
         self.units = resolve(config, overrides)
         self.stages = Stages(workdir / "stages")
         self._quiet = quiet or not distributed.is_main()
+        self._files = NamedFiles()
         self._job: tuple[str, Job] | None = None
         self._table = joined.LiveTable(*self._columns())
 
@@ -218,12 +219,12 @@ class Sweep:
           why units failed, by number.
 
         Raises:
-          InputError: the work directory belongs to another config or cannot be written.
+          InputError: the work directory belongs to another config or cannot be written; images,
+            weights or a latency table that are not there.
         """
         plain = identity(self.config)
-        distributed.check_agreement(
-            {"config": plain, "grid": [unit.key for unit in self.units]}, "the hosts"
-        )
+        keys = all_succeed(lambda: [self._row_key(unit) for unit in self.units])
+        distributed.check_agreement({"config": plain, "grid": keys}, "the hosts")
         on_main(lambda: claim_workdir(self.workdir, {"program": "experiments.sweep", **plain}))
         chosen = [self.units[n] for n in (range(len(self.units)) if numbers is None else numbers)]
         shared = {Job.shared_key(unit.config): unit.config for unit in chosen}
@@ -336,7 +337,7 @@ class Sweep:
                 failure["traceback"] = traceback.format_exc().splitlines()
             on_main(lambda: write_json(self._path(unit, ".failed.json"), failure))
             return
-        on_main(lambda: write_row(self._path(unit, ".json"), unit.key, row))
+        on_main(lambda: write_row(self._path(unit, ".json"), self._row_key(unit), row))
 
     def _row(self, unit: Unit) -> dict[str, Any]:
         job, d, title = self._job_of(unit), unit.device, f"unit {unit.number}"
@@ -415,7 +416,11 @@ class Sweep:
         return self._job[1]
 
     def _result(self, unit: Unit, say: bool = False) -> dict[str, Any] | None:
-        return read_row(self._path(unit, ".json"), unit.key, say)
+        path = self._path(unit, ".json")
+        return read_row(path, self._row_key(unit), say) if path.exists() else None
+
+    def _row_key(self, unit: Unit) -> str:
+        return content_hash([unit.key, self._files.identity(unit.config)])
 
     def _path(self, unit: Unit, suffix: str) -> Path:
         return self.workdir / "units" / f"{unit.key[:16]}{suffix}"

@@ -14,7 +14,10 @@ import pytest
 
 from configs import digits, tiny_imagenet_40, tiny_imagenet_40_swin
 from experiments import joined, report
+from experiments.cells import Grid
+from experiments.compare import Comparison
 from experiments.config import ExperimentConfig, grid, identity, read
+from experiments.methods import find_methods
 from experiments.sweep import Sweep, default_grid, print_status, resolve
 from tapvit_jax import files
 from tapvit_jax.errors import InputError
@@ -23,6 +26,8 @@ from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.importance.neurons import NeuronConfig
 from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.prune.recover import RecoverConfig
+from tapvit_jax.stages import write_row
+from tapvit_jax.structs import from_plain, to_plain
 from tests.experiments import tiny_sweep
 
 IMPOSSIBLE = {"device": 1, "budget": "macs=0.0001", "recovery": "none"}
@@ -307,6 +312,37 @@ def test_fewer_pool_images_than_asked_for_are_refused(tmp_path):
     config.select.finetune_count = 10_000
     sweep = Sweep(read(config), [{"device": 0}], tmp_path / "work", quiet=True)
     assert "finetune_count is 10000, but the public pool has" in sweep.run()[0]
+
+
+@pytest.mark.parametrize("changed", ["weights.safetensors", "table.json", "images/a/0.png"])
+@pytest.mark.parametrize("program", ["sweep", "compare"])
+def test_rows_do_not_outlive_the_files_that_they_came_from(tmp_path, program, changed):
+    for name in ("weights.safetensors", "images/a/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"one")
+    (tmp_path / "table.json").write_text("1")
+    plain = to_plain(tiny()) | {"latency_table": str(tmp_path / "table.json")}
+    plain["data"]["source"] = str(tmp_path / "images")
+    plain["dense"]["weights"] = str(tmp_path / "weights.safetensors")
+    config = from_plain(ExperimentConfig, plain)
+
+    def found():
+        if program == "sweep":
+            made = Sweep(config, [{"device": 0}], tmp_path / "work", quiet=True)
+            return made, made._result(made.units[0])
+        methods = find_methods(["random"])
+        only = Grid(methods, ("random",), None, ("macs=0.5",), (0,), (0,))
+        made = Comparison(config, only, tmp_path / "work", quiet=True)
+        return made, made._result(made.cells[0])
+
+    made, before = found()
+    if program == "sweep":
+        write_row(made._path(made.units[0], ".json"), made._row_key(made.units[0]), {"top1": 1})
+    else:
+        write_row(made._path(made.cells[0]), made._row_key(made.cells[0]), {"top1": 1})
+    assert before is None and found()[1] == {"top1": 1}
+    (tmp_path / changed).write_text("22")
+    assert found()[1] is None
 
 
 # Workers and disks.
