@@ -42,7 +42,7 @@ from tapvit_jax.proxy.shares import (
 )
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.latency import LatencyModel
-from tapvit_jax.stages import Artefact, Stages, all_succeed, on_main
+from tapvit_jax.stages import Artefact, Scratch, Stages, all_succeed, on_main
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.classes import prior_weights
 from tapvit_jax.train.evaluate import predict
@@ -170,10 +170,10 @@ class Preparation:
         title: str,
         units: float,
         inputs: Mapping[str, Any],
-        compute: Callable[[Step, Path], tuple[Mapping[str, np.ndarray], Mapping[str, Any]]],
+        compute: Callable[[Step, Scratch], tuple[Mapping[str, np.ndarray], Mapping[str, Any]]],
     ) -> Artefact:
         """Run a stage; only one that is computed gets a line."""
-        scratch = self.stages.scratch(f"{name}-{self.stages.key(name, inputs)[:16]}")
+        scratch = self.stages.scratch(name, inputs)
 
         def timed():
             with self.progress.step(title, units) as step:

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +61,20 @@ class Artefact:
     cached: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+    """A directory for a stage's own unfinished work, such as checkpoints.
+
+    What another run left there is no one's: it may be deleted. `Stages.run` deletes all of it once
+    the stage's artefact is there.
+
+    Attributes:
+      path: the directory, which need not exist.
+    """
+
+    path: Path
+
+
 Compute = Callable[[], tuple[Mapping[str, np.ndarray], Mapping[str, Any]]]
 
 
@@ -105,11 +120,15 @@ class Stages:
                     found = all_succeed(
                         lambda: self._write(directory, key, inputs, arrays, meta) if main else None
                     )
-            return all_succeed(lambda: found or self._read(directory, key))
+            artefact = all_succeed(lambda: found or self._read(directory, key))
+        if main:
+            # Also what a program left that was killed between the artefact and this line.
+            shutil.rmtree(self.scratch(name, inputs).path, ignore_errors=True)
+        return artefact
 
-    def scratch(self, name: str) -> Path:
-        """A directory for a stage's own unfinished work, such as checkpoints."""
-        return self._directory / "unfinished" / name
+    def scratch(self, name: str, inputs: Mapping[str, Any]) -> Scratch:
+        """Where a stage may keep unfinished work; gone when its artefact is there."""
+        return Scratch(self._directory / "unfinished" / self.directory(name, inputs).name)
 
     def _claim(self, directory: Path, key: str, stack: contextlib.ExitStack) -> Artefact | None:
         """Take the stage's lock; whoever held it before may have computed the stage."""

@@ -245,9 +245,32 @@ def test_results_that_are_no_numbers_are_not_cached(tmp_path, value):
 
 def test_scratch_lies_beside_the_artefacts(tmp_path):
     stages = Stages(tmp_path)
-    assert stages.scratch("a") != stages.scratch("b")
-    assert tmp_path in stages.scratch("a").parents
+    assert stages.scratch("a", INPUTS) != stages.scratch("b", INPUTS) != stages.scratch("b", {})
+    assert tmp_path in stages.scratch("a", INPUTS).path.parents
     assert entries(tmp_path) == []
+
+
+def test_unfinished_work_stays_until_the_artefact_has_its_name(tmp_path, monkeypatch):
+    stages = Stages(tmp_path)
+    scratch = stages.scratch("train", INPUTS).path
+
+    def compute():
+        scratch.mkdir(parents=True, exist_ok=True)
+        return ARRAYS, META
+
+    def stop(arrays, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(safetensors.numpy, "save_file", stop)
+        stages.run("train", INPUTS, compute)
+    assert scratch.is_dir()
+    check(stages.run("train", INPUTS, compute), cached=False)
+    assert not scratch.exists()
+    # As if it had been killed with the artefact there.
+    scratch.mkdir()
+    check(stages.run("train", INPUTS, compute), cached=True)
+    assert not scratch.exists()
 
 
 CONFIG = {"seed": 0, "train": {"epochs": 3, "rates": [0.1, 0.2]}, "name": "a"}

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import WriteError, read_json, write_json
-from tapvit_jax.stages import differences
+from tapvit_jax.stages import Scratch, differences
+from tapvit_jax.versions import library_versions
 
 _KEPT = 2
 _NAME = re.compile(r"step_(\d{9})")
@@ -33,22 +34,27 @@ class Checkpoints:
     goes on from a whole state. Several processes need a directory that all of them see; process 0
     decides which state all of them take.
 
-    As a context manager it removes them when the body succeeds and keeps them otherwise.
+    As a context manager it removes them when the body succeeds and keeps them otherwise. A stage's
+    `Scratch` it never removes: the stage does, when its artefact is there.
 
     Args:
       directory: where to keep them.
-      identity: plain values that say which run this is; a resumed run must have the same.
+      identity: plain values that say which run this is; a resumed run must have the same, and the
+        same version of this package. In a `Scratch`, states of another run are deleted, and that is
+        said.
 
     Raises:
       InputError: the directory cannot be made or written to.
     """
 
-    def __init__(self, directory: Path, identity: dict[str, Any]):
+    def __init__(self, directory: Path | Scratch, identity: dict[str, Any]):
         # Orbax tells every step of its work, and errors with their call stacks before it raises
         # them; users want the progress line, and one line for an error.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._directory = directory.resolve()
-        self._identity = identity
+        self._lent = isinstance(directory, Scratch)
+        self._directory = (directory.path if self._lent else directory).resolve()
+        # Another version may take other steps from the same state.
+        self._identity = {"version": library_versions()["tapvit-jax"]} | identity
         if distributed.is_main():
             with self._disk_errors():
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -61,7 +67,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        self.close(delete=kind is None)
+        self.close(delete=kind is None and not self._lent)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Keep the state after a step, and what was measured so far.
@@ -89,7 +95,7 @@ class Checkpoints:
         """The latest whole state and its record, or None when there is none.
 
         Raises:
-          InputError: the checkpoints belong to another run.
+          InputError: the checkpoints belong to another run, in a directory that is no `Scratch`.
         """
         entries = _entries(template)
         for step in self._agreed(self._steps()):
@@ -98,12 +104,17 @@ class Checkpoints:
             # Process 0 has the word: what others see of the directory may be older.
             if distributed.sum_over_processes(np.array(float(reason is not None)))[()]:
                 reason = reason or "another process cannot read it"
-            elif differing := differences(note["identity"], self._identity):
-                raise InputError(
-                    f"{self._directory}: holds checkpoints of a run with another configuration; "
-                    f"these fields differ: {', '.join(differing)}. Choose another work directory "
-                    "or delete them"
-                )
+            elif differing := ", ".join(differences(note["identity"], self._identity)):
+                if not self._lent:
+                    raise InputError(
+                        f"{self._directory}: holds checkpoints of a run with another "
+                        f"configuration; these fields differ: {differing}. Choose another work "
+                        "directory or delete them"
+                    )
+                reason = f"it was made by another run: {differing}"
+                if distributed.is_main():
+                    # Else they would count among the latest, before those of this run.
+                    self._remove(target)
             else:
                 found, reason = self._read(target, entries)
                 if reason is None:

@@ -23,6 +23,7 @@ from tapvit_jax.files import content_hash
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params, tree_hash
 from tapvit_jax.sharding import AXIS, data_mesh
+from tapvit_jax.stages import Scratch
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
 from tapvit_jax.train.classes import ClassWeights, class_weights
@@ -73,7 +74,7 @@ def train(
     classes: Shaped[np.ndarray, "c"] | None = None,
     prior: Float[np.ndarray, "c"] | None = None,
     mesh: Mesh | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: Path | Scratch | None = None,
     on_epoch: Callable[[int, Metrics], None] | None = None,
 ) -> TrainResult:
     """Train a network and return the parameters of its best epoch.
@@ -100,7 +101,8 @@ def train(
       mesh: devices over which every batch is spread, of all processes; each process reads only its
         own rows. None is one device, or with several processes as many devices of each as divide a
         batch.
-      checkpoints: directory of the run's checkpoints; emptied when the run is done.
+      checkpoints: directory of the run's checkpoints; emptied when the run is done. In a stage's
+        `Scratch` those of another run are deleted, and the stage empties it.
       on_epoch: called after every epoch with its validation metrics.
 
     Raises:

@@ -20,6 +20,7 @@ from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
+from tapvit_jax.stages import Scratch
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
 from tapvit_jax.train.classes import ClassWeights
@@ -78,7 +79,7 @@ def train_variants(
     teacher: Teacher | None = None,
     mesh: Mesh | None = None,
     workers: int = 0,
-    checkpoints: Path | None = None,
+    checkpoints: Path | Scratch | None = None,
     on_epoch: Callable[[int, int, Metrics], None] | None = None,
 ) -> list[TrainResult]:
     """Train many variants at once; each ends as `train` alone would end it, but for rounding.
@@ -97,7 +98,7 @@ def train_variants(
       teacher: as for `train`, the same for all.
       mesh: the devices to use, of all processes; None is all there are.
       workers: processes that decode images (see `data.pipeline.batches`).
-      checkpoints: directory of the checkpoints; emptied when all variants are done.
+      checkpoints: directory of the checkpoints, as for `train`; emptied when all variants are done.
       on_epoch: called after every epoch with (variant, epoch, validation metrics).
 
     Returns:

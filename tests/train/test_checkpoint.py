@@ -12,7 +12,8 @@ import pytest
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.sharding import data_mesh
-from tapvit_jax.train import finetune
+from tapvit_jax.stages import Scratch
+from tapvit_jax.train import checkpoint, finetune
 from tapvit_jax.train.checkpoint import Checkpoints
 from tapvit_jax.train.loop import finished
 from tests.train.test_finetune import LONG, StopError, assert_trees_equal, long_run, make_data
@@ -61,6 +62,37 @@ def test_a_run_goes_on_within_an_epoch(tmp_path, monkeypatch, undisturbed, kille
     assert taken == 18 - resumed
     assert_same(found, undisturbed)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_starts_over_where_another_run_left_off(tmp_path, monkeypatch, caplog):
+    kill_before(monkeypatch, tmp_path / "run", 9)
+    with caplog.at_level(logging.WARNING, "tapvit_jax"):
+        found = long_run(Scratch(tmp_path / "run"), options=STEPS, seed=6)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and all("another run: seed (5 there, 6 here)" in text for text in told)
+    assert_same(found, long_run(options=STEPS, seed=6))
+    # Its own states lie there until the stage's artefact does: a kill in between costs no step.
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_step", lambda *_: pytest.fail("a step again"))
+        assert_same(long_run(Scratch(tmp_path / "run"), options=STEPS, seed=6), found)
+    with pytest.raises(InputError, match=r"fields differ: seed \(6 there, 5 here\)"):
+        long_run(tmp_path / "run", options=STEPS)
+
+
+def test_a_state_of_another_version_is_not_continued(tmp_path, monkeypatch, caplog):
+    keeper = Checkpoints(tmp_path / "run", {})
+    keeper.save(1, {"a": np.zeros(3)}, {})
+    keeper.close()
+    newer = checkpoint.library_versions() | {"tapvit-jax": "9.0.0"}
+    monkeypatch.setattr(checkpoint, "library_versions", lambda: newer)
+    with (
+        pytest.raises(InputError, match=r"fields differ: version \('.*' there, '9.0.0' here\)"),
+        Checkpoints(tmp_path / "run", {}) as keeper,
+    ):
+        keeper.restore({"a": np.ones(3)})
+    with Checkpoints(Scratch(tmp_path / "run"), {}) as keeper:
+        assert keeper.restore({"a": np.ones(3)}) is None
+    assert "left aside, it was made by another run: version" in caplog.text
 
 
 def truncate_files(step):
