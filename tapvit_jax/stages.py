@@ -295,6 +295,8 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         files that are none of ours.
     """
     path = workdir / "config.json"
+    # Listed first: whoever has written something by then has its config.json there as well.
+    entries = list(workdir.iterdir()) if workdir.is_dir() else []
     if path.exists():
         found = read_json(path)
         if not isinstance(found, dict):
@@ -308,9 +310,9 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
             )
         return
     # A program that was killed while it claimed the directory has left a part of the file.
-    if workdir.is_dir() and any(
+    if any(
         not (entry.name.startswith(".config.json.") and entry.suffix == ".partial")
-        for entry in workdir.iterdir()
+        for entry in entries
     ):
         raise InputError(f"{workdir}: is not empty and holds no config.json; choose another")
     write_json(path, config)

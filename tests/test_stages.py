@@ -305,6 +305,22 @@ def test_a_work_directory_that_was_half_claimed_can_be_claimed(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
 
 
+def test_a_work_directory_that_another_program_claims_meanwhile_is_shared(tmp_path, monkeypatch):
+    iterdir = Path.iterdir
+
+    def claimed_before(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "iterdir", iterdir)
+            claim_workdir(tmp_path, CONFIG)
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", claimed_before)
+    claim_workdir(tmp_path, CONFIG)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match=r"seed \(0 there, 1 here\)"):
+        claim_workdir(tmp_path, CONFIG | {"seed": 1})
+
+
 def test_foreign_work_directories_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match=r"is not empty and holds no config\.json"):
