@@ -10,8 +10,6 @@ in between, and several such commands at once share the work.
 """
 
 import contextlib
-import os
-import platform
 import shlex
 import sys
 import traceback
@@ -19,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 from tqdm import tqdm
 
@@ -36,6 +33,7 @@ from experiments.cells import (
     seed_config,
 )
 from experiments.config import ExperimentConfig, NamedFiles, identity
+from experiments.hardware import hardware
 from experiments.job import Job, Pruned
 from experiments.methods import DEFAULT_METHODS, PEER, RECOVERIES, SETS, find_methods, image_sets
 from experiments.peers import PEERS, available
@@ -339,23 +337,6 @@ class Comparison:
 
 def _percent(share: float) -> float:
     return round(100 * share, 4)
-
-
-def hardware() -> dict[str, Any]:
-    """What computed the cells of this run, for the record."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    devices = jax.devices()
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "backend": jax.default_backend(),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-    }
 
 
 def _peer_names(wanted: bool, methods: Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from experiments import peers
 from experiments.config import ExperimentConfig, identity
+from experiments.hardware import hardware
 from experiments.preparation import (
     BATCH,
     UNITS,
@@ -48,6 +49,7 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.stages import from_main
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.classes import likely_classes
 from tapvit_jax.train.evaluate import evaluate_indices
@@ -463,7 +465,8 @@ class Job(Preparation):
             "dense": to_plain(self.dense.config),
             "pruned": to_plain(small.config),
             "batch": batch,
-            "backend": jax.default_backend(),
+            # One machine's for all processes, which share the artefact.
+            "hardware": from_main(hardware()),
         }
         found = self._stage("latency", f"{title}: latency", UNITS["latency"], inputs, compute)
         return dict(found.meta)

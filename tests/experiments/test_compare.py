@@ -515,6 +515,17 @@ def test_fine_tuning_starts_where_it_is_told_to(job):
     np.testing.assert_allclose(small.value.apply(images), masked, rtol=1e-3, atol=1e-3)
 
 
+def test_times_are_measured_once_on_every_machine(job, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "experiments.job.latencies", lambda models, batch: measured.append(batch) or {"dense": {}}
+    )
+    for processor in ("one", "other", "one"):
+        monkeypatch.setattr("experiments.job.hardware", lambda name=processor: {"processor": name})
+        assert job.latency("", job.dense, 3) == {"dense": {}}
+    assert measured == [3, 3]
+
+
 def test_fine_tuned_cells_alone_and_together(finished, tmp_path):
     found, _ = finished
     (tmp_path / "stages").symlink_to(found.workdir / "stages")
