@@ -74,10 +74,13 @@ class TfdsSource(ImageSource):
             )
         raw = {"image": tfds.decode.SkipDecoding()}
         self._parts, labels, kinds = [], [], []
+        self._prepared: dict[str, Any] = {"version": str(builder.info.version)}
         for ours, theirs in wanted.items():
             try:
                 part = builder.as_data_source(theirs, decoders=raw)
-                labels.append(_read_labels(part, builder.info.splits[theirs].filepaths))
+                info = builder.info.splits[theirs]
+                labels.append(_read_labels(part, info.filepaths))
+                self._prepared[ours] = [theirs, info.num_bytes, list(info.shard_lengths)]
             except (
                 NotImplementedError,
                 ImportError,
@@ -121,9 +124,9 @@ class TfdsSource(ImageSource):
         )
 
     def fingerprint(self) -> str:
-        """Hash of the name and all labels."""
+        """Hash of the name, the version, all labels, and how many bytes the splits hold."""
         digest = hashlib.sha256(self.labels.tobytes()).hexdigest()
-        return content_hash({"name": self.name, "labels": digest})
+        return content_hash({"name": self.name, "labels": digest} | self._prepared)
 
 
 def _read_labels(part: Sequence[Any], files: Sequence[os.PathLike]) -> Int[np.ndarray, "n"]:

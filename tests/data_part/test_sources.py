@@ -646,6 +646,23 @@ def test_tfds(tmp_path):
     assert chosen.labels.tolist() == [1, 1, 0, 0]
     assert chosen.splits.tolist() == ["val"] + ["train"] * 3
     assert chosen.fingerprint() != source.fingerprint()
+    assert TfdsSource("mini", data_dir=tmp_path).fingerprint() == source.fingerprint()
+
+
+def test_tfds_prepared_anew_is_another_source(tmp_path):
+    found = []
+    for name, change in (
+        ("same", ("", "")),
+        ("images", ('"numBytes": "1"', '"numBytes": "2"')),
+        ("version", ("1.0.0", "1.0.1")),
+    ):
+        folder = write_tfds(tmp_path / name, {"train": [0, 1]})
+        found.append(TfdsSource("mini", data_dir=tmp_path / name).fingerprint())
+        info = folder / "dataset_info.json"
+        info.write_text(info.read_text().replace(*change))
+        folder.rename(folder.with_name(folder.name.replace(*change)))
+        found.append(TfdsSource("mini", data_dir=tmp_path / name).fingerprint())
+    assert len(set(found[::2])) == 1 and len(set(found[1::2])) == 3
 
 
 def test_tfds_through_open_source(tmp_path, monkeypatch):
