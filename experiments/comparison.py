@@ -355,6 +355,16 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     notes.append("Metric sets: " + "; ".join(f"{name}, {SETS[name]}" for name in used) + ".")
     if config["data"]["partition"]["leaks"]:
         notes.append(LEAKS)
+    elif any(row["epochs"] for row in rows):
+        chosen_on = dict.fromkeys(SETS, "all") | {
+            SELECTED: f"the likeliest {100 * config['validation_share']:g} %",
+            ORACLE: "those of the device's classes",
+        }
+        notes.append(
+            "Fine-tuning's epoch is chosen on public-validation images: "
+            + "; ".join(f"{name}, {chosen_on[name]}" for name in used)
+            + "."
+        )
     if results["missing"]:
         notes.append(f"{results['missing']} cells are not there yet.")
     return notes

@@ -435,12 +435,13 @@ class Preparation:
             metric = finetune[: select_config.metric_count]
         elif kind == ORACLE:
             order = np.random.default_rng([self.seed, d]).permutation(split.private_train)
-            # As many steps as with other sets: few images are taken several times in an epoch.
             finetune = np.resize(order, select_config.finetune_count)
             metric = order[: select_config.metric_count]
             validation = validation[np.isin(self.files.labels[validation], split.classes)]
         else:
             metric = finetune = pool
+        # As many steps for every set: few images are taken several times in an epoch.
+        finetune = np.resize(finetune, max(len(finetune), self.config.select.finetune_count))
         if self.config.data.partition.leaks:
             # As published: whatever the images, the epoch is chosen on what is reported.
             validation = split.private_test

@@ -429,6 +429,8 @@ def test_changed_metric_sets_are_chosen_anew(job):
     fewer, random = (image_sets(job, 1, f"{n}:metric_count=8") for n in ("selected", "random"))
     np.testing.assert_array_equal(random.metric, image_sets(job, 1, "random").metric[:8])
     assert len(fewer.metric) == 8 and len(fewer.finetune) == len(plain.finetune)
+    few = image_sets(job, 1, "selected:metric_count=8+finetune_count=24").finetune
+    assert len(few) == len(plain.finetune) and len(set(few.tolist())) == 24
     likely = image_sets(job, 1, "selected:method=top+components=1")
     assert set(likely.metric.tolist()) != set(plain.metric.tolist())
     # What others chose does not touch the config's own.
@@ -600,6 +602,20 @@ def test_a_summary_by_hand():
     assert ranks["b"]["budgets"] == {"macs=0.5": pytest.approx(5.5 / 3), "macs=0.25": 1.0}
     assert ranks["b"]["overall"] == pytest.approx(8.5 / 6) and ranks["a"]["overall"] is None
     assert summary["sets"] == []
+
+
+def test_notes_say_what_chooses_the_epoch_of_fine_tuning():
+    config = {"dense": {"weights": None}, "data": {"partition": {"leaks": False}}}
+    results = {"seeds": [0], "dense": "per_seed", "missing": 0}
+    results["config"] = config | {"validation_share": 0.5}
+    names = ("selected:metric_count=8", "oracle")
+    for epochs in (0, 2):
+        rows = [row("a", 70.0, set=name, epochs=epochs) for name in names]
+        found = comparison._notes(results | {"rows": rows})
+        assert len(found) == 2 + bool(epochs)
+    assert found[-1].endswith(
+        "images: selected, the likeliest 50 %; oracle, those of the device's classes."
+    )
 
 
 def test_metric_sets_are_paired_over_devices():
