@@ -156,8 +156,12 @@ class Comparison:
             "rows": rows,
             "failed": [self.cells[n].labels() | {"reason": why} for n, why in failed.items()],
             "missing": len(self.cells) - len(rows) - len(failed),
-            "summary": comparison.summarize(rows, self.grid.reference) if rows else {},
+            "summary": self._summary(rows) if rows else {},
         }
+
+    def _summary(self, rows: Sequence[comparison.Row]) -> dict[str, Any]:
+        shared = self.grid.dense == "shared"
+        return comparison.summarize(rows, self.grid.reference, shared_dense=shared)
 
     def _join(self, failed: Mapping[int, str]) -> None:
         # Locked: who has seen fewer results must not write after who has seen all.

@@ -30,7 +30,7 @@ _NONE = "–"  # noqa: RUF001
 _MINUS = "−"  # noqa: RUF001
 
 
-def summarize(rows: Sequence[Row], reference: str) -> dict[str, Any]:
+def summarize(rows: Sequence[Row], reference: str, *, shared_dense: bool = False) -> dict[str, Any]:
     """Means, paired differences, ranks and metric sets, as JSON values; accuracies in percent.
 
     Pairs share device, seed, budget, metric set and epochs (for metric sets: the method instead).
@@ -38,6 +38,8 @@ def summarize(rows: Sequence[Row], reference: str) -> dict[str, Any]:
     Args:
       rows: cells in the order in which methods, sets, budgets and epochs are to be listed.
       reference: the method that all others are compared with.
+      shared_dense: all seeds share the split of the data and the dense model, which then counts
+        once on every device.
     """
     cells: dict[tuple[str, int, str, str], list[Row]] = {}
     for row in rows:
@@ -47,7 +49,9 @@ def summarize(rows: Sequence[Row], reference: str) -> dict[str, Any]:
         key: {(row["device"], row["seed"]): row["top1"] for row in members}
         for key, members in cells.items()
     }
-    dense = {(row["device"], row["seed"]): row["dense_top1"] for row in rows}
+    dense = {
+        (row["device"], None if shared_dense else row["seed"]): row["dense_top1"] for row in rows
+    }
     return {
         "reference": reference,
         "dense": dataclasses.asdict(mean_interval(list(dense.values()))),

@@ -387,6 +387,7 @@ def test_a_grown_grid_computes_only_what_is_new(finished):
     shared = grid(("random_uniform",), sets=("random",), seeds=(0, 1), dense="shared")
     again = Comparison(tiny(), shared, found.workdir, quiet=True)
     assert again.run() == {}
+    assert again.results({})["summary"]["dense"]["count"] == 2
     # The dense model of the config's seed serves both; the second seed has images of its own.
     # The first seed's plans are there, but were not evaluated without recovery.
     assert counts(again) == {"units": 2, "plan": 2, "evaluate": 4}
@@ -616,6 +617,17 @@ def test_notes_say_what_chooses_the_epoch_of_fine_tuning():
     assert found[-1].endswith(
         "images: selected, the likeliest 50 %; oracle, those of the device's classes."
     )
+
+
+def test_a_dense_model_that_seeds_share_counts_once_on_every_device():
+    found = [
+        row("a", 70.0, device=d, seed=s, dense_top1=80.0 + d) for d in range(2) for s in range(3)
+    ]
+    counted = [
+        comparison.summarize(found, "a", shared_dense=shared)["dense"]["count"]
+        for shared in (False, True)
+    ]
+    assert counted == [6, 2]
 
 
 def test_metric_sets_are_paired_over_devices():
