@@ -174,7 +174,7 @@ def _content(config: ExperimentConfig, method: Method, epochs: int) -> dict[str,
     content = {"method": plain, "prune": to_plain(method.prune(config.prune))}
     content["recover"] = to_plain(RECOVERIES[method.recover])
     if epochs:
-        content["recipe"] = to_plain(recipe(config, epochs))
+        content["recipe"] = recipe(config, epochs).identity()
         content |= {"recover_on": config.recover_on, "likely_share": config.likely_share}
     return content
 

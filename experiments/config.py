@@ -183,6 +183,9 @@ def identity(config: ExperimentConfig) -> dict[str, Any]:
     """A config as JSON values, without what changes no result."""
     plain = to_plain(config)
     del plain["data"]["workers"]
+    plain["dense"]["train"] = config.dense.train.identity()
+    for name in ("extractor_train", "recover"):
+        plain[name] = getattr(config, name).identity()
     return plain
 
 

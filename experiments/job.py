@@ -324,7 +324,7 @@ class Job(Preparation):
             return to_arrays(result.params), meta
 
         inputs = self._recovery_inputs(pruned) | {
-            "recover": to_plain(options),
+            "recover": options.identity(),
             "recover_on": recover_on,
         }
         found = self._stage("recover", f"{title}: recover", UNITS["recover"], inputs, compute)
@@ -377,7 +377,7 @@ class Job(Preparation):
 
         inputs = {
             "members": [self._recovery_inputs(pruned) for pruned in members],
-            "recover": to_plain(options),
+            "recover": options.identity(),
         }
         found = self._stage(
             "recover_together", f"{title}: recover", UNITS["recover"], inputs, compute

@@ -206,7 +206,8 @@ class Preparation:
             return to_arrays(result.params), {"weights": None, "record": result.record}
 
         if dense.weights is None:
-            inputs = {"data": self.data_key, "dense": to_plain(dense)}
+            trained = to_plain(dense) | {"train": dense.train.identity()}
+            inputs = {"data": self.data_key, "dense": trained}
         else:
             inputs = {"network": to_plain(shapes), "weights": fingerprint(dense.weights)}
         found = self._stage("dense", "dense model", UNITS["dense"], inputs, compute)
@@ -289,7 +290,7 @@ class Preparation:
         inputs = {
             "data": self.data_key,
             "network": to_plain(network),
-            "train": to_plain(config.extractor_train),
+            "train": config.extractor_train.identity(),
         }
         found = self._stage("embedding", "embedding network", UNITS["extractor"], inputs, compute)
         return Found(found.key, to_params(found.arrays))

@@ -170,7 +170,7 @@ def _with_partners(units: list[Unit]) -> list[Unit]:
     groups: dict[str, list[Unit]] = {}
     for unit in units:
         if unit.finetuned and unit.config.recover_together > 1:
-            alike = [Job.shared_key(unit.config), to_plain(unit.config.recover)]
+            alike = [Job.shared_key(unit.config), unit.config.recover.identity()]
             alike.append(unit.config.recover_together)
             groups.setdefault(content_hash(alike), []).append(unit)
     result = list(units)

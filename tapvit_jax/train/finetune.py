@@ -121,7 +121,7 @@ def train(
     with contextlib.ExitStack() as stack:
         keeper = None
         if checkpoints is not None:
-            identity = {"options": to_plain(options), "config": to_plain(config), "seed": seed}
+            identity = {"options": options.identity(), "config": to_plain(config), "seed": seed}
             identity |= {"source": data.source.fingerprint()}
             identity |= {"preprocess": to_plain(data.preprocess)}
             identity |= run_identity(params, data.train, data.validation, masks)

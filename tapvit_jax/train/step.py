@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
-from tapvit_jax.structs import check_choices
+from tapvit_jax.structs import check_choices, to_plain
 from tapvit_jax.train.classes import ClassWeights, class_logits, teacher_logits
 from tapvit_jax.train.evaluate import Forward, Teacher
 from tapvit_jax.train.features import apply_with_features, feature_loss
@@ -107,6 +107,12 @@ class TrainConfig:
         ):
             if not fine:
                 raise InputError(f"{field} is {getattr(self, field)!r}, expected {expected}")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields as JSON values, without those that change no result."""
+        plain = to_plain(self)
+        del plain["checkpoint_epochs"], plain["checkpoint_steps"]
+        return plain
 
     @property
     def asks_teacher(self) -> bool:

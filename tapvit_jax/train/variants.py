@@ -118,7 +118,7 @@ def train_variants(
         keeper = None
         if checkpoints is not None:
             identity = {
-                "options": to_plain(options),
+                "options": options.identity(),
                 "config": to_plain(config),
                 "source": source.fingerprint(),
                 "preprocess": to_plain(preprocess),

@@ -136,7 +136,14 @@ def test_units_that_differ_have_different_keys_and_others_the_same():
     ]
     keys = [unit.key for unit in units(differing)]
     assert len(set(keys)) == len(differing)
-    same = units([{"device": 0}, base | {"recovery": "finetune"}, base | {"data.workers": 2}])
+    same = units(
+        [
+            {"device": 0},
+            base | {"recovery": "finetune"},
+            base | {"data.workers": 2},
+            base | {"recover.checkpoint_steps": 2, "dense.train.checkpoint_epochs": 9},
+        ]
+    )
     config = dataclasses.replace(tiny(), budgets=("macs=0.5",))
     assert {unit.key for unit in same} == {keys[0]} and units([{"device": 0}], config)[0].key
 

@@ -64,6 +64,12 @@ def test_a_run_goes_on_within_an_epoch(tmp_path, monkeypatch, undisturbed, kille
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_goes_on_with_other_checkpoints(tmp_path, monkeypatch, undisturbed):
+    kill_before(monkeypatch, tmp_path / "run", 5)
+    finer = dataclasses.replace(STEPS, checkpoint_epochs=1, checkpoint_steps=1)
+    assert_same(long_run(tmp_path / "run", options=finer), undisturbed)
+
+
 def test_a_stage_starts_over_where_another_run_left_off(tmp_path, monkeypatch, caplog):
     kill_before(monkeypatch, tmp_path / "run", 9)
     with caplog.at_level(logging.WARNING, "tapvit_jax"):
