@@ -23,7 +23,8 @@ from tqdm import tqdm
 from experiments import arguments, joined
 from experiments.config import ExperimentConfig, NamedFiles, grid, identity
 from experiments.job import Job, Pruned, keep_ratios
-from experiments.preparation import UNITS, Found, ImageSets
+from experiments.methods import image_sets
+from experiments.preparation import SELECTED, UNITS, Found, ImageSets
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import (
@@ -375,7 +376,7 @@ class Sweep:
         prune, budget = unit.config.prune, unit.budget
         # Before any work: a budget that cannot be met is refused now.
         check_budget(job.dense_config, budget, prune.allocate, job.latency_for(budget))
-        sets = job.image_sets(unit.device)
+        sets = image_sets(job, unit.device, SELECTED)
         return sets, job.plan(f"unit {unit.number}", sets, prune, budget)
 
     def _compensated(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> Found:

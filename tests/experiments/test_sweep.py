@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from configs import digits, tiny_imagenet_40, tiny_imagenet_40_swin
@@ -17,7 +18,8 @@ from experiments import joined, report
 from experiments.cells import Grid
 from experiments.compare import Comparison
 from experiments.config import ExperimentConfig, grid, identity, read
-from experiments.methods import find_methods
+from experiments.job import Job
+from experiments.methods import find_methods, image_sets
 from experiments.sweep import Sweep, default_grid, print_status, resolve
 from tapvit_jax import files
 from tapvit_jax.errors import InputError
@@ -25,6 +27,7 @@ from tapvit_jax.files import WriteError, file_lock
 from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.importance.neurons import NeuronConfig
 from tapvit_jax.pipeline import PruneConfig
+from tapvit_jax.progress import Progress
 from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.stages import write_row
 from tapvit_jax.structs import from_plain, to_plain
@@ -312,6 +315,18 @@ def test_units_recovered_in_one_program_are_as_those_recovered_alone(finished, t
     alone = rows(finished[1].workdir)["units"][5]
     assert together["best_epoch"] == alone["best_epoch"]
     assert math.isclose(together["recovered"], alone["recovered"], abs_tol=0.02)
+
+
+def test_recovery_sees_no_more_images_than_criteria_read_at_most(finished):
+    _, sweep, _ = finished
+    neurons = dataclasses.replace(tiny().prune.neurons, max_batches=1)
+    prune = dataclasses.replace(tiny().prune, neurons=neurons, batch_size=20)
+    unit = dataclasses.replace(sweep.units[2], config=dataclasses.replace(tiny(), prune=prune))
+    job = Job(unit.config, sweep.stages, sweep.workdir / "payloads" / "few", Progress(1.0, True))
+    sets, _ = sweep._plan(job, unit)
+    # As in a run and a comparison of the same config.
+    np.testing.assert_array_equal(sets.metric, image_sets(job, 0, "selected").metric)
+    assert len(sets.metric) == 20
 
 
 def test_fewer_pool_images_than_asked_for_are_refused(tmp_path):
