@@ -56,6 +56,15 @@ def rows(workdir):
     return results
 
 
+def checksums(workdir):
+    """Of the arrays of all finished stages but times."""
+    return {
+        path.parent.name: json.loads(path.read_text())["sha256"]
+        for path in (workdir / "stages").glob("*/stage.json")
+        if not path.parent.name.startswith("latency-")
+    }
+
+
 # What a grid may say.
 
 
@@ -444,10 +453,11 @@ def test_killed_at_random_moments_the_results_are_the_same_bits(programs, tmp_pa
     assert found.returncode == 0, found.stderr
     word, killed, *directories = found.stdout.splitlines()[-1].split()
     assert (word, killed) == ("killed", "20")
-    expected = rows(tmp_path / "whole")
+    expected, bits = rows(tmp_path / "whole"), checksums(tmp_path / "whole")
     assert len(expected["units"]) == 3 and not expected["failed"]
+    assert {"dense", "recover"} <= {name.rpartition("-")[0] for name in bits}
     for directory in map(Path, directories):
-        assert rows(directory) == expected
+        assert rows(directory) == expected and checksums(directory) == bits
         # Nothing of the killed ones is left but locks that nobody holds.
         assert not list(directory.rglob("*.partial")) and not list(directory.rglob("*.old"))
 
