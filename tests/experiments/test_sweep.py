@@ -29,7 +29,7 @@ from tapvit_jax.importance.neurons import NeuronConfig
 from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.progress import Progress
 from tapvit_jax.prune.recover import RecoverConfig
-from tapvit_jax.stages import write_row
+from tapvit_jax.stages import claim_workdir, write_row
 from tapvit_jax.structs import from_plain, to_plain
 from tests.experiments import tiny_sweep
 
@@ -310,20 +310,26 @@ def test_a_sweep_of_another_config_is_refused_by_field(finished):
 
 
 def test_units_recovered_in_one_program_are_as_those_recovered_alone(finished, tmp_path):
-    config = dataclasses.replace(tiny(), recover_together=2)
-    overrides = [{"device": 0, "budget": "macs=0.5"}, IMPOSSIBLE | {"recovery": "finetune"}]
-    # The same stages as far as they do not depend on what is recovered together.
-    (tmp_path / "stages").symlink_to(finished[1].workdir / "stages")
-    (tmp_path / "config.json").write_text(
-        json.dumps({"program": "experiments.sweep", **json.loads(json.dumps(identity(config)))})
-    )
-    sweep = Sweep(config, overrides, tmp_path, quiet=True)
-    assert list(sweep.run()) == [1]
-    assert counts(sweep) == {"recover_together": 1, "evaluate": 1}
-    (together,) = rows(tmp_path)["units"]
-    alone = rows(finished[1].workdir)["units"][5]
-    assert together["best_epoch"] == alone["best_epoch"]
-    assert math.isclose(together["recovered"], alone["recovered"], abs_tol=0.02)
+    # In front, one that is no member: the others' places are not those in the grid.
+    overrides = [IMPOSSIBLE | {"recovery": "finetune"}]
+    overrides += [{"device": 0, "budget": budget} for budget in ("macs=0.5", "macs=0.3")]
+    made, found = [], []
+    for most in (1, 3):
+        config = dataclasses.replace(tiny(), recover_together=most)
+        workdir = tmp_path / str(most)
+        # The same stages as far as they do not depend on what is recovered together.
+        claim_workdir(workdir, {"program": "experiments.sweep", **to_plain(identity(config))})
+        (workdir / "stages").symlink_to(finished[1].workdir / "stages")
+        made.append(Sweep(config, overrides, workdir, quiet=True))
+        assert list(made[-1].run()) == [0]
+        found.append(rows(workdir)["units"])
+    assert counts(made[1]) == {"recover_together": 1, "evaluate": 2}
+    alone, together = found
+    # Else members that changed places would not be noticed.
+    assert abs(alone[0]["recovered"] - alone[1]["recovered"]) > 0.04
+    for one, other in zip(alone, together, strict=True):
+        assert one["best_epoch"] == other["best_epoch"] > 0
+        assert math.isclose(one["recovered"], other["recovered"], abs_tol=0.02)
 
 
 def test_recovery_sees_no_more_images_than_criteria_read_at_most(finished):
