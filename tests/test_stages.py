@@ -354,13 +354,18 @@ from pathlib import Path
 import numpy as np
 from tapvit_jax.stages import Stages
 
-def compute():
-    with open(sys.argv[2], "a") as file:
-        file.write("x")
-    time.sleep(1.0)
-    return {"w": np.arange(3)}, {"worker": sys.argv[3]}
+root = Path(sys.argv[1])
 
-found = Stages(Path(sys.argv[1])).run("slow", {"a": 1}, compute)
+def compute():
+    with open(root / "log", "a") as file:
+        file.write("x")
+    end = time.monotonic() + 60
+    while not (root / "go").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return {"w": np.arange(3)}, {"worker": sys.argv[2]}
+
+(root / sys.argv[2]).touch()
+found = Stages(root / "stages").run("slow", {"a": 1}, compute)
 print(found.meta["worker"], found.arrays["w"].tolist())
 """
 
@@ -433,8 +438,20 @@ def start(code, *arguments, **environment):
     )
 
 
+def wait_for(path, worker):
+    while not path.exists():
+        assert worker.poll() is None, worker.communicate()
+        time.sleep(0.01)
+
+
 def test_two_workers_compute_a_stage_once(tmp_path):
-    workers = [start(WORKER, tmp_path / "stages", tmp_path / "log", name) for name in "ab"]
+    workers = [start(WORKER, tmp_path, name) for name in "ab"]
+    for worker, name in zip(workers, "ab", strict=True):
+        wait_for(tmp_path / name, worker)
+    wait_for(tmp_path / "log", workers[0])
+    # Both have asked for the stage and one computes it, for as long as it takes the other to do so.
+    time.sleep(0.5)
+    (tmp_path / "go").touch()
     texts = [worker.communicate(timeout=120) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], texts
     assert (tmp_path / "log").read_text() == "x"
@@ -443,10 +460,8 @@ def test_two_workers_compute_a_stage_once(tmp_path):
 
 
 def test_a_killed_worker_leaves_no_lock(tmp_path):
-    worker = start(WORKER, tmp_path / "stages", tmp_path / "log", "a")
-    while not (tmp_path / "log").exists():
-        assert worker.poll() is None, worker.communicate()
-        time.sleep(0.01)
+    worker = start(WORKER, tmp_path, "a")
+    wait_for(tmp_path / "log", worker)
     worker.kill()
     worker.communicate()
     (lock,) = (tmp_path / "stages").iterdir()

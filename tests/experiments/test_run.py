@@ -12,13 +12,16 @@ import tapvit_jax as tap
 from configs import digits, tiny_imagenet_40, tiny_imagenet_40_swin
 from experiments import job, preparation
 from experiments.config import read
+from experiments.methods import image_sets
 from experiments.run import Experiment
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
+from tapvit_jax.models.params import flatten
 from tapvit_jax.models.vit import vit_config
 from tapvit_jax.progress import Progress
 from tapvit_jax.prune.latency import FEATURES, LatencyModel
 from tapvit_jax.prune.mask import Plan
+from tapvit_jax.prune.reshape import reshaped_config
 from tapvit_jax.stages import Stages
 from tapvit_jax.structs import to_plain
 
@@ -111,9 +114,19 @@ def test_accuracies_are_those_of_the_saved_models(finished):
 
 
 def test_both_comparisons_are_made_under_the_same_budget(finished):
-    results, _ = finished
-    for row in results["devices"]:
+    results, workdir = finished
+    config = read(tiny())
+    made = job.Job(config, Stages(workdir / "stages"), workdir, Progress(1, quiet=True))
+    for d, row in enumerate(results["devices"]):
         assert set(row["variants"]) == {"selected", "pool", "random"}
+        for name, accuracies in row["variants"].items():
+            plan = made.plan("", image_sets(made, d, name), config.prune, config.budget(d))
+            found = dataclasses.asdict(tap.cost(reshaped_config(plan.value)))
+            assert all(found[unit] <= limit for unit, limit in row["limits"].items())
+            test = made.parts.devices[d].private_test
+            assert made.top1(made.pruned(plan), test) == accuracies["pruned"]
+    # These are the plans of the run.
+    assert made.stages.computed == []
 
 
 def test_a_second_run_computes_nothing_again(finished, monkeypatch):
@@ -176,6 +189,13 @@ def test_the_backbone_can_be_the_extractor(tmp_path):
     config.data.partition.update({"num_devices": 1})
     results = Experiment(read(config), tmp_path / "run", quiet=True).run()
     assert len(results["devices"]) == 1
+    dense = tap.load(tmp_path / "run" / "models" / "dense")
+    found = tap.Extractor.load(tmp_path / "run" / "extractor")
+    assert (found.kind, found.dim, len(found.network.blocks)) == ("backbone", 4, 1)
+    assert len(dense.config.blocks) == 2
+    own, whole = flatten(found.params), flatten(dense.params)
+    for path, leaf in own.items():
+        np.testing.assert_array_equal(leaf, whole[path])
 
 
 def test_the_reshaped_model_can_be_recovered(finished, tmp_path):
