@@ -477,18 +477,18 @@ def test_a_killed_worker_leaves_no_lock(tmp_path):
 
 
 def test_processes_of_one_job_compute_together_and_read_the_same(tmp_path):
-    port = free_port()
-    job = [
-        start(
-            JOB,
-            tmp_path,
-            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(rank),
-        )
-        for rank in range(2)
-    ]
-    texts = [process.communicate(timeout=240) for process in job]
+    with free_port() as port:
+        job = [
+            start(
+                JOB,
+                tmp_path,
+                JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+                JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(rank),
+            )
+            for rank in range(2)
+        ]
+        texts = [process.communicate(timeout=240) for process in job]
     assert [process.returncode for process in job] == [0, 0], texts
     lines = [[x for x in text.splitlines() if "Gloo" not in x] for text, _ in texts]
     shared = ["[0, 1, 2] {'total': 2.0} 1"] * 2
