@@ -364,6 +364,7 @@ def main(argv: list[str]) -> dict[int, str]:
         that cannot be used.
     """
     set_up_jax()
+    flags.adopt_module_key_flags(arguments)
     # Not on import: a config file may well import this module, as the second of its name.
     define = flags.DEFINE_list
     methods = define("methods", list(DEFAULT_METHODS), "Methods, see experiments/methods.py.")

@@ -121,6 +121,7 @@ def main(argv: list[str]) -> None:
       InputError: unknown or missing arguments, or anything wrong in the config or the data.
     """
     set_up_jax()
+    flags.adopt_module_key_flags(arguments)
     every = list(get_args(CovarianceType))
     kinds = flags.DEFINE_multi_enum("covariances", every, every, "Kinds of covariances.")
     config, workdir = arguments.parse(argv)

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from experiments import arguments, report
 from experiments.config import ExperimentConfig, identity
 from experiments.job import Job, Pruned, described, keep_ratios
@@ -148,6 +150,7 @@ def main(argv: list[str]) -> None:
       InputError: unknown or missing arguments, or anything wrong in the config or the data.
     """
     set_up_jax()
+    flags.adopt_module_key_flags(arguments)
     config, workdir = arguments.parse(argv)
     results = Experiment(config, workdir).run()
     if distributed.is_main():

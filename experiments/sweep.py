@@ -478,6 +478,7 @@ def main(argv: list[str]) -> dict[int, str]:
         directory that cannot be used.
     """
     set_up_jax()
+    flags.adopt_module_key_flags(arguments)
     # Not on import: a config file may well import this module, as the second of its name.
     work_unit = flags.DEFINE_integer("work_unit", None, "Do only this unit of the grid.")
     only_list = flags.DEFINE_bool("list", False, "Say what the units are; compute nothing.")

@@ -273,3 +273,9 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(programs, arguments, me
     assert found.stderr.count("\n") == 1
     assert message in found.stderr
     assert not (ROOT / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["run", "sweep", "compare", "membership"])
+def test_help_names_what_every_program_needs(programs, name):
+    found = programs.run(f"experiments.{name}", "--help")
+    assert "\n  --config: " in found.stdout and "\n  --workdir: " in found.stdout, found.stderr
