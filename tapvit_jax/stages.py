@@ -121,9 +121,13 @@ class Stages:
                         lambda: self._write(directory, key, inputs, arrays, meta) if main else None
                     )
             artefact = all_succeed(lambda: found or self._read(directory, key))
-        if main:
-            # Also what a program left that was killed between the artefact and this line.
-            shutil.rmtree(self.scratch(name, inputs).path, ignore_errors=True)
+        # Also what a program left that was killed between the artefact and this line.
+        scratch = self.scratch(name, inputs).path
+        if main and scratch.exists():
+            with file_lock(_lock_of(directory), wait=False) as locked:
+                # Else a program of another version is at work there.
+                if locked is not False:
+                    shutil.rmtree(scratch, ignore_errors=True)
         return artefact
 
     def scratch(self, name: str, inputs: Mapping[str, Any]) -> Scratch:
@@ -133,7 +137,7 @@ class Stages:
     def _claim(self, directory: Path, key: str, stack: contextlib.ExitStack) -> Artefact | None:
         """Take the stage's lock; whoever held it before may have computed the stage."""
         lock = file_lock(
-            directory.with_name(f".{directory.name}.lock"),
+            _lock_of(directory),
             on_wait=lambda: log.warning("%s: another process computes it; waiting", directory),
         )
         locked = stack.enter_context(lock)
@@ -193,6 +197,10 @@ class Stages:
         if spec.get("sha256") != file_hash(path):
             raise InputError(f"{path}: truncated or altered")
         return Artefact(key, read_safetensors(path), spec["meta"], cached=True)
+
+
+def _lock_of(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.lock")
 
 
 def write_row(path: Path, key: str, row: Mapping[str, Any]) -> None:
