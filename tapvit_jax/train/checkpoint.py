@@ -88,8 +88,11 @@ class Checkpoints:
                     "bytes": _sizes(target),
                 }
                 write_json(_note(target), note)
-                for old in self._steps()[_KEPT:]:
-                    self._remove(self._path(old))
+                # Later ones are those that a resumed run could not read.
+                steps = self._steps()
+                own = [other for other in steps if other <= step][:_KEPT]
+                for other in set(steps).difference(own):
+                    self._remove(self._path(other))
 
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
         """The latest whole state and its record, or None when there is none.

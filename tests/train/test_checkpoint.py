@@ -167,6 +167,18 @@ def test_two_checkpoints_are_kept(tmp_path):
         assert json.loads((tmp_path / "run" / names[1]).read_text())["record"] == {"step": 3}
 
 
+def test_states_behind_the_present_one_do_not_count(tmp_path):
+    keeper = Checkpoints(tmp_path / "run", {})
+    for step in (8, 9):
+        keeper.save(step, {"x": np.zeros(2)}, {})
+        truncate_files(tmp_path / "run" / f"step_{step:09}")
+    keeper.save(1, {"x": np.ones(2)}, {"step": 1})
+    state, record = keeper.restore({"x": np.zeros(2)})
+    keeper.close()
+    np.testing.assert_array_equal(state["x"], np.ones(2))
+    assert record == {"step": 1}
+
+
 def test_a_full_disk_ends_with_one_line(tmp_path):
     keeper = Checkpoints(tmp_path / "run", {})
     keeper.save(1, {"a": np.zeros(3)}, {"step": 1})
