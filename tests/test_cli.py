@@ -190,6 +190,27 @@ def test_features_of_the_pool_are_computed_once(work, tmp_path, monkeypatch):
           work / "device.gmm", "--recover-epochs", "0", *kept)  # fmt: skip
 
 
+def test_a_pool_is_the_same_whatever_its_classes_are_called(work, tmp_path, monkeypatch):
+    tap.save(tap.load(work / "dense").replace(class_names=("2", "0", "1")), tmp_path / "dense")
+    kept = "--features", tmp_path / "features"
+    call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
+         "--pool", work / "pool", "--count", "20", *kept, "--out", tmp_path / "s.json")  # fmt: skip
+
+    def computed(*_, **__):
+        raise AssertionError("computed again")
+
+    def scored(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tap.Extractor, "stream", computed)
+    monkeypatch.setattr("tapvit_jax.commands.prune.score", scored)
+    payload = ["--payload", work / "device.gmm", "--extractor", work / "extractor", "--count", "20"]
+    for chosen in (["--selection", tmp_path / "s.json"], [*payload, *kept]):
+        with pytest.raises(KeyboardInterrupt):
+            call("prune", "--model", tmp_path / "dense", "--pool", work / "pool", "--budget",
+                 "macs=0.5", *chosen, "--out", tmp_path / "small")  # fmt: skip
+
+
 def test_inspect_reads_everything(work, tmp_path, capsys):
     call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
          "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip

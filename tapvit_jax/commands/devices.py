@@ -240,7 +240,7 @@ def _selection(
     return {
         "format": SELECTION_FORMAT,
         "version": SELECTION_VERSION,
-        "pool": source.fingerprint(),
+        "pool": source.images_fingerprint(),
         "pool_size": len(source),
         "method": args.select_method,
         "seed": args.seed,

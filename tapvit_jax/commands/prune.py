@@ -310,7 +310,7 @@ def _select(
 
 def _read_selection(args: argparse.Namespace, pool: Images) -> tuple[np.ndarray, np.ndarray]:
     selection = read_selection(Path(args.selection))
-    if selection["pool"] != pool.source.fingerprint():
+    if selection["pool"] != pool.source.images_fingerprint():
         raise InputError(f"{args.selection}: was made for another pool than {args.pool}")
     devices = selection["devices"]
     device = args.device or 0

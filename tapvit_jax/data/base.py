@@ -110,6 +110,10 @@ class ImageSource(abc.ABC):
     def fingerprint(self) -> str:
         """Hash that changes when the images or labels do."""
 
+    @abc.abstractmethod
+    def images_fingerprint(self) -> str:
+        """Hash that changes when the images do, however they are labelled."""
+
     def load(
         self, indices: Int[np.ndarray, "b"], preprocess: Preprocess
     ) -> Float[np.ndarray, "b s s c"]:

@@ -127,6 +127,10 @@ class CifarSource(ImageSource):
         hashes = [file_hash(path) for path in self._files]
         return content_hash({"files": hashes, "labels": self.labels.tolist()})
 
+    def images_fingerprint(self) -> str:
+        """Hash of the files."""
+        return content_hash({"files": [file_hash(path) for path in self._files]})
+
     def _find(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return part, index - int(self._starts[part])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes, threads
 from tapvit_jax.data.preprocess import Preprocess, decode
@@ -80,25 +80,33 @@ class _FileSource(ImageSource):
 
     def fingerprint(self) -> str:
         """Hash of all relative paths, sizes and labels; file contents are not read."""
-        starts = range(0, len(self), _FILES_AT_ONCE)
         # content_hash of {"classes": ..., "files": [[path, size, label], ...]}, piece by piece.
-        digest = hashlib.sha256(f'{{"classes":{_json(self.class_names)},"files":['.encode())
+        return self._hash_files(f'{{"classes":{_json(self.class_names)},"files":[', self.labels)
+
+    def images_fingerprint(self) -> str:
+        """Hash of all relative paths and sizes; file contents are not read."""
+        return self._hash_files('{"files":[')
+
+    def _hash_files(self, beginning: str, labels: Int[np.ndarray, "n"] | None = None) -> str:
+        starts = range(0, len(self), _FILES_AT_ONCE)
+        digest = hashlib.sha256(beginning.encode())
         separator = ""
-        for rows in threads().map(self._describe_files, starts):
+        for rows in threads().map(functools.partial(self._describe_files, labels), starts):
             for row in rows:
                 digest.update(f"{separator}{row}".encode())
                 separator = ","
         digest.update(b"]}")
         return digest.hexdigest()
 
-    def _describe_files(self, start: int) -> list[str]:
+    def _describe_files(self, labels: Int[np.ndarray, "n"] | None, start: int) -> list[str]:
         rows = []
         for index in range(start, min(start + _FILES_AT_ONCE, len(self))):
             name = self.paths.name(index)
             with contextlib.suppress(OSError):
                 found = os.stat(f"{self.root}/{name}")  # noqa: PTH116 (a Path takes longer)
                 if stat.S_ISREG(found.st_mode):
-                    rows.append(_json([name, found.st_size, int(self.labels[index])]))
+                    label = [] if labels is None else [int(labels[index])]
+                    rows.append(_json([name, found.st_size, *label]))
         return rows
 
 

@@ -82,6 +82,10 @@ class MemorySource(ImageSource):
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
+    def images_fingerprint(self) -> str:
+        """Hash of all pixels."""
+        return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()
+
 
 class DigitsSource(ImageSource):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey; they come with the package.
@@ -113,6 +117,10 @@ class DigitsSource(ImageSource):
     def fingerprint(self) -> str:
         """Hash of the pixels."""
         return hashlib.sha256(self._images.tobytes()).hexdigest()
+
+    def images_fingerprint(self) -> str:
+        """Hash of the pixels."""
+        return self.fingerprint()
 
 
 def open_source(spec: str, class_names: Sequence[str] | None = None) -> ImageSource:

@@ -128,6 +128,10 @@ class TfdsSource(ImageSource):
         digest = hashlib.sha256(self.labels.tobytes()).hexdigest()
         return content_hash({"name": self.name, "labels": digest} | self._prepared)
 
+    def images_fingerprint(self) -> str:
+        """Hash of the name, the version, and how many images and bytes the splits hold."""
+        return content_hash({"name": self.name} | self._prepared)
+
 
 def _read_labels(part: Sequence[Any], files: Sequence[os.PathLike]) -> Int[np.ndarray, "n"]:
     """The set's own labels of all images in one split.

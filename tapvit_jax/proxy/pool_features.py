@@ -89,7 +89,7 @@ def pool_features(
     directory = Path(directory)
     record = {
         "extractor": extractor.fingerprint,
-        "source": source.fingerprint(),
+        "source": source.images_fingerprint(),
         "indices": hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest(),
         "rows": int(indices.size),
         "dim": extractor.dim,

@@ -63,6 +63,7 @@ def test_names_of_images_and_order_of_classes(tmp_path):
     assert source.describe(3) == f"{tmp_path}/data_batch_2.bin[1]"
     assert source.describe(11) == f"{tmp_path}/test_batch.bin[1]"
     assert source.fingerprint() != CifarSource(tmp_path).fingerprint()
+    assert source.images_fingerprint() == CifarSource(tmp_path).images_fingerprint()
     with pytest.raises(InputError, match="labels out of range: class9"):
         CifarSource(tmp_path, names[1:])
 
@@ -82,8 +83,10 @@ def test_pixels_are_not_pickled(tmp_path):
 def test_changed_pixels_change_the_fingerprint(tmp_path):
     cifar100(tmp_path)
     before = CifarSource(tmp_path).fingerprint()
+    images = CifarSource(tmp_path).images_fingerprint()
     (tmp_path / "test.bin").write_bytes(records([[1, 5]], 2).tobytes())
     assert CifarSource(tmp_path).fingerprint() != before
+    assert CifarSource(tmp_path).images_fingerprint() != images
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,10 @@ def test_memory_source():
     assert source.load([2], PRE).max() == 3
     assert find_corrupt(source, range(4), PRE) == []
     assert source.fingerprint() == memory(4).fingerprint() != memory(5).fingerprint()
+    other = source.with_labels(source.labels[::-1])
+    assert other.fingerprint() != source.fingerprint()
+    assert other.images_fingerprint() == source.images_fingerprint()
+    assert other.images_fingerprint() != memory(5).images_fingerprint()
 
 
 def test_memory_source_refuses_another_shape():

@@ -453,8 +453,11 @@ def test_fingerprint_follows_the_contents_not_the_place(tmp_path):
     assert len(reference) == 64
     assert FolderSource(second).fingerprint() == reference
     assert FolderSource(second, ("y", "x")).fingerprint() != reference
+    images = FolderSource(first).images_fingerprint()
+    assert FolderSource(second, ("y", "x")).images_fingerprint() == images != reference
     save(second / "y" / "1.png", size=(50, 50))
     assert FolderSource(second).fingerprint() != reference
+    assert FolderSource(second).images_fingerprint() != images
     source = FolderSource(first)
     (first / "y" / "1.png").unlink()
     assert source.fingerprint() != reference
@@ -646,6 +649,9 @@ def test_tfds(tmp_path):
     assert chosen.labels.tolist() == [1, 1, 0, 0]
     assert chosen.splits.tolist() == ["val"] + ["train"] * 3
     assert chosen.fingerprint() != source.fingerprint()
+    other = TfdsSource("mini", tmp_path, ("dog", "cat"))
+    assert other.fingerprint() != source.fingerprint()
+    assert other.images_fingerprint() == source.images_fingerprint() != chosen.images_fingerprint()
     assert TfdsSource("mini", data_dir=tmp_path).fingerprint() == source.fingerprint()
 
 
