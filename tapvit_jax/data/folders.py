@@ -16,8 +16,11 @@ from jaxtyping import Float, Int
 from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes, threads
 from tapvit_jax.data.preprocess import Preprocess, decode
 from tapvit_jax.errors import InputError
+from tapvit_jax.files import file_hash
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+# Not compressed: other pixels of the same shape fill as many bytes, so that sizes tell nothing.
+_HASHED_SUFFIXES = (".bmp",)
 # Without class names, labels that are numbers are bounded by nothing else.
 _MOST_CLASSES = 2**16
 
@@ -79,12 +82,12 @@ class _FileSource(ImageSource):
         return decode(lambda: path.open("rb"), f"{path} (image {index})", preprocess)
 
     def fingerprint(self) -> str:
-        """Hash of all relative paths, sizes and labels; file contents are not read."""
+        """Hash of all relative paths, sizes and labels; of file contents, only BMPs' are read."""
         # content_hash of {"classes": ..., "files": [[path, size, label], ...]}, piece by piece.
         return self._hash_files(f'{{"classes":{_json(self.class_names)},"files":[', self.labels)
 
     def images_fingerprint(self) -> str:
-        """Hash of all relative paths and sizes; file contents are not read."""
+        """Hash of all relative paths and sizes; of file contents, only BMPs' are read."""
         return self._hash_files('{"files":[')
 
     def _hash_files(self, beginning: str, labels: Int[np.ndarray, "n"] | None = None) -> str:
@@ -105,8 +108,12 @@ class _FileSource(ImageSource):
             with contextlib.suppress(OSError):
                 found = os.stat(f"{self.root}/{name}")  # noqa: PTH116 (a Path takes longer)
                 if stat.S_ISREG(found.st_mode):
-                    label = [] if labels is None else [int(labels[index])]
-                    rows.append(_json([name, found.st_size, *label]))
+                    row = [name, found.st_size]
+                    if labels is not None:
+                        row.append(int(labels[index]))
+                    if name.lower().endswith(_HASHED_SUFFIXES):
+                        row.append(file_hash(self.root / name))
+                    rows.append(_json(row))
         return rows
 
 

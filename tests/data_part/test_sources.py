@@ -25,7 +25,7 @@ from tapvit_jax.data.sources import (
     open_source,
 )
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import content_hash
+from tapvit_jax.files import content_hash, file_hash
 
 GREY = Preprocess(8, channels=1, mean=(0.0,), std=(1.0,))
 RGB = Preprocess(6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -569,8 +569,20 @@ def test_fingerprint_is_the_hash_of_all_rows(classes):
         [path.relative_to(classes).as_posix(), path.stat().st_size, int(label)]
         for path, label in zip(source.paths, source.labels, strict=True)
     ]
+    (bitmap,) = (row for row in rows if row[0].endswith(".bmp"))
+    bitmap.append(file_hash(classes / bitmap[0]))
     expected = content_hash({"files": rows, "classes": list(source.class_names)})
     assert source.fingerprint() == expected
+
+
+def test_bitmaps_of_one_size_are_told_apart(tmp_path):
+    for suffix in ("bmp", "BMP"):
+        path = tmp_path / suffix / "c" / f"1.{suffix}"
+        source = FolderSource(save(path, 10).parent.parent)
+        size, before = path.stat().st_size, (source.fingerprint(), source.images_fingerprint())
+        save(path, 20)
+        assert path.stat().st_size == size
+        assert source.fingerprint() != before[0] and source.images_fingerprint() != before[1]
 
 
 def test_names_that_are_no_text(tmp_path):
