@@ -8,10 +8,10 @@ For component k with covariance Sigma_k = L_k L_k^T,
 The constants and the inverse factors are computed on the host in float64. Where the spread of the
 pool allows it, all distances come from matrix products: L_k^-1 (x - c) - L_k^-1 (mu_k - c) for full
 and tied covariances, [y^2, y] [1 / s^2, -2 m / s^2] with y = x - c, m = mu - c for diagonal ones, c
-being a common centre. These lose digits to cancellation as (|x - c| + |mu - c|) / sigma grows; from
-a bound of that on, a mixture is evaluated from the differences x - mu_k themselves. Pool rows are
-spread over the mesh axis "data"; each device walks over its rows in chunks, so that memory stays
-bounded.
+being a common centre. These lose digits to cancellation as (|x - c| + |mu - c|) / sigma grows, and
+1 / s^2 may overflow; from a bound of either on, a mixture is evaluated from the differences
+x - mu_k themselves. Pool rows are spread over the mesh axis "data"; each device walks over its rows
+in chunks, so that memory stays bounded.
 """
 
 import functools
@@ -43,6 +43,9 @@ _DIFFERENCE_FLOATS = 2**23
 # the expanded square errs by about 2^-24 of it (1e-3), the whitened difference z by 2^-24 of its
 # root, hence its square by 1e-4 |z|.
 _SPREAD = {"diag": 2.0**14, "tied": 2.0**20, "full": 2.0**20}
+# Largest 1 / s^2 for products, which are finite in float32 up to there; a y^2 that is flushed to
+# zero then counts for nothing. L^-1 of full and tied covariances hardly gets higher.
+_MOST_PRECISE = 1e30
 # Floats that NumPy compares at a time.
 _RANGE_FLOATS = 2**12
 # Rows of a triangular factor that are multiplied at a time: what lies right of them is zero.
@@ -265,6 +268,7 @@ def _diagonal_factors(
     offsets = np.where(there[..., None], means - centre, 0.0)
     # Of components that a mixture does not have, nothing is to count: not even towards its spread.
     precisions = np.where(there[..., None], 1 / covariances, 0.0)
+    exact = _spread(means, precisions, centre, reach) <= _SPREAD["diag"]
     parts = {
         "centre": np.broadcast_to(centre, (count, dim)),
         "means": means,
@@ -272,7 +276,7 @@ def _diagonal_factors(
         # -1/2 of the square, expanded; its constant part apart.
         "expanded": np.concatenate([-0.5 * precisions, offsets * precisions], axis=-1),
         "added": -0.5 * (offsets**2 * precisions).sum(axis=-1),
-        "direct": ~(_spread(means, precisions, centre, reach) <= _SPREAD["diag"]),
+        "direct": ~(exact & (precisions.max(axis=(-2, -1)) <= _MOST_PRECISE)),
         "constant": _constants(weights, np.log(covariances).sum(axis=-1), dim),
     }
     return _to_float32(parts)

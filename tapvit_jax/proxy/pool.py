@@ -156,7 +156,7 @@ def scores(
 class Best:
     """The `count` rows of the highest keys in each of several lists; ties by the lower index.
 
-    Keys of -inf are never kept.
+    Keys of -inf and NaN are never kept.
     """
 
     def __init__(self, lists: int, count: int):
@@ -178,8 +178,12 @@ class Best:
             self._least[position] = all_keys[-1]
         self._keys[position], self._rows[position] = all_keys, all_rows
 
-    def finish(self) -> list[Int[np.ndarray, "m"]]:
-        """The rows of every list over all processes, the highest key first."""
+    def finish(self, *, whole: bool = True) -> list[Int[np.ndarray, "m"]]:
+        """The rows of every list over all processes, the highest key first.
+
+        Raises:
+          RuntimeError: a list of fewer than `count` rows where `whole`; a bug, not bad input.
+        """
         found = []
         for keys, rows in zip(self._keys, self._rows, strict=True):
             keys, rows = _highest(keys.astype(np.float64), rows, self.count)
@@ -188,6 +192,9 @@ class Best:
             rows = distributed.gather(np.pad(rows, (0, missing)))
             real = keys > -np.inf
             found.append(_highest(keys[real], rows[real], self.count)[1])
+        if whole and any(rows.size < self.count for rows in found):
+            least = min(rows.size for rows in found)
+            raise RuntimeError(f"{least} rows have finite keys, expected {self.count} or more")
         return found
 
 

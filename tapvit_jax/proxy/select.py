@@ -213,7 +213,8 @@ def _quotas(
         for position, (v, k) in enumerate(places):
             every.add(position, values[v, k], start)
             owned.add(position, np.where(owners[v] == k, values[v, k], -np.inf), start)
-    every_rows, owned_rows = every.finish(), owned.finish()
+    # A component may own few rows, and one of weight zero has none at all.
+    every_rows, owned_rows = every.finish(whole=False), owned.finish(whole=False)
     chosen, position = [], 0
     for gmm in gmms:
         part = slice(position, position + gmm.components)
@@ -236,6 +237,8 @@ def _quota(
     for quotas in (small, large - small):
         if quotas.sum() > 0:
             used = np.concatenate([used, _fill(quotas, owned, every, used)])
+    if used.size < total:
+        raise RuntimeError(f"{used.size} rows have finite densities, expected {total} or more")
     return used
 
 

@@ -146,6 +146,22 @@ def test_the_furthest_samples_are_finite_and_least_likely(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variance", [1e-45, 1e-40, 1e-32, 1e-28])
+def test_tiny_variances_where_the_pool_is_constant(kind, variance):
+    """Nothing is spread out there, but the precision is beyond what products hold."""
+    features = pool(9, 3, offset=0.0)
+    features[:, 0] = 0
+    variances = np.array([variance, 1, 1]) if kind != "spherical" else np.array(variance)
+    if kind == "spherical":
+        features[:] = 0
+    full = np.diag(variances) if kind in ("tied", "full") else variances
+    covariances = full if kind == "tied" else full[None]
+    gmm = Gmm(np.ones(1), np.zeros((1, 3)), covariances, kind)
+    expected = reference(gmm).score_samples(features.astype(np.float64))
+    np.testing.assert_allclose(log_likelihood([gmm], features)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", [0.0, 1e-30])
 def test_tiny_and_zero_weights(kind, weight):
     gmm = dataclasses.replace(hard_gmm(kind, 2, 5, 1), weights=np.array([1.0, weight]))

@@ -79,6 +79,15 @@ def test_running_best_is_the_stable_sort(count):
     np.testing.assert_array_equal(best.finish()[0], np.argsort(-keys, kind="stable")[:count])
 
 
+def test_lists_that_stay_short_are_a_bug():
+    best = Best(2, 2)
+    best.add(0, np.array([0.5, 0.1, 0.3]), 0)
+    best.add(1, np.array([np.nan, -np.inf, 0.3]), 0)
+    assert [rows.tolist() for rows in best.finish(whole=False)] == [[0, 2], [2]]
+    with pytest.raises(RuntimeError, match="1 rows have finite keys, expected 2 or more"):
+        best.finish()
+
+
 def test_skipping_noise_is_drawing_it():
     one, other = (np.random.default_rng(3) for _ in range(2))
     skip_noise(one, 2**20 + 5)

@@ -82,6 +82,20 @@ def owners_of(gmm, features):
     return component_log_likelihood([gmm], features)[0].argmax(axis=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_variance_too_small_for_products_leaves_nobody_without_images(method):
+    features = np.pad(labelled_pool(50)[0], [(0, 0), (1, 0)])
+    bad, good = (
+        Gmm([1.0], np.zeros((1, 3)), np.array([[variance, 1, 1]]), "diag")
+        for variance in (1e-40, 1.0)
+    )
+    chosen = select([bad, good], features, 20, method=method)
+    assert chosen.shape == (2, 20)
+    if method != "importance":
+        # All images are the same in the one dimension in which the mixtures differ.
+        np.testing.assert_array_equal(chosen[0], chosen[1])
+
+
 def test_quotas_are_exact_at_both_sizes_and_filled_by_the_best():
     features, _ = labelled_pool(2000)
     gmm = mixture([0.55, 0.25, 0.15, 0.05])
