@@ -15,6 +15,7 @@ from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
+from tapvit_jax.export.check import exact_logits
 from tapvit_jax.importance.criteria import CriterionConfig, criterion, unit_importance
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
 from tapvit_jax.importance.neurons import Method as Composite
@@ -270,18 +271,12 @@ def reshape_checked(
       RuntimeError: the outputs differ by more than `tolerance`; a bug, not bad input.
     """
     small = reshape(model, plan)
-    masked = _exact_logits(apply_masks(model, plan), images)
-    difference = float(np.abs(masked - _exact_logits(small, images)).max())
+    masked = exact_logits(apply_masks(model, plan), images)
+    difference = float(np.abs(masked - exact_logits(small, images)).max())
     relative = difference / max(1.0, float(np.abs(masked).max()))
     if not relative <= tolerance:
         raise RuntimeError(f"masked and reshaped outputs differ by {relative:.2e} of the scale")
     return small, relative
-
-
-def _exact_logits(model: Model, images: Float[Array, "b s s ch"]) -> Float[np.ndarray, "b c"]:
-    config = dataclasses.replace(model.config, dtype="float32")
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(model.replace(config=config).apply(images))
 
 
 def evaluate_model(

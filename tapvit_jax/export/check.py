@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file, file_hash, write_json
@@ -200,7 +200,7 @@ def check_artefact(
     tolerance: float | None,
     name: str,
 ) -> tuple[float, float]:
-    """Compare an artefact with the model on real images, in batches of several sizes.
+    """Compare an artefact with the model in float32 on real images, in batches of several sizes.
 
     Returns:
       The largest absolute difference of logits, and the logits' scale.
@@ -213,7 +213,7 @@ def check_artefact(
     difference, scale = 0.0, 1.0
     for size in BATCH_SIZES:
         batch = np.resize(images, (size, *images.shape[1:]))
-        expected, found = np.asarray(model.apply(batch), np.float32), np.asarray(run(batch))
+        expected, found = exact_logits(model, batch), np.asarray(run(batch))
         if not np.isfinite(expected).all():
             raise InputError(f"{name}: not written: the model's logits are not all of them finite")
         if found.shape != expected.shape or not np.isfinite(found).all():
@@ -229,6 +229,13 @@ def check_artefact(
             f"expected at most {tolerance:g} of their scale {scale:.3g}"
         )
     return difference, scale
+
+
+def exact_logits(model: Model, images: Float[Array, "b s s ch"]) -> Float[np.ndarray, "b c"]:
+    """Logits of a model in float32, in whatever precision it computes otherwise."""
+    config = dataclasses.replace(model.config, dtype="float32")
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(model.replace(config=config).apply(images))
 
 
 def measure_accuracy(model: Model, run: Run, batches: Iterable[dict[str, np.ndarray]]) -> Accuracy:

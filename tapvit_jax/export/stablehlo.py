@@ -49,7 +49,9 @@ def export_stablehlo(
     # Else the file names every source line of this machine that it was traced from.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
-        exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(struct)
+        # Else accelerators round what float32 products multiply to fewer digits.
+        with jax.default_matmul_precision("highest" if precision == "float32" else None):
+            exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(struct)
     finally:
         jax.config.update("jax_traceback_in_locations_limit", limit)
     return write_artefact(

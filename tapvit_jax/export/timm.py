@@ -1,5 +1,6 @@
 """Back to timm: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
 
+import functools
 import os
 from typing import Any
 
@@ -9,7 +10,7 @@ from jaxtyping import Float
 
 from tapvit_jax.convert.timm import load_timm, timm_model
 from tapvit_jax.errors import InputError
-from tapvit_jax.export.check import TOLERANCES, check_artefact
+from tapvit_jax.export.check import TOLERANCES, check_artefact, exact_logits
 from tapvit_jax.files import atomic_directory, write_json
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.resnet import ResNetConfig
@@ -50,7 +51,8 @@ def export_timm(
         write_json(partial / CONFIG_FILE, record)
         if images is not None:
             again = load_timm(name, partial / WEIGHTS_FILE)
-            check_artefact(model, again.apply, images, TOLERANCES["float32"], str(directory))
+            run = functools.partial(exact_logits, again)
+            check_artefact(model, run, images, TOLERANCES["float32"], str(directory))
 
 
 def _pretrained_cfg(model: Model) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """StableHLO files give the model's logits for any batch size."""
 
+import dataclasses
 import json
 
 import jax
@@ -24,6 +25,15 @@ def test_round_trip(request, images, tmp_path, family):
     spec = json.loads((tmp_path / "model.hlo.json").read_text())
     assert spec["kind"] == "stablehlo"
     assert spec["platforms"] == ["cpu", "cuda", "tpu"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_of_half_precision_is_compared_in_float32(tiny_model, images, tmp_path, dtype):
+    model = tiny_model.replace(config=dataclasses.replace(tiny_model.config, dtype=dtype))
+    report = export_stablehlo(model, tmp_path / "model.hlo", images=images)
+    assert report.difference <= 1e-5
+    run = load_stablehlo(tmp_path / "model.hlo")
+    np.testing.assert_allclose(run(images), tiny_model.apply(images), atol=1e-5)
 
 
 def test_float16_is_smaller_and_close(tiny_model, images, tmp_path):
