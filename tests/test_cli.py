@@ -353,6 +353,38 @@ def test_a_selection_of_another_pool_is_refused(work, tmp_path):
         call("inspect", tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric_count": 1.5}, "metric_count is of type float, expected int"),
+        ({"metric_count": True}, "metric_count is of type bool, expected int"),
+        ({"metric_count": 3}, "metric_count is 3, expected 1 to 2"),
+        ({"pool_size": "9"}, "pool_size is of type str, expected int"),
+        ({"method": None}, "method is of type NoneType, expected str"),
+        ({"devices": {}}, "devices is of type dict, expected list"),
+        ({"devices": []}, "devices is empty"),
+        ({"devices": [[1, 2]]}, "a device has no payload"),
+        ({"devices": [{"payload": 1, "indices": [1, 2]}]}, "a device has no payload"),
+        ({"devices": [{"payload": "a"}]}, "a: indices must be a list of whole numbers"),
+        ({"devices": [{"payload": "a", "indices": [[1], [2]]}]}, "must be a list of whole"),
+        ({"devices": [{"payload": "a", "indices": [1, 2.0]}]}, "must be a list of whole numbers"),
+        ({"devices": [{"payload": "a", "indices": [1, 9]}]}, r"must lie in 0\.\.8"),
+        ({"devices": [{"payload": "a", "indices": [1, 1]}]}, "a: indices repeat"),
+        ({"devices": [{"payload": "a", "indices": []}]}, "must be a list of whole numbers"),
+    ],
+)
+def test_broken_selections_are_refused(tmp_path, change, message):
+    whole = {"format": "tapvit-selection", "version": 1, "pool": "ab", "pool_size": 9,
+             "method": "top", "seed": 0, "metric_count": 1,
+             "devices": [{"payload": "a", "indices": [1, 2]}]}  # fmt: skip
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(whole))
+    call("inspect", path)
+    path.write_text(json.dumps(whole | change))
+    with pytest.raises(tap.InputError, match=message):
+        call("inspect", path)
+
+
 def test_labels_out_of_range_are_refused(work, tmp_path):
     (tmp_path / "images" / "9").mkdir(parents=True)
     Image.new("L", (8, 8)).save(tmp_path / "images" / "9" / "a.png")

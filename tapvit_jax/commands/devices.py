@@ -256,22 +256,40 @@ def read_selection(path: Path) -> dict[str, Any]:
     """Read a selection file that `select` wrote.
 
     Raises:
-      InputError: missing, damaged, or indices outside the pool.
+      InputError: missing, damaged, or indices that repeat or lie outside the pool.
     """
     found = read_spec(path, SELECTION_FORMAT, SELECTION_VERSION)
-    size = found.get("pool_size")
-    try:
-        for device in found["devices"]:
-            indices = np.asarray(device["indices"])
-            if indices.dtype.kind != "i" or indices.min() < 0 or indices.max() >= size:
-                raise InputError(f"{path}: indices must lie in 0..{size - 1}")
-        if not 0 < found["metric_count"] <= min(len(d["indices"]) for d in found["devices"]):
-            raise InputError(f"{path}: metric_count does not fit the lists")
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: is not a whole selection file") from error
+    expected = {"pool": str, "pool_size": int, "method": str, "metric_count": int, "devices": list}
+    for name, kind in expected.items():
+        # By type, as True is an int too.
+        if type(found.get(name)) is not kind:
+            raise InputError(
+                f"{path}: {name} is of type {type(found.get(name)).__name__}, expected "
+                f"{kind.__name__}"
+            )
+    if not found["devices"]:
+        raise InputError(f"{path}: devices is empty, expected one or more")
+    for device in found["devices"]:
+        _check_device(path, device, found["pool_size"])
+    least = min(len(device["indices"]) for device in found["devices"])
+    if not 0 < found["metric_count"] <= least:
+        raise InputError(
+            f"{path}: metric_count is {found['metric_count']}, expected 1 to {least}, the images "
+            "that every device has"
+        )
     return found
+
+
+def _check_device(path: Path, device: Any, size: int) -> None:
+    if not isinstance(device, dict) or not isinstance(device.get("payload"), str):
+        raise InputError(f"{path}: a device has no payload, expected its file's name")
+    indices = device.get("indices")
+    if not isinstance(indices, list) or not indices or any(type(i) is not int for i in indices):
+        raise InputError(f"{path}: {device['payload']}: indices must be a list of whole numbers")
+    if min(indices) < 0 or max(indices) >= size:
+        raise InputError(f"{path}: {device['payload']}: indices must lie in 0..{size - 1}")
+    if len(set(indices)) < len(indices):
+        raise InputError(f"{path}: {device['payload']}: indices repeat, expected distinct ones")
 
 
 def _parse_range(text: str) -> tuple[int, ...]:
