@@ -392,6 +392,15 @@ def test_labels_out_of_range_are_refused(work, tmp_path):
         call("evaluate", "--model", work / "dense", "--images", tmp_path / "images")
 
 
+def test_a_model_of_nan_is_not_evaluated(work, tmp_path, capsys):
+    dense = tap.load(work / "dense")
+    head = {**dense.params["head"], "bias": np.full(3, np.nan, np.float32)}
+    tap.save(dense.replace(params={**dense.params, "head": head}), tmp_path / "broken")
+    with pytest.raises(tap.InputError, match="broken: its cross-entropy is nan, expected a finite"):
+        call("evaluate", "--model", tmp_path / "broken", "--images", work / "private")
+    assert capsys.readouterr().out == ""
+
+
 def test_exit_codes(capsys):
     assert run_program(lambda: main(["inspect", "missing.gmm"])) == 2
     error = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """convert, evaluate, inspect: models as files."""
 
 import argparse
+import math
 from pathlib import Path
 
 from tapvit_jax.commands.common import (
@@ -69,6 +70,11 @@ def evaluate(args: argparse.Namespace) -> None:
             "(convert --classes names them)"
         )
     found = evaluate_model(model, images.source, images.indices)
+    if not math.isfinite(found.loss):
+        raise InputError(
+            f"{args.model}: its cross-entropy is {found.loss}, expected a finite number: its "
+            "weights may hold NaN or infinity"
+        )
     print(f"top-1 {100 * found.top1:.2f} %, cross-entropy {found.loss:.4f}, {found.count} images")
 
 

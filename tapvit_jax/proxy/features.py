@@ -325,8 +325,8 @@ def build_extractor(
       params: its parameters.
 
     Raises:
-      InputError: a part missing, or more dimensions asked than the network's output or the pool
-        has.
+      InputError: a part missing, features that are not finite, or more dimensions asked than the
+        network's output or the pool has.
     """
     if config.kind != "embedding":
         if model is None:
@@ -340,6 +340,9 @@ def build_extractor(
     identity = np.eye(_width(network), dtype=np.float32)
     zero = np.zeros(_width(network), np.float32)
     raw = Extractor(config.kind, network, params, preprocess, zero, identity).features(source, pool)
+    if not np.isfinite(raw).all():
+        name = "network" if config.kind == "embedding" else model.name
+        raise InputError(f"{name}: features hold NaN or infinity, expected finite numbers")
     # Once centred, n images span n - 1 dimensions.
     most = min(len(raw) - 1, raw.shape[1])
     if not 1 <= config.dim <= most:

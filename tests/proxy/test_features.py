@@ -234,6 +234,19 @@ def test_dims_that_the_pool_does_not_have_are_refused(source, pool, network, cou
         build_extractor(EMBEDDING, source, pool[:count], PREPROCESS, network=config, params=params)
 
 
+def test_features_that_are_not_finite_are_refused(source, pool, tiny_model, network):
+    def broken(params):
+        return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params)
+
+    model = tiny_model.replace(params=broken(tiny_model.params))
+    for options in (BACKBONE, POOLED):
+        with pytest.raises(InputError, match="tiny: features hold NaN or infinity"):
+            build_extractor(options, source, pool, PREPROCESS, model=model)
+    parts = {"network": network[0], "params": broken(network[1])}
+    with pytest.raises(InputError, match="network: features hold NaN or infinity"):
+        build_extractor(EMBEDDING, source, pool, PREPROCESS, **parts)
+
+
 def test_missing_parts_are_refused(source, pool, tiny_model, network):
     with pytest.raises(InputError, match="kind 'backbone' needs a model"):
         build_extractor(BACKBONE, source, pool, PREPROCESS)
