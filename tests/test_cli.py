@@ -401,6 +401,22 @@ def test_a_model_of_nan_is_not_evaluated(work, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "1.5", "one"])
+def test_seeds_out_of_range_are_refused_before_any_work(capsys, seed):
+    commands = {
+        "extractor": ["--model", "m", "--pool", "p"],
+        "device-fit": ["--extractor", "e", "--images", "p"],
+        "select": ["--extractor", "e", "--payload", "d", "--pool", "p"],
+        "prune": ["--model", "m", "--pool", "p", "--budget", "macs=0.5"],
+        "bench-latency": ["--model", "m"],
+    }
+    for command, options in commands.items():
+        with pytest.raises(SystemExit, match="2"):
+            call(command, *options, "--out", "o", "--seed", seed)
+        error = capsys.readouterr().err
+        assert f"--seed: is '{seed}', expected a whole number from 0 to 2^32 - 1" in error
+
+
 def test_exit_codes(capsys):
     assert run_program(lambda: main(["inspect", "missing.gmm"])) == 2
     error = capsys.readouterr().err

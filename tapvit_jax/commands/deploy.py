@@ -15,6 +15,7 @@ from tapvit_jax.commands.common import (
     open_model,
     preprocess_of,
 )
+from tapvit_jax.commands.devices import seed
 from tapvit_jax.data.base import UNLABELLED
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.errors import InputError
@@ -58,7 +59,7 @@ def register(command: Command) -> None:
         "that prune --latency-table takes",
     )
     c.add_argument("--round-to", type=int, default=1, help="multiple of the random widths")
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=seed, default=0)
     c.add_argument("--out", help="where the latency model goes, with --fit")
 
 

@@ -61,7 +61,7 @@ def register(command: Command) -> None:
         "--depth", type=int, default=DEFAULT_EXTRACTOR.depth, help="blocks run, for kind backbone"
     )
     c.add_argument("--epochs", type=int, default=20, help="training, for kind embedding")
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=seed, default=0)
     c.add_argument("--out", required=True)
     add_image_options(c)
 
@@ -72,7 +72,7 @@ def register(command: Command) -> None:
     c.add_argument("--covariance", choices=get_args(CovarianceType), default="diag")
     c.add_argument("--variance-floor", type=float, default=GmmConfig.variance_floor)
     c.add_argument("--min-members", type=int, default=GmmConfig.min_members)
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=seed, default=0)
     c.add_argument("--out", required=True, help="the payload file")
     add_image_options(c)
 
@@ -83,6 +83,17 @@ def register(command: Command) -> None:
     add_selection_options(c)
     c.add_argument("--out", required=True, help="the selection file (.json)")
     add_image_options(c)
+
+
+def seed(text: str) -> int:
+    """A seed, as argparse's type of an option.
+
+    Raises:
+      argparse.ArgumentTypeError: not a whole number from 0 to 2^32 - 1.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a whole number from 0 to 2^32 - 1")
+    return int(text)
 
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +112,7 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         help="where the pool's features, which payloads ask for, are kept and found again, so that "
         "no later command computes them; they need not fit into memory",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def build(args: argparse.Namespace) -> None:
