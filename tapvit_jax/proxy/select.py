@@ -125,8 +125,9 @@ def select(
             for position, keys in enumerate(values):
                 best.add(position, keys, start)
         return np.stack(best.finish())
-    density = [_pool_density(pool_gmm, pool, bounds, seed)]
-    # None where all images are the same (one image, say): they are all equally likely.
+    density = [_pool_density(pool_gmm, pool, seed)]
+    # None where all images are the same (one image, say), as far as was looked at: they are all
+    # equally likely.
     against = density if density[0] is not None else []
     noise = [np.random.default_rng((seed, position)) for position in range(len(gmms))]
     drawn = 0
@@ -183,18 +184,17 @@ def selection_report(
     return report
 
 
-def _pool_density(
-    pool_gmm: Gmm | None, pool: Float[np.ndarray, "p d"], bounds: Range, seed: int
-) -> Gmm | None:
+def _pool_density(pool_gmm: Gmm | None, pool: Float[np.ndarray, "p d"], seed: int) -> Gmm | None:
     if pool_gmm is not None:
         return pool_gmm
-    if not (bounds[0] < bounds[1]).any():
-        return None
     rows = np.arange(pool.shape[0])
     if rows.size > _POOL_FIT_ROWS:
         rows = np.random.default_rng(seed).choice(rows.size, _POOL_FIT_ROWS, replace=False)
+    picked = pick_rows(pool, rows)
+    if (picked == picked[0]).all():
+        return None
     config = GmmConfig(components=(1, 2, 4, 8, 16, 32), min_members=1, restarts=1, seed=seed)
-    return Gmm.fit(pick_rows(pool, rows), config)
+    return Gmm.fit(picked, config)
 
 
 def _quotas(

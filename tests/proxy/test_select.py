@@ -214,6 +214,14 @@ def test_importance_with_one_image_or_equal_images():
     assert sorted(chosen[0]) == list(range(9))
 
 
+def test_importance_where_all_rows_that_are_looked_at_are_equal(monkeypatch):
+    monkeypatch.setattr(select_module, "_POOL_FIT_ROWS", 10)
+    features = np.ones((200, 2))
+    features[np.random.default_rng(0).choice(200, 10, replace=False)] = 0
+    chosen = select([mixture([1.0])], features, 200, method="importance")
+    assert sorted(chosen[0]) == list(range(200))
+
+
 def test_importance_fits_the_pool_on_a_bounded_number_of_rows(monkeypatch):
     features, _ = labelled_pool(400)
     fitted = []
