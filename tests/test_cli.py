@@ -165,6 +165,18 @@ def test_criteria_that_need_labels_are_refused_without_them(work, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("finetune", "expected"), [(5, 10), (12, 12), (1000, 123)])
+def test_the_fine_tuning_set_lies_between_the_metric_dataset_and_the_pool(
+    work, tmp_path, finetune, expected
+):
+    call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm", "--pool",
+         work / "pool", "--count", "10", "--finetune-count", finetune,
+         "--out", tmp_path / "s.json")  # fmt: skip
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["metric_count"] == 10
+    assert len(found["devices"][0]["indices"]) == expected
+
+
 def test_selections_are_deterministic(work, tmp_path):
     for name in ("a.json", "b.json"):
         call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",

@@ -101,7 +101,10 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**CHOICE)
     parser.add_argument("--count", type=int, help="images in the metric dataset, 640 by default")
     parser.add_argument(
-        "--finetune-count", type=int, help="images in the fine-tuning set, 6400 by default"
+        "--finetune-count",
+        type=int,
+        help="images in the fine-tuning set, 6400 by default; never fewer than --count, never more "
+        "than the pool has",
     )
     parser.add_argument(
         "--select-method", choices=get_args(SelectMethod), help="importance by default"
@@ -240,7 +243,7 @@ def select_images(
         args.count,
         method=args.select_method,
         seed=args.seed,
-        finetune_count=max(finetune, args.count),
+        finetune_count=finetune,
     )
     return pool.indices[positions], found
 
