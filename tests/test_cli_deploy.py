@@ -91,6 +91,18 @@ def test_bad_models_are_refused(work, options, message):  # noqa: F811
         call("evaluate", *options, "--images", work / "private")
 
 
+def test_bad_class_names_are_refused(work, preset, tmp_path):  # noqa: F811
+    cases = {
+        b"0\n1\n": "2 names, expected 3",
+        b"0\n1\n0\n": "has '0' twice, expected distinct",
+    }
+    for content, message in cases.items():
+        (tmp_path / "classes.txt").write_bytes(content)
+        with pytest.raises(tap.InputError, match=rf"classes\.txt: {message}"):
+            call("evaluate", *preset, "--classes", tmp_path / "classes.txt",
+                 "--images", work / "private")  # fmt: skip
+
+
 def test_exports(work, tmp_path, capsys):  # noqa: F811
     dense = tap.load(work / "dense")
     images = np.random.default_rng(0).standard_normal((4, 8, 8, 1)).astype(np.float32)

@@ -1,11 +1,12 @@
 """What every source of labelled images has in common."""
 
 import abc
+import collections
 import concurrent.futures
 import copy
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,21 +43,41 @@ def check_indices(indices: Any, source: "ImageSource") -> Int[np.ndarray, "n"]:
     return array.astype(np.int64)
 
 
+def index_classes(class_names: Sequence[str], used: Iterable[str], where: str) -> dict[str, int]:
+    """Number of each class by its name.
+
+    Names that nothing uses may repeat: two classes of ImageNet are called "crane".
+
+    Raises:
+      InputError: several classes have a name of `used`.
+    """
+    counts = collections.Counter(class_names)
+    repeated = sorted(name for name in set(used) if counts[name] > 1)
+    if repeated:
+        raise InputError(
+            f"{where}: several classes of the model are called {', '.join(repeated[:10])}, "
+            "expected distinct names for what is labelled so"
+        )
+    return {name: i for i, name in enumerate(class_names)}
+
+
 def align_classes(
     found: Sequence[tuple[str, ...]], class_names: Sequence[str] | None, where: str
 ) -> tuple[tuple[str, ...], Int[np.ndarray, "c"]]:
-    """Place a source's classes, each known by one or more names, among the model's."""
+    """Place a source's classes, each known by one or more names, among the model's.
+
+    Raises:
+      InputError: a class is not among the model's, or several of those have its name.
+    """
     if class_names is None:
         return tuple(names[0] for names in found), np.arange(len(found), dtype=np.int32)
-    index = {name: i for i, name in enumerate(class_names)}
-    if len(index) != len(class_names):
-        raise InputError(f"{where}: class_names has a name twice, expected distinct names")
+    index = index_classes(class_names, (name for names in found for name in names), where)
     placed = [next((index[n] for n in names if n in index), None) for names in found]
     unknown = [names[0] for names, i in zip(found, placed, strict=True) if i is None]
     if unknown:
         raise InputError(
             f"{where}: labels out of range: {', '.join(unknown[:10])} are not among the "
-            f"{len(index)} classes of the model"
+            f"{len(class_names)} classes of the model"
         )
     return tuple(class_names), np.array(placed, np.int32)
 

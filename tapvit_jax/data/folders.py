@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes, threads
+from tapvit_jax.data.base import (
+    SPLITS,
+    UNLABELLED,
+    ImageSource,
+    align_classes,
+    index_classes,
+    threads,
+)
 from tapvit_jax.data.preprocess import Preprocess, decode
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_hash
@@ -130,7 +137,8 @@ class FolderSource(_FileSource):
       labels_file: a CSV "path,label" relative to `root`, instead of class folders.
 
     Raises:
-      InputError: no images, a class folder or label that is not among `class_names`.
+      InputError: no images, or a class folder or label that is not among `class_names` or is there
+        more than once.
     """
 
     def __init__(
@@ -193,7 +201,7 @@ def _scan_folders(
             f"{root}: labels out of range: folders {', '.join(unknown[:10])} are not among the "
             f"{len(names)} classes of the model"
         )
-    index = {name: i for i, name in enumerate(names)}
+    index = index_classes(names, (folder.name for folder, _ in classes), str(root))
     below = [folder.relative_to(root).as_posix() for folder, _ in classes]
     # On threads: over a network most of the time is waiting.
     images = threads().map(functools.partial(_images_below, root), below)
@@ -223,7 +231,7 @@ def _read_labels_file(
         class_names = [str(i) for i in range(min(max(numbers, default=-1) + 1, _MOST_CLASSES))]
     elif class_names is None:
         class_names = sorted(set(labels))
-    index = {name: i for i, name in enumerate(class_names)}
+    index = index_classes(class_names, labels, str(path))
     groups, seen = [], {}
     for (number, (name, label)), value in zip(lines, numbers, strict=True):
         where = f"{path}: line {number}"

@@ -236,6 +236,24 @@ def test_folders_follow_the_models_classes(classes):
         FolderSource(classes, ("cat", "dog"))
 
 
+def test_names_that_several_classes_have_are_no_labels(tmp_path):
+    names = ("crane", "dog", "crane")
+    save(tmp_path / "dog" / "1.png")
+    (tmp_path / "labels.csv").write_text("dog/1.png,dog\n")
+    assert FolderSource(tmp_path, names).labels.tolist() == [1]
+    assert FolderSource(tmp_path, names, tmp_path / "labels.csv").labels.tolist() == [1]
+    save(tmp_path / "crane" / "1.png")
+    with pytest.raises(InputError, match="several classes of the model are called crane,"):
+        FolderSource(tmp_path, names)
+    (tmp_path / "labels.csv").write_text("crane/1.png,crane\n")
+    with pytest.raises(InputError, match=r"labels\.csv: several classes .* are called crane,"):
+        FolderSource(tmp_path, names, tmp_path / "labels.csv")
+    digits = (*"0123456789", "crane", "crane")
+    assert DigitsSource(digits).class_names == digits
+    with pytest.raises(InputError, match=r"digits: several classes .* are called 3,"):
+        DigitsSource((*"0123456789", "3"))
+
+
 @pytest.mark.parametrize("held_out", ["val", "validation", "test"])
 def test_train_and_val_folders(tmp_path, held_out):
     save(tmp_path / "train" / "b" / "1.png")
