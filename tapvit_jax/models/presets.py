@@ -1,6 +1,7 @@
 """Architectures under timm's names, and timm's constructor arguments in terms of our configs."""
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -211,6 +212,7 @@ def _build(name: str, build: Callable[..., Config], fields: dict[str, Any]) -> C
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     for key in ("img_size", "patch_size", "window_size"):
         fields = fields | {key: _side(name, key, fields[key])} if key in fields else fields
+    fields = _typed(name, build, fields)
     pool = fields.pop("global_pool", None)
     if pool is not None:
         expected = list(_POOLS) if build is vit_config else ["avg"]
@@ -226,6 +228,17 @@ def _build(name: str, build: Callable[..., Config], fields: dict[str, Any]) -> C
         raise InputError(f"{name}: {error}") from error
     except (TypeError, OverflowError) as error:
         raise InputError(f"{name}: an argument has the wrong type ({error})") from error
+
+
+def _typed(name: str, build: Callable[..., Config], fields: dict[str, Any]) -> dict[str, Any]:
+    # They come from a command line or a config.json, where "no" might count as True.
+    kinds = typing.get_type_hints(build)
+    kinds = typing.get_type_hints(kinds.get("return", build)) | kinds
+    kinds |= {"global_pool": str | None, "init_values": float | None, "no_embed_class": bool}
+    return {
+        key: from_plain(kinds[_RENAMED.get(key, key)], value, f"{name}: {key}")
+        for key, value in fields.items()
+    }
 
 
 def _side(name: str, key: str, value: Any) -> Any:

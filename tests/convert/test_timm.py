@@ -256,6 +256,12 @@ def test_overrides_carry_timms_names():
         ("resnet18", {"patch_size": 16}, "unknown argument patch_size"),
         ("deit_tiny_patch16_224", {"num_heads": 5}, "not a multiple of num_heads"),
         ("deit_tiny_patch16_224", {"global_pool": "map"}, "pool is 'map'"),
+        ("deit_tiny_patch16_224", {"qkv_bias": 1}, "224: qkv_bias is 1, expected bool"),
+        ("deit_tiny_patch16_224", {"no_embed_class": "no"}, "class is 'no', expected bool"),
+        ("deit_tiny_patch16_224", {"mlp_ratio": "4"}, "mlp_ratio is '4', expected float"),
+        ("deit_tiny_patch16_224", {"global_pool": []}, r"pool is \(\), expected str"),
+        ("swin_tiny_patch4_window7_224", {"num_heads": [3, "6"]}, r"\[1\] is '6', expected int"),
+        ("resnet18", {"bottleneck": "no"}, "bottleneck is 'no', expected bool"),
     ],
 )
 def test_unknown_names_and_arguments_are_refused(name, overrides, message):
