@@ -7,6 +7,7 @@ dim, f MLP hidden.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,6 +21,8 @@ from tapvit_jax.errors import InputError
 Taps = dict[str, Array]
 Gates = dict[str, Array]
 Dtype = Literal["float32", "bfloat16", "float16"]
+# More than any network has; a config.json may ask for more than there is memory.
+MOST_BLOCKS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,6 +381,19 @@ def check_sizes(config: Any, fields: tuple[str, ...]) -> None:
     if config.image_size % config.patch_size:
         raise InputError(
             f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
+        )
+
+
+def check_depths(depths: Sequence[int]) -> None:
+    """Refuse more blocks than any network has.
+
+    Raises:
+      InputError: names them.
+    """
+    # One by one too: those below zero could make up for others.
+    if max(*depths, len(depths), sum(depths)) > MOST_BLOCKS:
+        raise InputError(
+            f"depths is {depths!s:.80}, expected at most {MOST_BLOCKS} blocks together"
         )
 
 

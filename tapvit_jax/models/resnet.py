@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.layers import Dtype
+from tapvit_jax.models.layers import Dtype, check_depths
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import check_choices
 
@@ -74,6 +74,7 @@ class ResNetConfig:
                 raise InputError(f"{field} is {value!r}, expected a whole number, 1 or more")
         if not self.depths or any(type(n) is not int or n < 1 for n in self.depths):
             raise InputError(f"depths is {self.depths}, expected stages of one block or more")
+        check_depths(self.depths)
         if not self.batch_norm_eps > 0:
             raise InputError(f"batch_norm_eps is {self.batch_norm_eps}, expected more than 0")
 

@@ -17,6 +17,7 @@ from tapvit_jax.models.layers import (
     BlockSpec,
     Dtype,
     Transformer,
+    check_depths,
     check_images,
     check_sizes,
     dense_head_dim,
@@ -160,6 +161,7 @@ def swin_config(
     Raises:
       InputError: a size out of range, or one that the patches, windows or heads do not divide.
     """
+    check_depths(depths)
     stages = len(depths)
     ratios = mlp_ratio if isinstance(mlp_ratio, tuple) else (mlp_ratio,) * stages
     dims = head_dim or tuple(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.layers import (
+    MOST_BLOCKS,
     Block,
     BlockConfig,
     BlockSpec,
@@ -129,8 +130,8 @@ def vit_config(
     Raises:
       InputError: a size out of range, or `embed_dim` is not a multiple of `num_heads`.
     """
-    if depth < 0:
-        raise InputError(f"depth is {depth}, expected 0 or more")
+    if not 0 <= depth <= MOST_BLOCKS:
+        raise InputError(f"depth is {depth}, expected 0 to {MOST_BLOCKS}")
     dim = dense_head_dim(embed_dim, num_heads)
     block = BlockConfig(num_heads, dim, dim, int(embed_dim * mlp_ratio))
     return ViTConfig(embed_dim=embed_dim, head_dim=dim, blocks=(block,) * depth, **fields)

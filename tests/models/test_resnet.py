@@ -198,6 +198,7 @@ def test_fresh_blocks_start_as_identities():
         ({"width": 1.5}, "width is 1.5"),
         ({"depths": ()}, r"depths is \(\), expected stages of one block or more"),
         ({"depths": (2, 0)}, r"depths is \(2, 0\)"),
+        ({"depths": (2, 2 * 10**9)}, r"depths is \(2, 2000000000\), expected at most 1000"),
         ({"batch_norm_eps": 0.0}, "batch_norm_eps is 0.0, expected more than 0"),
         ({"dtype": "float64"}, "dtype is 'float64', expected one of"),
     ],

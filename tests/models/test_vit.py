@@ -220,7 +220,8 @@ FIELDS = {"image_size": 8, "patch_size": 4, "num_classes": 5}
         ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0.0"),
         ({"num_heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
         ({"num_heads": 0}, "num_heads is 0"),
-        ({"depth": -1}, "depth is -1, expected 0 or more"),
+        ({"depth": -1}, "depth is -1, expected 0 to 1000"),
+        ({"depth": 2 * 10**9}, "depth is 2000000000, expected 0 to 1000"),
         ({"mlp_ratio": -1.0}, "mlp_dim is -16"),
     ],
 )
