@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +131,16 @@ def _json(value: object) -> str:
 class FolderSource(_FileSource):
     """A folder per class, with or without train and val above them, or a flat folder of images.
 
+    The split "val" is the folder "val", "validation" or "test": the first of them that is there.
+
     Args:
       root: the folder.
       class_names: the classes that labels refer to, usually a model's; by default the folders'.
       labels_file: a CSV "path,label" relative to `root`, instead of class folders.
 
     Raises:
-      InputError: no images, or a class folder or label that is not among `class_names` or is there
-        more than once.
+      InputError: no images, folders for splits beside others or with images in no class, or a class
+        folder or label that is not among `class_names` or is there more than once.
     """
 
     def __init__(
@@ -184,14 +186,40 @@ def _folders_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+def _split_folders(root: Path, folders: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The folders that are "train" and "val"; of several for "val", the first of `SPLITS`."""
+    named = [folder for folder in folders if folder.name.lower() in SPLITS]
+    by_name = {folder.name.lower(): folder for folder in named}
+    if len(by_name) < len(folders):
+        # One such name, right above images, may be a class: there are pictures of trains.
+        if not named or (len(named) == 1 and not _folders_in(named[0])):
+            return []
+        listed = ", ".join(folder.name for folder in folders[:10])
+        raise InputError(
+            f"{root}: holds the folders {listed}, of which {', '.join(p.name for p in named)} "
+            "are splits, expected either classes or one folder for each split"
+        )
+    found = {SPLITS[name]: by_name[name] for name in reversed(SPLITS) if name in by_name}
+    return sorted((folder, split) for split, folder in found.items())
+
+
+def _refuse_unlabelled(parts: Iterable[Path]) -> None:
+    for part in parts:
+        for path in part.iterdir():
+            if _is_image(path.name) and not path.name.startswith(".") and path.is_file():
+                raise InputError(f"{path}: is in no class, expected all images in class folders")
+
+
 def _scan_folders(
     root: Path, class_names: Sequence[str] | None
 ) -> tuple[list[_Group], Sequence[str]]:
     folders = _folders_in(root)
-    if folders and all(p.name in SPLITS for p in folders):
-        classes = [(c, SPLITS[p.name]) for p in folders for c in _folders_in(p)]
-    else:
-        classes = [(p, "train") for p in folders]
+    parts = _split_folders(root, folders)
+    classes = [(c, split) for part, split in parts for c in _folders_in(part)]
+    if classes:
+        _refuse_unlabelled(part for part, _ in parts)
+    elif not parts:
+        classes = [(folder, "train") for folder in folders]
     if not classes:
         return [(_images_below(root, ""), UNLABELLED, "train")], class_names or ()
     names = tuple(class_names or sorted({folder.name for folder, _ in classes}))
@@ -250,7 +278,7 @@ def _read_labels_file(
         if seen.setdefault(relative, number) != number:
             raise InputError(f"{where}: {name} is in line {seen[relative]} already")
         above = relative.parts[0] if len(relative.parts) > 1 else "train"
-        groups.append(([str(relative)], value, SPLITS.get(above, "train")))
+        groups.append(([str(relative)], value, SPLITS.get(above.lower(), "train")))
     return groups, class_names
 
 

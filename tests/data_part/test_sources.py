@@ -296,7 +296,32 @@ def test_train_val_and_test_folders(tmp_path):
     source = FolderSource(tmp_path)
     assert source.class_names == ("a",)
     held_out = {p.name: s for p, s in zip(source.paths, source.splits, strict=True)}
-    assert held_out == {"train.png": "train", "test.png": "val", "val.png": "val"}
+    assert held_out == {"train.png": "train", "val.png": "val"}
+    (tmp_path / "val").rename(tmp_path / "Validation")
+    (tmp_path / "train").rename(tmp_path / "TRAIN")
+    assert names_below(FolderSource(tmp_path)) == ["TRAIN/a/train.png", "Validation/a/val.png"]
+
+
+def test_splits_beside_other_folders_are_refused(tmp_path):
+    for path in ("train/a/1.png", "Val/a/1.png", "extra/a/1.png"):
+        save(tmp_path / path)
+    message = "holds the folders Val, extra, train, of which Val, train are splits"
+    with pytest.raises(InputError, match=message):
+        FolderSource(tmp_path)
+    (tmp_path / "Val").rename(tmp_path / "Train")
+    (tmp_path / "extra").rename(tmp_path / "val")
+    with pytest.raises(InputError, match="of which Train, train, val are splits"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["test/2.png", "train/2.JPEG"])
+def test_images_in_no_class_are_refused(tmp_path, path):
+    save(tmp_path / "train" / "a" / "1.png")
+    (tmp_path / "train" / "._1.png").touch()
+    assert len(FolderSource(tmp_path)) == 1
+    save(tmp_path / path)
+    with pytest.raises(InputError, match=f"{path}: is in no class"):
+        FolderSource(tmp_path)
 
 
 def test_folders_that_are_refused(tmp_path):
@@ -326,6 +351,8 @@ def test_labels_file(classes):
     assert source.labels.tolist() == [1, 0, 2]
     assert source.splits.tolist() == ["train", "train", "val"]
     assert source.class_names == NAMES
+    (classes / "val").rename(classes / "Val")
+    assert labelled(classes, "Val/z.png,0\n").splits.tolist() == ["val"]
 
 
 def test_labels_file_defines_classes(classes):
