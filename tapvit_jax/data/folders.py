@@ -6,9 +6,11 @@ import functools
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -135,7 +137,8 @@ class FolderSource(_FileSource):
 
     Args:
       root: the folder.
-      class_names: the classes that labels refer to, usually a model's; by default the folders'.
+      class_names: the classes that labels refer to, usually a model's; by default the folders', in
+        the order of timm: 2 before 10.
       labels_file: a CSV "path,label" relative to `root`, instead of class folders.
 
     Raises:
@@ -186,6 +189,18 @@ def _folders_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+def _in_timms_order(names: Iterable[str]) -> list[str]:
+    """Distinct names in the order of timm's classes: numbers by value, and case ignored."""
+
+    def key(name: str) -> tuple[list[Any], str]:
+        parts: list[Any] = re.split(r"([0-9]+)", name.lower())
+        # By length and then digit by digit: there is no limit to how many there are.
+        parts[1::2] = [(len(digits), digits) for digits in (n.lstrip("0") for n in parts[1::2])]
+        return parts, name
+
+    return sorted(set(names), key=key)
+
+
 def _split_folders(root: Path, folders: Sequence[Path]) -> list[tuple[Path, str]]:
     """The folders that are "train" and "val"; of several for "val", the first of `SPLITS`."""
     named = [folder for folder in folders if folder.name.lower() in SPLITS]
@@ -222,7 +237,7 @@ def _scan_folders(
         classes = [(folder, "train") for folder in folders]
     if not classes:
         return [(_images_below(root, ""), UNLABELLED, "train")], class_names or ()
-    names = tuple(class_names or sorted({folder.name for folder, _ in classes}))
+    names = tuple(class_names or _in_timms_order(folder.name for folder, _ in classes))
     unknown = sorted({folder.name for folder, _ in classes} - set(names))
     if unknown:
         raise InputError(
@@ -258,7 +273,7 @@ def _read_labels_file(
     if class_names is None and all(n is not None for n in numbers):
         class_names = [str(i) for i in range(min(max(numbers, default=-1) + 1, _MOST_CLASSES))]
     elif class_names is None:
-        class_names = sorted(set(labels))
+        class_names = _in_timms_order(labels)
     index = index_classes(class_names, labels, str(path))
     groups, seen = [], {}
     for (number, (name, label)), value in zip(lines, numbers, strict=True):

@@ -236,6 +236,18 @@ def test_folders_follow_the_models_classes(classes):
         FolderSource(classes, ("cat", "dog"))
 
 
+def test_classes_are_in_timms_order(tmp_path):
+    names = ("0", "1", "02", "2", "10", "11", "B1", "b2", "b10", "c")
+    for name in names:
+        save(tmp_path / name / "1.png")
+    source = FolderSource(tmp_path)
+    assert source.class_names == names
+    labels = dict(zip(names_below(source), source.labels.tolist(), strict=True))
+    assert labels["10/1.png"] == 4
+    (tmp_path / "labels.csv").write_text("c/1.png,n10\n0/1.png,n9\n")
+    assert FolderSource(tmp_path, None, tmp_path / "labels.csv").class_names == ("n9", "n10")
+
+
 def test_names_that_several_classes_have_are_no_labels(tmp_path):
     names = ("crane", "dog", "crane")
     save(tmp_path / "dog" / "1.png")
