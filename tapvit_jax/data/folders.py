@@ -336,7 +336,7 @@ class TinyImageNetSource(_FileSource):
                 raise InputError(f"{folder}: no such folder, but wnids.txt names {wnid}")
             below = folder.relative_to(root).as_posix()
             groups.append((_images_below(root, below), index[wnid], "train"))
-        annotations = root / "val" / "val_annotations.txt"
+        annotations, seen = root / "val" / "val_annotations.txt", {}
         for number, line in enumerate(_lines(annotations) if (root / "val").is_dir() else (), 1):
             fields = line.split("\t")
             if len(fields) < 2 or fields[1] not in index:
@@ -344,9 +344,14 @@ class TinyImageNetSource(_FileSource):
                     f"{annotations}: line {number}: labels out of range: {line[:60]!r} "
                     "names no class of wnids.txt"
                 )
-            if Path(fields[0]).name != fields[0]:
-                raise InputError(f"{annotations}: line {number}: {fields[0]!r} is no file name")
-            groups.append(([f"val/images/{fields[0]}"], index[fields[1]], "val"))
+            file = fields[0]
+            if file == ".." or Path(file).name != file:
+                raise InputError(f"{annotations}: line {number}: {file!r} is no file name")
+            if seen.setdefault(file, number) != number:
+                raise InputError(
+                    f"{annotations}: line {number}: {file} is in line {seen[file]} already"
+                )
+            groups.append(([f"val/images/{file}"], index[fields[1]], "val"))
         self._set(root, groups, names)
 
 
