@@ -95,12 +95,16 @@ def test_bad_class_names_are_refused(work, preset, tmp_path):  # noqa: F811
     cases = {
         b"0\n1\n": "2 names, expected 3",
         b"0\n1\n0\n": "has '0' twice, expected distinct",
+        b"0\n1\n\xe9\n": "is not a text file in UTF-8",
     }
     for content, message in cases.items():
         (tmp_path / "classes.txt").write_bytes(content)
         with pytest.raises(tap.InputError, match=rf"classes\.txt: {message}"):
             call("evaluate", *preset, "--classes", tmp_path / "classes.txt",
                  "--images", work / "private")  # fmt: skip
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbf0\n1\n2\n")
+    call("evaluate", *preset, "--classes", tmp_path / "classes.txt",
+         "--images", work / "private")  # fmt: skip
 
 
 def test_exports(work, tmp_path, capsys):  # noqa: F811

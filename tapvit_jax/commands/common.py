@@ -188,11 +188,15 @@ def read_text(path: str) -> str:
     """Read a text file.
 
     Raises:
-      InputError: no such file.
+      InputError: no such file, or not UTF-8.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        # Editors on Windows begin a file with a mark.
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not a text file in UTF-8 ({error})") from error
 
 
 def print_costs(costs: dict[str, Cost]) -> None:
