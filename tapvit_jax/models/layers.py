@@ -397,6 +397,17 @@ def check_depths(depths: Sequence[int]) -> None:
         )
 
 
+def dense_mlp_dim(dim: int, mlp_ratio: float) -> int:
+    """Hidden units of a dense model's MLP.
+
+    Raises:
+      InputError: `mlp_ratio` is negative or not finite.
+    """
+    if not 0 <= mlp_ratio < math.inf:
+        raise InputError(f"mlp_ratio is {mlp_ratio}, expected a finite number, 0 or more")
+    return int(dim * mlp_ratio)
+
+
 def dense_head_dim(embed_dim: int, num_heads: int) -> int:
     """Head dimension of a dense model.
 

@@ -226,8 +226,8 @@ def _build(name: str, build: Callable[..., Config], fields: dict[str, Any]) -> C
         return build(**{_RENAMED.get(key, key): value for key, value in fields.items()})
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    except (TypeError, OverflowError) as error:
-        raise InputError(f"{name}: an argument has the wrong type ({error})") from error
+    except OverflowError as error:
+        raise InputError(f"{name}: an argument is too large ({error})") from error
 
 
 def _typed(name: str, build: Callable[..., Config], fields: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tapvit_jax.models.layers import (
     check_images,
     check_sizes,
     dense_head_dim,
+    dense_mlp_dim,
     kernel_init,
     patch_embedding,
 )
@@ -174,7 +175,7 @@ def swin_config(
         )
     blocks = []
     for stage, depth in enumerate(depths):
-        mlp_dim = int(embed_dim * 2**stage * ratios[stage])
+        mlp_dim = dense_mlp_dim(embed_dim * 2**stage, ratios[stage])
         blocks += [BlockConfig(num_heads[stage], dims[stage], dims[stage], mlp_dim)] * depth
     return SwinConfig(
         embed_dim=embed_dim,

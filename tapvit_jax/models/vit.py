@@ -22,6 +22,7 @@ from tapvit_jax.models.layers import (
     check_images,
     check_sizes,
     dense_head_dim,
+    dense_mlp_dim,
     kernel_init,
     patch_embedding,
 )
@@ -133,7 +134,7 @@ def vit_config(
     if not 0 <= depth <= MOST_BLOCKS:
         raise InputError(f"depth is {depth}, expected 0 to {MOST_BLOCKS}")
     dim = dense_head_dim(embed_dim, num_heads)
-    block = BlockConfig(num_heads, dim, dim, int(embed_dim * mlp_ratio))
+    block = BlockConfig(num_heads, dim, dim, dense_mlp_dim(embed_dim, mlp_ratio))
     return ViTConfig(embed_dim=embed_dim, head_dim=dim, blocks=(block,) * depth, **fields)
 
 

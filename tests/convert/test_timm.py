@@ -253,6 +253,8 @@ def test_overrides_carry_timms_names():
         ("swin_tiny_patch4_window7_224", {"img_size": 308}, "so that every stage can merge"),
         ("swin_tiny_patch4_window7_224", {"num_heads": [3, 6]}, "expected as many of each"),
         ("swin_tiny_patch4_window7_224", {"global_pool": "token"}, "global_pool is 'token'"),
+        ("deit_tiny_patch16_224", {"mlp_ratio": float("nan")}, "224: mlp_ratio is nan, expected a"),
+        ("deit_tiny_patch16_224", {"mlp_ratio": 1e308}, "an argument is too large"),
         ("swin_tiny_patch4_window7_224", {"depths": [2, 2, 2, 10**5]}, "expected at most 1000"),
         ("resnet18", {"patch_size": 16}, "unknown argument patch_size"),
         ("deit_tiny_patch16_224", {"num_heads": 5}, "not a multiple of num_heads"),

@@ -222,7 +222,7 @@ FIELDS = {"image_size": 8, "patch_size": 4, "num_classes": 5}
         ({"num_heads": 0}, "num_heads is 0"),
         ({"depth": -1}, "depth is -1, expected 0 to 1000"),
         ({"depth": 2 * 10**9}, "depth is 2000000000, expected 0 to 1000"),
-        ({"mlp_ratio": -1.0}, "mlp_dim is -16"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0, expected a finite number, 0 or more"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
