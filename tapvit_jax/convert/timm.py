@@ -23,6 +23,7 @@ from tapvit_jax.models.registry import Model
 from tapvit_jax.models.resnet import ResNetConfig
 from tapvit_jax.models.swin import SwinConfig
 from tapvit_jax.models.vit import ViTConfig
+from tapvit_jax.structs import from_plain
 
 StateDict = Mapping[str, np.ndarray]
 
@@ -234,7 +235,8 @@ def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
     params = jax.tree.map(jnp.asarray, params_of(config, found))
     history = {"architecture": architecture(name), "weights": {"name": name, **found.source}}
     names = (found.config or {}).get("label_names") or ()
-    names = tuple(map(str, names)) if len(names) == config.num_classes else ()
+    names = from_plain(tuple[str, ...], names, f"{found.name}: label_names")
+    names = names if len(names) == config.num_classes else ()
     return Model(config, params, preprocess, names, name=name, history=history)
 
 
@@ -317,7 +319,8 @@ def timm_model(model: Model) -> tuple[str, dict[str, Any], dict[str, np.ndarray]
 
 
 def _recorded_architecture(model: Model, default: str) -> str:
-    return architecture(model.history.get("architecture", default))
+    found = model.history.get("architecture", default)
+    return architecture(from_plain(str, found, f"{model.name}: history.architecture"))
 
 
 def _image_arguments(config: Config, *names: str) -> dict[str, Any]:

@@ -41,6 +41,30 @@ def test_another_architecture_is_named(tmp_path):
         load_timm("deit_small_patch16_224", tmp_path / "folder" / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (5, "label_names is 5, expected a list"),
+        ("abcde", "label_names is 'abcde', expected a list"),
+        (["a", None, "c", "d", "e"], r"label_names\[1\] is None, expected str"),
+    ],
+)
+def test_class_names_that_are_no_text_are_refused(tmp_path, names, message):
+    model, _ = make_model("vit")
+    export_timm(model, tmp_path / "folder")
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"label_names": names}))
+    with pytest.raises(InputError, match=rf"model\.safetensors: {message}"):
+        load_timm(CASES["vit"][0], tmp_path / "folder" / "model.safetensors")
+
+
+def test_a_history_that_names_no_architecture_is_refused(tmp_path):
+    model, _ = make_model("vit")
+    model = model.replace(history={"architecture": ["vit"]})
+    with pytest.raises(InputError, match=r"history\.architecture is \['vit'\], expected str"):
+        export_timm(model, tmp_path / "folder")
+
+
 def test_logits_are_compared_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     model, _ = make_model("vit")
     batch = images(model.config.image_size)
