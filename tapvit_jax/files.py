@@ -154,7 +154,8 @@ def check_directory(path: str | os.PathLike, names: Iterable[str]) -> None:
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
-    above = next(folder for folder in target.parents if folder.exists())
+    # Nothing is above the root.
+    above = next((folder for folder in target.parents if folder.exists()), target)
     if not above.is_dir():
         raise InputError(f"{path}: lies below a file, expected a folder there")
     if not target.exists():

@@ -18,6 +18,7 @@ from tapvit_jax.files import (
     WriteError,
     atomic_directory,
     atomic_file,
+    check_directory,
     content_hash,
     file_hash,
     file_lock,
@@ -141,6 +142,11 @@ def test_directory_with_other_contents_is_not_replaced(tmp_path):
     ):
         (partial / "model.json").write_text("{}")
     assert below(tmp_path) == {"d": None, "d/thesis.tex": b"years of work"}
+
+
+def test_the_root_is_a_directory_with_other_contents():
+    with pytest.raises(InputError, match=r"/: holds .*, which would be lost"):
+        check_directory("/", ["model.json"])
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0])
