@@ -12,8 +12,11 @@ import jax
 from tapvit_jax.distributed import initialize
 from tapvit_jax.errors import InputError
 
-# What is wrong is the machine's state or the user's rights, not this program.
-_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+# What is wrong is the machine's state or limits or the user's rights, not this program.
+_MACHINE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+}
 
 # Of <malloc.h>: one arena (M_ARENA_MAX), since all others are limited to 64 MiB; no blocks of their
 # own from the system (M_MMAP_MAX); nothing trimmed off the end (M_TRIM_THRESHOLD).
@@ -65,8 +68,8 @@ def run_program(
 ) -> int:
     """Run a program; return its exit code. `interrupted` is what Ctrl-C means for the user.
 
-    0 after success, 2 with one line on stderr when an input is wrong or the disk is full or closed
-    to the user, 130 after Ctrl-C.
+    0 after success, 2 with one line on stderr when an input is wrong, the disk is full or closed to
+    the user, or a path is longer than it allows, 130 after Ctrl-C.
     """
     try:
         main()

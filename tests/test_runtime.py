@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from tapvit_jax import versions
+from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.runtime import run_program, set_up_jax
 
@@ -54,6 +55,11 @@ def test_a_full_or_closed_disk_is_one_line_and_2(capsys, code):
         "",
         f"error: x\\ny: {os.strerror(code)}\nerror: {os.strerror(code)}\n",
     )
+
+
+def test_a_path_that_is_too_long_is_one_line_and_2(capsys):
+    assert run_program(lambda: open_source("x" * 300)) == 2
+    assert capsys.readouterr().err == f"error: {'x' * 300}: {os.strerror(errno.ENAMETOOLONG)}\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError("x"), SystemExit(3)])
