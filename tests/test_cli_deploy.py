@@ -168,3 +168,11 @@ def test_latency_is_measured_fitted_and_kept(work, tmp_path, capsys):  # noqa: F
              "nowhere", "--budget", "latency=0.5", "--out", tmp_path / "other")  # fmt: skip
     with pytest.raises(tap.InputError, match="--fit needs --out"):
         call("bench-latency", "--model", work / "dense", "--fit", "5")
+
+
+def test_threads_are_as_many_as_machines_have(work):  # noqa: F811
+    for threads in (0, 10**12):
+        with pytest.raises(tap.InputError, match=f"--threads is {threads}, expected 1 to 1024"):
+            call("bench-latency", "--model", work / "dense", "--threads", threads)
+    with pytest.raises(tap.InputError, match="--round-to is 0, expected 1 or more"):
+        call("bench-latency", "--model", work / "dense", "--round-to", "0")

@@ -28,6 +28,9 @@ from tapvit_jax.models import store
 from tapvit_jax.models.backbone import check_prunable
 from tapvit_jax.progress import Progress
 
+# More than machines have cores.
+_MOST_THREADS = 1024
+
 
 def register(command: Command) -> None:
     """Add the commands of this module."""
@@ -48,7 +51,7 @@ def register(command: Command) -> None:
     add_model_options(c)
     c.add_argument("--pruned", action="append", default=[], help="a pruned one's, repeatable")
     c.add_argument("--batch", type=int, action="append", help="repeatable; 1 and 8 by default")
-    c.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    c.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, _MOST_THREADS))
     c.add_argument("--repeats", type=int, default=40)
     c.add_argument(
         "--fit",
@@ -101,10 +104,10 @@ def bench_latency(args: argparse.Namespace) -> None:
     """Time dense and pruned models side by side in ONNX Runtime; fit a latency model."""
     if args.fit and not args.out:
         raise InputError("--fit needs --out")
-    if args.threads < 1 or args.round_to < 1:
-        raise InputError(
-            f"--threads is {args.threads} and --round-to {args.round_to}, expected 1 or more"
-        )
+    if not 1 <= args.threads <= _MOST_THREADS:
+        raise InputError(f"--threads is {args.threads}, expected 1 to {_MOST_THREADS}")
+    if args.round_to < 1:
+        raise InputError(f"--round-to is {args.round_to}, expected 1 or more")
     if args.fit and args.fit < 3:
         raise InputError(f"--fit is {args.fit}, expected 3 or more random prunings")
     dense = open_model(args)
