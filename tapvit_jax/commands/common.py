@@ -67,6 +67,17 @@ def open_images(
     return Images(source, indices)
 
 
+def seed(text: str) -> int:
+    """A seed, as argparse's type of an option.
+
+    Raises:
+      argparse.ArgumentTypeError: not a whole number from 0 to 2^32 - 1.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a whole number from 0 to 2^32 - 1")
+    return int(text)
+
+
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Add what every command that reads images understands."""
     parser.add_argument("--split", help="use only this split of the images (train, val)")

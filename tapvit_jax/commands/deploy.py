@@ -14,8 +14,8 @@ from tapvit_jax.commands.common import (
     open_images,
     open_model,
     preprocess_of,
+    seed,
 )
-from tapvit_jax.commands.devices import seed
 from tapvit_jax.data.base import UNLABELLED
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.errors import InputError

@@ -18,6 +18,7 @@ from tapvit_jax.commands.common import (
     open_images,
     open_model,
     preprocess_of,
+    seed,
 )
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.errors import InputError
@@ -83,17 +84,6 @@ def register(command: Command) -> None:
     add_selection_options(c)
     c.add_argument("--out", required=True, help="the selection file (.json)")
     add_image_options(c)
-
-
-def seed(text: str) -> int:
-    """A seed, as argparse's type of an option.
-
-    Raises:
-      argparse.ArgumentTypeError: not a whole number from 0 to 2^32 - 1.
-    """
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected a whole number from 0 to 2^32 - 1")
-    return int(text)
 
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
