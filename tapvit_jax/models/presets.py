@@ -53,7 +53,7 @@ _RESNETS = {
     "resnet101": {"bottleneck": True, "depths": (3, 4, 23, 3)},
 }
 # timm's names of trained weights that are prepared for in another way than their architecture's
-# default; all other names are ignored.
+# default; all other names are ignored. With the architecture in front, only of that one's weights.
 _TAGS: dict[str, dict[str, Any]] = {
     "augreg_in21k": {"num_classes": 21843},
     "ms_in22k": {"num_classes": 21841},
@@ -61,7 +61,7 @@ _TAGS: dict[str, dict[str, Any]] = {
     "dino": IMAGENET,
     "fb_in22k_ft_in1k": {"crop_pct": 1.0},
     "a3_in1k": {"img_size": 160},
-    "a1h_in1k": {"img_size": 176, "crop_pct": 0.9},
+    "resnet50.a1h_in1k": {"img_size": 176, "crop_pct": 0.9},
     "tv2_in1k": {"img_size": 176, "crop_pct": 0.875, "interpolation": "bilinear"},
     "ra4_e3600_r224_in1k": {**HALF, "crop_pct": 0.9},
     "tv_in1k": {"crop_pct": 0.875, "interpolation": "bilinear"},
@@ -192,7 +192,7 @@ def create(name: str, **overrides: Any) -> tuple[Config, Preprocess]:
         raise InputError(
             f"{name}: unknown argument {', '.join(unknown)}, expected some of {', '.join(known)}"
         )
-    tag = _TAGS.get(name.partition(".")[2], {})
+    tag = _TAGS.get(name) or _TAGS.get(name.partition(".")[2], {})
     if preset.arguments["img_size"] == 384:
         # Of weights for larger images, the tag's preparation is their architecture's.
         tag = {key: value for key, value in tag.items() if key == "num_classes"}

@@ -243,6 +243,22 @@ def test_overrides_carry_timms_names():
 
 
 @pytest.mark.parametrize(
+    ("name", "image_size", "crop_pct"),
+    [
+        ("resnet50.a1h_in1k", 176, 0.9),
+        ("resnet101.a1h_in1k", 224, 0.95),
+        ("resnet50.a3_in1k", 160, 0.95),
+        ("resnet18.a3_in1k", 160, 0.95),
+        ("resnet101.tv_in1k", 224, 0.875),
+    ],
+)
+def test_tags_of_weights_say_how_images_are_prepared(name, image_size, crop_pct):
+    config, preprocess = create(name)
+    assert config.image_size == preprocess.image_size == image_size
+    assert preprocess.crop_pct == crop_pct
+
+
+@pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
         ("resnet51", {}, "unknown model 'resnet51', expected one of deit3_base"),
