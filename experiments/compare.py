@@ -110,11 +110,11 @@ class Comparison:
           why cells failed, by position.
 
         Raises:
-          InputError: the work directory belongs to another config or cannot be written; images, a
-            dense model or a latency table that cannot be had.
+          InputError: the work directory belongs to another config or cannot be written; images or
+            a dense model that cannot be had.
         """
         plain = {"program": "experiments.compare", "mode": self._mode, **identity(self.config)}
-        named = all_succeed(lambda: self._files.identity(self.config))
+        named = self._files.identity(self.config)
         distributed.check_agreement(
             {"config": plain, "cells": [cell.key for cell in self.cells], "files": named},
             "the hosts",
@@ -221,7 +221,8 @@ class Comparison:
             if not self._quiet:
                 tqdm.write(traceback.format_exc(), file=sys.stderr)
             return one_line(f"{type(error).__name__}: {error}")
-        on_main(lambda: write_row(self._path(cell), self._row_key(cell), row))
+        files = self._files.identity(self.config)
+        on_main(lambda: write_row(self._path(cell), cell.key, row, files))
         return None
 
     def _row(self, cell: Cell) -> dict[str, Any]:
@@ -313,10 +314,9 @@ class Comparison:
 
     def _result(self, cell: Cell, say: bool = False) -> dict[str, Any] | None:
         path = self._path(cell)
-        return read_row(path, self._row_key(cell), say) if path.exists() else None
-
-    def _row_key(self, cell: Cell) -> str:
-        return content_hash([cell.key, self._files.identity(self.config)])
+        if not path.exists():
+            return None
+        return read_row(path, cell.key, say, self._files.identity(self.config))
 
     def _path(self, cell: Cell) -> Path:
         return self.workdir / "cells" / f"{cell.key[:24]}.json"

@@ -165,18 +165,17 @@ class NamedFiles:
         self._weights = functools.cache(fingerprint)
         self._table = functools.cache(lambda path: content_hash(read_json(path)))
 
-    def identity(self, config: ExperimentConfig) -> dict[str, str | None]:
-        """What keys of results hold of a config's files.
-
-        Raises:
-          InputError: something that is not there or cannot be read.
-        """
+    def identity(self, config: ExperimentConfig) -> dict[str, str | None] | None:
+        """Hashes of a config's files; None where one of them cannot be read."""
         weights, table = config.dense.weights, config.latency_table
-        return {
-            "source": self._source(config.data.source),
-            "weights": None if weights is None else self._weights(weights),
-            "latency": None if table is None else self._table(table),
-        }
+        try:
+            return {
+                "source": self._source(config.data.source),
+                "weights": None if weights is None else self._weights(weights),
+                "latency": None if table is None else self._table(table),
+            }
+        except InputError:
+            return None
 
 
 def identity(config: ExperimentConfig) -> dict[str, Any]:

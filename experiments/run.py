@@ -73,8 +73,10 @@ class Experiment:
             # Before any work: a budget that cannot be met is refused now.
             budget, allocate = config.budget(device), config.prune.allocate
             check_budget(job.dense_config, budget, allocate, job.latency_for(budget))
-        on_main(lambda: store.save(job.dense, workdir / "models" / "dense"))
-        on_main(lambda: job.extractor.save(workdir / "extractor"))
+        # All processes make them, one writes them.
+        dense, extractor = job.dense, job.extractor
+        on_main(lambda: store.save(dense, workdir / "models" / "dense"))
+        on_main(lambda: extractor.save(workdir / "extractor"))
         rows = [self._device_row(d) for d in range(len(job.parts.devices))]
         with self.progress.step("report", UNITS["report"]):
             results = self._results(rows)

@@ -220,14 +220,14 @@ class Sweep:
           why units failed, by number.
 
         Raises:
-          InputError: the work directory belongs to another config or cannot be written; images,
-            weights or a latency table that are not there.
+          InputError: the work directory belongs to another config or cannot be written.
         """
         plain = identity(self.config)
-        keys = all_succeed(lambda: [self._row_key(unit) for unit in self.units])
-        distributed.check_agreement({"config": plain, "grid": keys}, "the hosts")
-        on_main(lambda: claim_workdir(self.workdir, {"program": "experiments.sweep", **plain}))
         chosen = [self.units[n] for n in (range(len(self.units)) if numbers is None else numbers)]
+        files = [self._files.identity(unit.config) for unit in chosen]
+        grid = [unit.key for unit in self.units]
+        distributed.check_agreement({"config": plain, "grid": grid, "files": files}, "the hosts")
+        on_main(lambda: claim_workdir(self.workdir, {"program": "experiments.sweep", **plain}))
         shared = {Job.shared_key(unit.config): unit.config for unit in chosen}
         total = sum(map(_weight, chosen)) + sum(map(_shared_weight, shared.values()))
         self.progress = Progress(total, self._quiet, lines=False)
@@ -242,8 +242,8 @@ class Sweep:
         return failed
 
     def status(self, unit: Unit) -> tuple[State, str]:
-        """How far a unit is, and why it failed if it did."""
-        if self._result(unit) is not None:
+        """How far a unit is, and why it failed if it did; without a look at the data."""
+        if read_row(self._path(unit, ".json"), unit.key) is not None:
             return "done", ""
         if is_locked(self._path(unit, ".lock")):
             return "running", ""
@@ -338,7 +338,8 @@ class Sweep:
                 failure["traceback"] = traceback.format_exc().splitlines()
             on_main(lambda: write_json(self._path(unit, ".failed.json"), failure))
             return
-        on_main(lambda: write_row(self._path(unit, ".json"), self._row_key(unit), row))
+        files = self._files.identity(unit.config)
+        on_main(lambda: write_row(self._path(unit, ".json"), unit.key, row, files))
 
     def _row(self, unit: Unit) -> dict[str, Any]:
         job, d, title = self._job_of(unit), unit.device, f"unit {unit.number}"
@@ -418,10 +419,9 @@ class Sweep:
 
     def _result(self, unit: Unit, say: bool = False) -> dict[str, Any] | None:
         path = self._path(unit, ".json")
-        return read_row(path, self._row_key(unit), say) if path.exists() else None
-
-    def _row_key(self, unit: Unit) -> str:
-        return content_hash([unit.key, self._files.identity(unit.config)])
+        if not path.exists():
+            return None
+        return read_row(path, unit.key, say, self._files.identity(unit.config))
 
     def _path(self, unit: Unit, suffix: str) -> Path:
         return self.workdir / "units" / f"{unit.key[:16]}{suffix}"

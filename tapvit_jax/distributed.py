@@ -175,7 +175,8 @@ def _exchange(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "processes
 
 def sum_over_processes(tree: T) -> T:
     """Sum arrays over all processes, in float64 and process order: the same result everywhere."""
-    return jax.tree.map(lambda a: gather(np.asarray(a, np.float64)).sum(axis=0), tree)
+    agree()
+    return jax.tree.map(lambda a: _exchange(np.asarray(a, np.float64)).sum(axis=0), tree)
 
 
 def gather_bytes(data: bytes) -> list[bytes]:

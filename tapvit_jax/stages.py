@@ -124,9 +124,10 @@ class Stages:
         # Also what a program left that was killed between the artefact and this line.
         scratch = self.scratch(name, inputs).path
         if main and scratch.exists():
-            with file_lock(_lock_of(directory), wait=False) as locked:
+            # It only takes up room, which is no reason to fail.
+            with contextlib.suppress(WriteError), file_lock(_lock_of(directory), wait=False) as own:
                 # Else a program of another version is at work there.
-                if locked is not False:
+                if own is not False:
                     shutil.rmtree(scratch, ignore_errors=True)
         return artefact
 
@@ -203,19 +204,26 @@ def _lock_of(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.lock")
 
 
-def write_row(path: Path, key: str, row: Mapping[str, Any]) -> None:
-    """Write a finished result, JSON values, under the hash of everything that it depends on."""
+Files = Mapping[str, str | None]
+"""Hashes of what a result was made from, by what it is."""
+
+
+def write_row(path: Path, key: str, row: Mapping[str, Any], files: Files | None = None) -> None:
+    """Write a finished result, JSON values, under the hash of what it depends on but files."""
     version = library_versions()[_PACKAGE]
-    write_json(path, {"key": key, "version": version, "row": row})
+    write_json(path, {"key": key, "files": files, "version": version, "row": row})
 
 
-def read_row(path: Path, key: str, say: bool = False) -> dict[str, Any] | None:
+def read_row(
+    path: Path, key: str, say: bool = False, files: Files | None = None
+) -> dict[str, Any] | None:
     """What `write_row` wrote; None where there is nothing, or nothing whole, of this version.
 
     Args:
       path: of the file.
       key: what it has to be the result of.
       say: whether to say that another version made it.
+      files: and of which files; None does not ask.
     """
     if not path.exists():
         return None
@@ -224,6 +232,8 @@ def read_row(path: Path, key: str, say: bool = False) -> dict[str, Any] | None:
     except InputError:
         return None
     if not isinstance(found, dict) or found.get("key") != key:
+        return None
+    if files is not None and found.get("files") != files:
         return None
     try:
         _check_version(path, found.get("version"))

@@ -1,7 +1,6 @@
 """What several commands share: models and images as arguments, and what is printed of them."""
 
 import argparse
-import collections
 import dataclasses
 import json
 import sys
@@ -130,8 +129,7 @@ def load_preset(name: str, args: argparse.Namespace) -> Model:
     """Load weights under timm's names into a preset.
 
     Raises:
-      InputError: as `load_timm`, an option that is no NAME=VALUE, another number of class names, or
-        one of them twice.
+      InputError: as `load_timm`, an option that is no NAME=VALUE, or another number of class names.
     """
     overrides: dict[str, Any] = {}
     for item in args.set or []:
@@ -153,9 +151,6 @@ def load_preset(name: str, args: argparse.Namespace) -> Model:
             f"{args.classes}: {len(names)} names, expected {model.config.num_classes}, "
             "one a class of the model"
         )
-    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
-    if repeated:
-        raise InputError(f"{args.classes}: has {repeated[0]!r} twice, expected distinct names")
     return model.replace(class_names=tuple(names))
 
 

@@ -234,10 +234,21 @@ def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
     config, preprocess = create(name, **arguments)
     params = jax.tree.map(jnp.asarray, params_of(config, found))
     history = {"architecture": architecture(name), "weights": {"name": name, **found.source}}
-    names = (found.config or {}).get("label_names") or ()
-    names = from_plain(tuple[str, ...], names, f"{found.name}: label_names")
-    names = names if len(names) == config.num_classes else ()
+    names = _label_names(found, config.num_classes)
     return Model(config, params, preprocess, names, name=name, history=history)
+
+
+def _label_names(weights: Weights, classes: int) -> tuple[str, ...]:
+    """The checkpoint's own names of all classes, if it has them."""
+    names = (weights.config or {}).get("label_names") or []
+    if isinstance(names, dict):
+        # By class, where some may have none.
+        names = [names.get(str(i)) for i in range(classes)]
+        names = [] if None in names else names
+    if isinstance(names, list):
+        names = [str(name) if type(name) is int else name for name in names]
+    found = from_plain(tuple[str, ...], names, f"{weights.name}: label_names")
+    return found if len(found) == classes else ()
 
 
 def params_of(config: Config, weights: Weights) -> Params:

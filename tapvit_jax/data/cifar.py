@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100 in their binary layouts, read from the disk as they are asked for."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,12 +125,15 @@ class CifarSource(ImageSource):
 
     def fingerprint(self) -> str:
         """Hash of the files and labels."""
-        hashes = [file_hash(path) for path in self._files]
-        return content_hash({"files": hashes, "labels": self.labels.tolist()})
+        return content_hash({"files": self._hashes, "labels": self.labels.tolist()})
 
     def images_fingerprint(self) -> str:
         """Hash of the files."""
-        return content_hash({"files": [file_hash(path) for path in self._files]})
+        return content_hash({"files": self._hashes})
+
+    @functools.cached_property
+    def _hashes(self) -> list[str]:
+        return [file_hash(path) for path in self._files]
 
     def _find(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1

@@ -5,6 +5,7 @@ import csv
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
@@ -26,6 +27,8 @@ from tapvit_jax.data.base import (
 from tapvit_jax.data.preprocess import Preprocess, decode
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_hash
+
+log = logging.getLogger(__name__)
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 # Not compressed: other pixels of the same shape fill as many bytes, so that sizes tell nothing.
@@ -69,6 +72,8 @@ class _FileSource(ImageSource):
 
     def _set(self, root: Path, groups: Sequence[_Group], class_names: Sequence[str]):
         self.root, self.name = root, str(root)
+        # Copies with other labels share it.
+        self._hashed: dict[str, str] = {}
         self.paths = _Paths(root, [name for names, _, _ in groups for name in names])
         if not self.paths:
             raise InputError(f"{root}: holds no images (looked for {', '.join(sorted(_SUFFIXES))})")
@@ -121,7 +126,9 @@ class _FileSource(ImageSource):
                     if labels is not None:
                         row.append(int(labels[index]))
                     if name.lower().endswith(_HASHED_SUFFIXES):
-                        row.append(file_hash(self.root / name))
+                        if name not in self._hashed:
+                            self._hashed[name] = file_hash(self.root / name)
+                        row.append(self._hashed[name])
                     rows.append(_json(row))
         return rows
 
@@ -134,6 +141,7 @@ class FolderSource(_FileSource):
     """A folder per class, with or without train and val above them, or a flat folder of images.
 
     The split "val" is the folder "val", "validation" or "test": the first of them that is there.
+    Images in no class beside class folders are left out, and that is said.
 
     Args:
       root: the folder.
@@ -142,8 +150,8 @@ class FolderSource(_FileSource):
       labels_file: a CSV "path,label" relative to `root`, instead of class folders.
 
     Raises:
-      InputError: no images, folders for splits beside others or with images in no class, or a class
-        folder or label that is not among `class_names` or is there more than once.
+      InputError: no images, folders for splits beside others, or a class folder or label that is
+        not among `class_names` or is there more than once.
     """
 
     def __init__(
@@ -218,11 +226,14 @@ def _split_folders(root: Path, folders: Sequence[Path]) -> list[tuple[Path, str]
     return sorted((folder, split) for split, folder in found.items())
 
 
-def _refuse_unlabelled(parts: Iterable[Path]) -> None:
+def _say_unlabelled(parts: Iterable[Path]) -> None:
+    """Say which images beside classes are left out: test sets without labels, or strays."""
     for part in parts:
-        for path in part.iterdir():
-            if _is_image(path.name) and not path.name.startswith(".") and path.is_file():
-                raise InputError(f"{path}: is in no class, expected all images in class folders")
+        with os.scandir(part) as entries:
+            left = sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir())
+        left = [name for name in left if not name.startswith(".")]
+        if left:
+            log.warning("%s: left out %d images in no class, such as %s", part, len(left), left[0])
 
 
 def _scan_folders(
@@ -232,7 +243,7 @@ def _scan_folders(
     parts = _split_folders(root, folders)
     classes = [(c, split) for part, split in parts for c in _folders_in(part)]
     if classes:
-        _refuse_unlabelled(part for part, _ in parts)
+        _say_unlabelled(part for part, _ in parts)
     elif not parts:
         classes = [(folder, "train") for folder in folders]
     if not classes:

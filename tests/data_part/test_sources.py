@@ -327,13 +327,14 @@ def test_splits_beside_other_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["test/2.png", "train/2.JPEG"])
-def test_images_in_no_class_are_refused(tmp_path, path):
+def test_images_in_no_class_are_left_out_and_that_is_said(tmp_path, path, caplog):
     save(tmp_path / "train" / "a" / "1.png")
     (tmp_path / "train" / "._1.png").touch()
-    assert len(FolderSource(tmp_path)) == 1
+    assert len(FolderSource(tmp_path)) == 1 and not caplog.text
     save(tmp_path / path)
-    with pytest.raises(InputError, match=f"{path}: is in no class"):
-        FolderSource(tmp_path)
+    assert len(FolderSource(tmp_path)) == 1
+    folder, name = path.split("/")
+    assert f"{folder}: left out 1 images in no class, such as {name}" in caplog.text
 
 
 def test_folders_that_are_refused(tmp_path):
@@ -642,7 +643,8 @@ def test_bitmaps_of_one_size_are_told_apart(tmp_path):
         size, before = path.stat().st_size, (source.fingerprint(), source.images_fingerprint())
         save(path, 20)
         assert path.stat().st_size == size
-        assert source.fingerprint() != before[0] and source.images_fingerprint() != before[1]
+        again = FolderSource(source.root)
+        assert again.fingerprint() != before[0] and again.images_fingerprint() != before[1]
 
 
 def test_names_that_are_no_text(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import tapvit_jax as tap
 from tests.processes import run_together
 
 CONFIG = "--config=tests/experiments/tiny_sweep.py"
@@ -58,6 +59,18 @@ def test_one_job_of_two_processes_gives_what_one_process_gives(cache, shared_dir
     for ended in run_together([command] * 2, cache, one_job=True):
         assert ended.returncode == 0, ended.stdout[-4000:]
     same(read_results(cache / "job"), read_results(shared_directory))
+
+
+def test_a_run_of_two_processes_is_whole(cache):
+    command = ["-m", "experiments.run", CONFIG, f"--workdir={cache / 'run'}"]
+    for ended in run_together([command] * 2, cache, one_job=True):
+        assert ended.returncode == 0, ended.stdout[-4000:]
+    results = json.loads((cache / "run" / "results.json").read_text())
+    dense = tap.load(cache / "run" / "models" / "dense")
+    for row in results["devices"]:
+        small = tap.load(cache / "run" / row["model"])
+        assert tap.cost(small.config).macs == row["cost"]["macs"] < tap.cost(dense.config).macs
+    assert tap.Extractor.load(cache / "run" / "extractor").dim > 0
 
 
 def test_processes_that_hold_different_configs_are_refused(cache):

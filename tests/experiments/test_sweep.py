@@ -374,9 +374,10 @@ def test_rows_do_not_outlive_the_files_that_they_came_from(tmp_path, program, ch
 
     made, before = found()
     if program == "sweep":
-        write_row(made._path(made.units[0], ".json"), made._row_key(made.units[0]), {"top1": 1})
+        path, key = made._path(made.units[0], ".json"), made.units[0].key
     else:
-        write_row(made._path(made.cells[0]), made._row_key(made.cells[0]), {"top1": 1})
+        path, key = made._path(made.cells[0]), made.cells[0].key
+    write_row(path, key, {"top1": 1}, made._files.identity(config))
     assert before is None and found()[1] == {"top1": 1}
     (tmp_path / changed).write_text("22")
     assert found()[1] is None

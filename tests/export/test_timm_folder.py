@@ -58,6 +58,25 @@ def test_class_names_that_are_no_text_are_refused(tmp_path, names, message):
         load_timm(CASES["vit"][0], tmp_path / "folder" / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({str(i): f"n{i}" for i in range(5)}, ("n0", "n1", "n2", "n3", "n4")),
+        ({"0": "cat", "7": "dog"}, ()),
+        ([10, 11, 12, 13, 14], ("10", "11", "12", "13", "14")),
+        (["too", "few"], ()),
+        ([], ()),
+    ],
+)
+def test_class_names_as_timm_may_write_them(tmp_path, names, expected):
+    model, _ = make_model("vit")
+    export_timm(model, tmp_path / "folder")
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"label_names": names}))
+    found = load_timm(CASES["vit"][0], tmp_path / "folder" / "model.safetensors")
+    assert found.class_names == expected
+
+
 def test_a_history_that_names_no_architecture_is_refused(tmp_path):
     model, _ = make_model("vit")
     model = model.replace(history={"architecture": ["vit"]})
