@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
@@ -503,7 +504,7 @@ def test_devices_batches_and_processes_change_nothing(tiny, monkeypatch):
     }
     # Two processes with the same images have what one has, twice.
     monkeypatch.setattr(distributed, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "gather", lambda array: np.stack([array, array]))
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda sent: np.stack([sent, sent]))
     found["processes"] = recovered(tiny, plan, [images])
     for name, other in found.items():
         np.testing.assert_allclose(
