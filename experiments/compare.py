@@ -313,10 +313,7 @@ class Comparison:
         return weight + UNITS["recover"] * bool(cell.epochs)
 
     def _result(self, cell: Cell, say: bool = False) -> dict[str, Any] | None:
-        path = self._path(cell)
-        if not path.exists():
-            return None
-        return read_row(path, cell.key, say, self._files.identity(self.config))
+        return read_row(self._path(cell), cell.key, say, self._files.identity(self.config))
 
     def _path(self, cell: Cell) -> Path:
         return self.workdir / "cells" / f"{cell.key[:24]}.json"
