@@ -25,8 +25,14 @@ from tapvit_jax.train.finetune import TrainConfig
 
 MODULES = {"tiny_imagenet": tiny_imagenet, "cifar100": cifar100, "imagenet": imagenet}
 CLASSES = {"tiny_imagenet": 200, "cifar100": 100, "imagenet": 1000}
-SMALL_DEIT = {"patch_size": 16, "depth": 1, "num_heads": 2, "embed_dim": 16}
-SMALL_SWIN = {"depths": (2, 1), "num_heads": (1, 2), "embed_dim": 8, "window_size": 2}
+# Models that differ from each other in what those of the configs do.
+SMALL = {
+    "deit_tiny": {"patch_size": 16, "depth": 1, "num_heads": 1, "embed_dim": 8},
+    "deit_small": {"patch_size": 16, "depth": 1, "num_heads": 2, "embed_dim": 16},
+    "deit_base": {"patch_size": 16, "depth": 1, "num_heads": 4, "embed_dim": 32},
+    "swin_tiny": {"depths": (2, 1), "num_heads": (1, 2), "embed_dim": 8, "window_size": 2},
+    "swin_small": {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 8, "window_size": 2},
+}
 
 
 @pytest.mark.parametrize("mode", protocol.MODES)
@@ -129,12 +135,13 @@ def write_folders(root, rng):
             image.save(folder / f"{i}.JPEG")
 
 
-def small(config, devices, **extractor):
+def small_config(name, argument, devices=1, **extractor):
     """A config on 32 pixels, few images and one epoch."""
+    config = MODULES[name].get_config(argument)
     config.data.preprocess.image_size = 32
     config.data.partition.num_devices = devices
     config.data.partition.validation_fraction = 0.2
-    config.dense.arguments = SMALL_SWIN if "swin" in config.dense.model else SMALL_DEIT
+    config.dense.arguments = SMALL[argument.split(",")[0]]
     for recipe in (config.dense.train, config.extractor_train, config.recover):
         recipe.epochs, recipe.batch_size = 1, 16
     config.extractor.update({"dim": 4, **extractor})
@@ -197,8 +204,7 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for name, (write, model, mode, devices, extractor) in RUNS.items():
         write(tmp_path / name, rng)
-        plain = MODULES[name].get_config(f"{model},{tmp_path / name},,{mode}")
-        plain = small(plain, devices, **extractor)
+        plain = small_config(name, f"{model},{tmp_path / name},,{mode}", devices, **extractor)
         if name == "cifar100":
             plain.recover.feature_distill = 0.1
             plain.prune.allocate.update({"widths": "global", "per_cost": True, "normalize": True})
@@ -237,6 +243,23 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
     unread = sorted(f"{kind.__name__}.{name}" for kind, name in declared - read_fields)
     # Only sweeps fine-tune together.
     assert unread == ["ExperimentConfig.recover_together"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [(n, m) for n, run in RUNS.items() for m in protocol.MODELS if m != run[1]],
+)
+def test_the_other_models_run_on_every_data_set(tmp_path, name, model):
+    RUNS[name][0](tmp_path / "images", np.random.default_rng(0))
+    config = small_config(name, f"{model},{tmp_path / 'images'}", kind="pooled")
+    if "swin" in model:  # as above
+        config.compensate.method = "none"
+    (row,) = Experiment(read(config), tmp_path / "run", True).run()["devices"]
+    assert row["cost"]["encoder_params"] <= row["limits"]["encoder_params"]
+    assert 0 <= row["variants"]["selected"]["recovered"] <= 1
+    small, dense = (tap.load(tmp_path / "run" / p) for p in (row["model"], "models/dense"))
+    assert tap.cost(small.config).macs < tap.cost(dense.config).macs
+    assert small.config.num_classes == (100 if name == "cifar100" else 4)
 
 
 def test_a_field_that_nothing_reads_would_be_noticed(monkeypatch):
