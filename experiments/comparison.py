@@ -16,7 +16,7 @@ from experiments import figures
 from experiments.methods import SETS, find_set
 from experiments.preparation import ORACLE, SELECTED
 from experiments.report import LEAKS
-from experiments.statistics import Mean, gap_closed, mean_interval, mean_ranks, paired
+from experiments.statistics import Mean, Values, crossed_interval, gap_closed, mean_ranks, paired
 from experiments.tables import document, text_cell, to_table
 from tapvit_jax.files import write_json, write_text
 from tapvit_jax.runtime import one_line
@@ -24,7 +24,6 @@ from tapvit_jax.runtime import one_line
 Row = Mapping[str, Any]
 """One cell: method, set, device, seed, budget, epochs, and what was measured, in percent."""
 
-_Values = dict[tuple[int, int], float]
 _RANDOM, _POOL = "random", "pool"
 _NONE = "–"  # noqa: RUF001
 _MINUS = "−"  # noqa: RUF001
@@ -54,7 +53,7 @@ def summarize(rows: Sequence[Row], reference: str, *, shared_dense: bool = False
     }
     return {
         "reference": reference,
-        "dense": dataclasses.asdict(mean_interval(list(dense.values()))),
+        "dense": dataclasses.asdict(crossed_interval(dense)),
         "accuracy": [_accuracy(key, members) for key, members in cells.items()],
         "paired": [
             _labels(key) | found
@@ -72,26 +71,25 @@ def _labels(key: tuple[str, int, str, str]) -> dict[str, Any]:
 
 
 def _accuracy(key: tuple[str, int, str, str], members: Sequence[Row]) -> dict[str, Any]:
-    top1 = np.array([row["top1"] for row in members])
-    dense = np.array([row["dense_top1"] for row in members])
+    top1, dense = (
+        {(row["device"], row["seed"]): row[name] for row in members}
+        for name in ("top1", "dense_top1")
+    )
+    mean, dense_mean = (float(np.mean(list(found.values()))) for found in (top1, dense))
     return _labels(key) | {
-        "top1": dataclasses.asdict(mean_interval(top1)),
-        "to_dense": dataclasses.asdict(mean_interval(top1 - dense)),
-        "percent_of_dense": float(100 * top1.mean() / dense.mean()) if dense.mean() else None,
+        "top1": dataclasses.asdict(crossed_interval(top1)),
+        "to_dense": dataclasses.asdict(paired(top1, dense).difference),
+        "percent_of_dense": 100 * mean / dense_mean if dense_mean else None,
         "macs_percent": float(np.mean([row["macs_percent"] for row in members])),
         "params_percent": float(np.mean([row["params_percent"] for row in members])),
     }
 
 
-def _paired(first: _Values, second: _Values) -> dict[str, Any] | None:
-    both = sorted(first.keys() & second.keys())
-    if not both:
-        return None
-    found = paired(np.array([first[k] for k in both]), np.array([second[k] for k in both]))
-    return dataclasses.asdict(found)
+def _paired(first: Values, second: Values) -> dict[str, Any] | None:
+    return dataclasses.asdict(paired(first, second)) if first.keys() & second.keys() else None
 
 
-def _ranks(values: Mapping[tuple[str, int, str, str], _Values]) -> list[dict[str, Any]]:
+def _ranks(values: Mapping[tuple[str, int, str, str], Values]) -> list[dict[str, Any]]:
     """Mean ranks over the devices and seeds that all methods of a budget have."""
     found = []
     for images, epochs in dict.fromkeys(key[:2] for key in values):
@@ -118,7 +116,7 @@ def _ranks(values: Mapping[tuple[str, int, str, str], _Values]) -> list[dict[str
     return found
 
 
-def _sets(values: Mapping[tuple[str, int, str, str], _Values]) -> list[dict[str, Any]]:
+def _sets(values: Mapping[tuple[str, int, str, str], Values]) -> list[dict[str, Any]]:
     """Metric sets side by side for every method, budget and number of epochs."""
     found = []
     for epochs, budget, method in dict.fromkeys(key[1:] for key in values):
@@ -127,8 +125,7 @@ def _sets(values: Mapping[tuple[str, int, str, str], _Values]) -> list[dict[str,
             continue
         row: dict[str, Any] = {"epochs": epochs, "budget": budget, "method": method}
         row["top1"] = {
-            name: dataclasses.asdict(mean_interval(list(pairs.values())))
-            for name, pairs in own.items()
+            name: dataclasses.asdict(crossed_interval(pairs)) for name, pairs in own.items()
         }
         first = next(iter(own))
         for title, base in (("over_random", _RANDOM), ("over_first", first)):
@@ -137,12 +134,9 @@ def _sets(values: Mapping[tuple[str, int, str, str], _Values]) -> list[dict[str,
                 for name, pairs in own.items()
                 if name != base and (difference := _paired(pairs, own.get(base, {})))
             }
-        random = own.get(_RANDOM, {})
-        selected, oracle = own.get(SELECTED, {}), own.get(ORACLE, {})
-        shared = sorted(random.keys() & selected.keys() & oracle.keys())
+        triple = [own.get(name, {}) for name in (_RANDOM, SELECTED, ORACLE)]
         row["gap_closed"] = None
-        if shared:
-            triple = [np.array([v[k] for k in shared]) for v in (random, selected, oracle)]
+        if set.intersection(*(set(pairs) for pairs in triple)):
             row["gap_closed"] = dataclasses.asdict(gap_closed(*triple))
         found.append(row)
     return found
@@ -240,9 +234,9 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         result.append(Table(caption, head, rows))
         if pairs := here("paired"):
             own, rows = _by_budget(
-                pairs, lambda row: f"{_range_text(row['difference'])} {_wins(row)}"
+                pairs, lambda row: f"{_range_text(row['difference'])} {row['wins']}:{row['losses']}"
             )
-            caption = f"Points that {reference} is above, [95 % interval], won:lost (sign test)"
+            caption = f"Points that {reference} is above, [95 % interval], won:lost"
             result.append(Table(f"{caption}: {where}", ["method", *own], rows))
         ranks = sorted(here("ranks"), key=lambda row: row["overall"] or np.inf)
         if len(ranks) > 1:
@@ -260,10 +254,6 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
 
 def _share(percent: float | None) -> str:
     return "" if percent is None else f" ({percent:.1f} %)"
-
-
-def _wins(row: Mapping[str, Any]) -> str:
-    return f"{row['wins']}:{row['losses']} (p = {row['sign_p']:.2g})"
 
 
 def _rank(value: float | None) -> str:
@@ -351,8 +341,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     notes = [
         f"{len(rows)} cells: {devices} device{'s' * (devices != 1)}, seeds {seeds}, {dense}. "
         "Top-1 on the devices' own test images; every budget is counted by this package's cost "
-        "model. ± and brackets: 95 % intervals over devices and seeds (Student's t; of gap shares "
-        "by bootstrap), which count devices and seeds as independent.",
+        "model. ± and brackets: 95 % intervals for other devices and seeds (random effects of "
+        "both; of gap shares by bootstrap).",
     ]
     kinds = {find_set(row["set"]).kind for row in rows}
     used = [name for name in SETS if name in kinds]

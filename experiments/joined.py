@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures
-from experiments.statistics import CONFIDENCE, mean_interval
+from experiments.statistics import CONFIDENCE, Values, crossed_interval
 from experiments.tables import STAGES, STAGES_NOTE, amount, document, text_cell, to_table
 from tapvit_jax.files import write_json, write_text
 from tapvit_jax.runtime import one_line
@@ -79,7 +79,8 @@ def series_of(record: Record, fields: Sequence[str]) -> str:
 def averages(found: Sequence[Record]) -> list[Record]:
     """Means over devices and seeds for every series and budget, with 95 % intervals.
 
-    The interval is Student's for the mean of the units; one unit alone has none.
+    The interval is for other devices and seeds (`statistics.crossed_interval`); one unit alone has
+    none.
     """
     fields = series_fields(found)
     groups: dict[tuple[str, str], list[Record]] = {}
@@ -89,7 +90,8 @@ def averages(found: Sequence[Record]) -> list[Record]:
     for (series, budget), members in groups.items():
         row: Record = {"series": series, "budget": budget, "units": len(members)}
         for name in _TOP1:
-            row[name], row[f"{name}_interval"] = _mean([member[name] for member in members])
+            values = {((m["source"], m["device"]), m["seed"]): m[name] for m in members}
+            row[name], row[f"{name}_interval"] = _mean(values)
         for name in _COSTS:
             for column in (name, f"{name}_percent"):
                 row[column] = round(float(np.mean([member[column] for member in members])), 4)
@@ -97,8 +99,8 @@ def averages(found: Sequence[Record]) -> list[Record]:
     return rows
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    found = mean_interval(values)
+def _mean(values: Values) -> tuple[float, float | None]:
+    found = crossed_interval(values)
     return round(found.mean, 3), None if found.half_width is None else round(found.half_width, 3)
 
 

@@ -1,7 +1,7 @@
 """Statistics of comparisons: intervals, paired differences, ranks and shares of a gap."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -11,6 +11,9 @@ from tapvit_jax.errors import InputError
 
 CONFIDENCE = 0.95
 _DRAWS = 2000
+
+Values = Mapping[tuple[Hashable, Hashable], float]
+"""What was measured, by device and seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +47,11 @@ class Paired:
     Attributes:
       difference: mean of the pairs' differences, with its interval.
       wins: pairs in which the first is above; `losses` those in which it is below.
-      sign_p: two-sided p-value of the exact sign test; ties count for neither side.
     """
 
     difference: Mean
     wins: int
     losses: int
-    sign_p: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,23 +86,63 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Me
     return Mean(mean, factor * error, x.size)
 
 
-def paired(
-    first: Float[np.ndarray, "n"], second: Float[np.ndarray, "n"], confidence: float = CONFIDENCE
-) -> Paired:
-    """Differences first - second of pairs: Student's interval of the mean, and the sign test.
+def crossed_interval(values: Values, confidence: float = CONFIDENCE) -> Mean:
+    """Mean over devices and seeds, with an interval that holds for others of both.
+
+    Seeds of one device are repeats and no further devices, and a seed's split and dense model are
+    common to all devices: y_ds = mu + a_d + b_s + e_ds. Of D devices and S seeds
+
+        Var(mean) = (MS_a + MS_b - MS_e) / (D S)
+
+    from the mean squares of the analysis of variance, with Satterthwaite's degrees of freedom for
+    Student's t; an effect whose mean square is not above MS_e is left out. Where some device lacks
+    a seed, the devices' own means are what Student's interval is of.
 
     Raises:
-      InputError: no pairs, or sequences of different lengths.
+      InputError: no values.
+
+    Source: random-effects analysis of variance (Searle, Casella and McCulloch, 1992).
     """
-    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if a.shape != b.shape:
-        raise InputError(f"pairs need equally many values, found {a.size} and {b.size}")
-    differences = a - b
-    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-    sign_p = 1.0
-    if wins + losses:
-        sign_p = float(stats.binomtest(wins, wins + losses).pvalue)
-    return Paired(mean_interval(differences, confidence), wins, losses, sign_p)
+    devices, seeds = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+    plain = mean_interval(list(values.values()), confidence)
+    if min(len(devices), len(seeds)) < 2:
+        return plain
+    if len(values) < len(devices) * len(seeds):
+        own = [[v for key, v in values.items() if key[0] == device] for device in devices]
+        of_devices = mean_interval([float(np.mean(v)) for v in own], confidence)
+        return dataclasses.replace(plain, half_width=of_devices.half_width)
+    table = np.array([[values[device, seed] for seed in seeds] for device in devices], np.float64)
+    rows, columns = table.mean(axis=1) - plain.mean, table.mean(axis=0) - plain.mean
+    rest = table - plain.mean - rows[:, None] - columns
+    row_freedom, column_freedom = len(rows) - 1, len(columns) - 1
+    freedom = row_freedom * column_freedom
+    error = float(np.sum(rest**2)) / freedom
+    effects = [
+        (len(columns) * float(np.sum(rows**2)) / row_freedom, row_freedom),
+        (len(rows) * float(np.sum(columns**2)) / column_freedom, column_freedom),
+    ]
+    effects = [(square, free) for square, free in effects if square > error]
+    if not effects:
+        return plain
+    extra = len(effects) - 1
+    variance = sum(square for square, _ in effects) - extra * error
+    spread = sum(square**2 / free for square, free in effects) + extra * error**2 / freedom
+    factor = float(stats.t.ppf(0.5 + confidence / 2, variance**2 / spread))
+    return dataclasses.replace(plain, half_width=factor * float(np.sqrt(variance / table.size)))
+
+
+def paired(first: Values, second: Values, confidence: float = CONFIDENCE) -> Paired:
+    """Differences first - second over the devices and seeds that both have, see `crossed_interval`.
+
+    Raises:
+      InputError: no device and seed in common.
+    """
+    differences = {key: first[key] - second[key] for key in first if key in second}
+    if not differences:
+        raise InputError("pairs need a device and seed in common, found none")
+    found = np.array(list(differences.values()))
+    wins, losses = int((found > 0).sum()), int((found < 0).sum())
+    return Paired(crossed_interval(differences, confidence), wins, losses)
 
 
 def mean_ranks(values: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "m"]:
@@ -117,35 +158,39 @@ def mean_ranks(values: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "m"]:
 
 
 def gap_closed(
-    low: Float[np.ndarray, "n"],
-    value: Float[np.ndarray, "n"],
-    high: Float[np.ndarray, "n"],
-    *,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
+    low: Values, value: Values, high: Values, *, seed: int = 0, confidence: float = CONFIDENCE
 ) -> Gap:
-    """Share of the gap from low to high that the values close, over paired triples.
+    """Share of the gap from low to high that the values close, where all three are there.
 
         share = mean(value - low) / mean(high - low)
 
-    with the percentile interval of a bootstrap over the triples.
+    with the percentile interval of a bootstrap that draws devices and seeds, each on their own.
 
     Raises:
-      InputError: no triples, or sequences of different lengths.
+      InputError: no device and seed that all three have.
+
+    Source: the pigeonhole bootstrap (Owen, 2007).
     """
-    a, b, c = (np.asarray(x, np.float64) for x in (low, value, high))
-    if not a.shape == b.shape == c.shape or a.size == 0:
-        raise InputError(f"a gap needs triples, found {a.size}, {b.size} and {c.size} values")
-    gains, gaps = b - a, c - a
+    shared = [key for key in low if key in value and key in high]
+    if not shared:
+        raise InputError("a gap needs a device and seed that all three have, found none")
+    gains = np.array([value[key] - low[key] for key in shared])
+    gaps = np.array([high[key] - low[key] for key in shared])
     if gaps.mean() <= 0:
         return Gap(None, None, None)
     share = float(gains.mean() / gaps.mean())
-    drawn = np.random.default_rng(seed).integers(gains.size, size=(_DRAWS, gains.size))
-    resampled = gaps[drawn].mean(axis=1)
+    rng = np.random.default_rng(seed)
+    counts = np.ones((_DRAWS, len(shared)))
+    for part in zip(*shared, strict=True):
+        names, places = np.unique([str(name) for name in part], return_inverse=True)
+        counts *= rng.multinomial(len(names), np.full(len(names), 1 / len(names)), _DRAWS)[
+            :, places
+        ]
+    counts = counts[counts.any(axis=1)]
+    resampled = counts @ gaps
     tail = (1 - confidence) / 2
-    if gains.size == 1 or (resampled <= 0).mean() > tail:
+    if len(shared) == 1 or (resampled <= 0).mean() > tail:
         return Gap(share, None, None)
     sound = resampled > 0
-    shares = gains[drawn].mean(axis=1)[sound] / resampled[sound]
-    ends = np.quantile(shares, (tail, 1 - tail))
+    ends = np.quantile((counts @ gains)[sound] / resampled[sound], (tail, 1 - tail))
     return Gap(share, float(ends[0]), float(ends[1]))

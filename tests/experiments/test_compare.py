@@ -9,10 +9,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from scipy import stats
 
 from configs import tiny_imagenet_40
 from experiments import arguments, comparison
@@ -22,7 +18,6 @@ from experiments.config import identity, read
 from experiments.job import Job, Pruned
 from experiments.methods import METHODS, PEER, Method, find_methods, find_set, image_sets
 from experiments.peers import PEERS
-from experiments.statistics import gap_closed, mean_interval, mean_ranks, paired
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_lock
 from tapvit_jax.importance.criteria import unit_importance
@@ -53,73 +48,6 @@ def grid(methods=NAMES, **changes):
     options = {"sets": ("selected", "random"), "set_methods": None, "budgets": ("macs=0.6",)}
     options |= {"devices": (0, 1), "seeds": (0,)}
     return Grid(find_methods(methods), **(options | changes))
-
-
-# Statistics.
-
-_VALUES = arrays(np.float64, st.integers(2, 12), elements=st.floats(-100, 100, width=32))
-
-
-@given(_VALUES)
-def test_the_interval_is_scipys_students(values):
-    found = mean_interval(values)
-    low, high = stats.t.interval(
-        0.95, len(values) - 1, np.mean(values), max(stats.sem(values), 1e-300)
-    )
-    assert found.count == len(values)
-    np.testing.assert_allclose([found.low, found.high], [low, high], rtol=1e-9, atol=1e-9)
-
-
-def test_one_value_has_no_interval_and_none_has_no_mean():
-    found = mean_interval([3.0])
-    assert (found.mean, found.half_width, found.low, found.high) == (3.0, None, None, None)
-    with pytest.raises(InputError, match="at least one"):
-        mean_interval([])
-
-
-@given(_VALUES)
-def test_pairs_are_a_paired_t_test_and_a_sign_test(values):
-    other = np.roll(values, 1)
-    found, mirrored = paired(values, other), paired(other, values)
-    differences = values - other
-    assert (found.wins, found.losses) == ((differences > 0).sum(), (differences < 0).sum())
-    assert (mirrored.wins, mirrored.losses) == (found.losses, found.wins)
-    assert mirrored.difference.mean == -found.difference.mean
-    if found.wins + found.losses:
-        assert found.sign_p == stats.binomtest(found.wins, found.wins + found.losses).pvalue
-    else:
-        assert found.sign_p == 1.0
-
-
-def test_the_paired_interval_is_that_of_scipys_paired_t_test():
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=9)
-    b = a + 0.3 + 0.1 * rng.normal(size=9)
-    found = paired(b, a).difference
-    expected = stats.ttest_rel(b, a).confidence_interval(0.95)
-    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high])
-    with pytest.raises(InputError, match="9 and 8"):
-        paired(b, a[:8])
-
-
-def test_ranks_share_ties_and_one_is_best():
-    table = np.array([[90.0, 80.0, 80.0], [50.0, 60.0, 10.0]])
-    np.testing.assert_allclose(mean_ranks(table), [1.5, 1.75, 2.75])
-    with pytest.raises(InputError, match="at least one row"):
-        mean_ranks(np.zeros((0, 3)))
-
-
-def test_the_share_of_a_gap_is_of_means_with_an_interval_around_it():
-    low, high = np.array([50.0, 60.0, 55.0]), np.array([60.0, 70.0, 65.0])
-    found = gap_closed(low, np.array([55.0, 66.0, 62.0]), high)
-    assert found.share == pytest.approx(0.6)
-    assert 0.5 <= found.low <= 0.6 <= found.high <= 0.7
-    # An oracle that is no better leaves no gap, and one that hardly is, no interval.
-    assert gap_closed(high, low, low).share is None
-    unclear = gap_closed(np.zeros(3), np.ones(3), np.array([5.0, -4.0, 0.0]))
-    assert unclear.share == pytest.approx(3.0) and unclear.low is None
-    with pytest.raises(InputError, match="found 3, 2 and 3"):
-        gap_closed(low, low[:2], high)
 
 
 # Methods and grids.
