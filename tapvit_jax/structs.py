@@ -88,7 +88,7 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
         return _convert_dataclass(kind, value, name, problems)
     if origin is tuple:
         return _convert_tuple(args, value, name, problems)
-    if origin in (dict, Mapping) or origin is getattr(typing, "Mapping", None):
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             problems.append(f"{name} is {_show(value)}, expected a mapping")
             return None
