@@ -40,12 +40,10 @@ def family(config: Config) -> str:
 def read_config(name: Any, plain: Any, where: str) -> Config:
     """Build a config from a stored file's family name and plain values.
 
-    Files of before there were several families do not name theirs (None): ViTs.
-
     Raises:
       InputError: an unknown family, or values that make no such config.
     """
-    known = from_plain(Literal[*FAMILIES], "vit" if name is None else name, f"{where}: family")
+    known = from_plain(Literal[*FAMILIES], name, f"{where}: family")
     return from_plain(FAMILIES[known], plain, where)
 
 

@@ -201,6 +201,7 @@ def test_all_wrong_parameters_are_named_at_once(directory):
         ({"format": ...}, "is not a tapvit-model file"),
         ({"version": 2}, "has version 2, expected 1"),
         ({"version": ...}, "has version None, expected 1"),
+        ({"family": ...}, "family is None, expected one of 'vit', 'swin', 'resnet'"),
         ({"config": ...}, "config is None, expected a mapping"),
         ({"config": {"depth": 3}}, "unknown field .*config.depth"),
         ({"preprocess": {"image_size": 8}}, "missing field .*preprocess.mean"),
