@@ -2,10 +2,14 @@
 
 import dataclasses
 import difflib
+import math
+import os
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
+
+import numpy as np
 
 from tapvit_jax.errors import InputError
 
@@ -16,14 +20,29 @@ _LONGEST = 100
 _MOST_PROBLEMS = 20
 
 
-def to_plain(value: Any) -> Any:
-    """Turn nested dataclasses, tuples and mappings into dicts and lists that JSON can hold."""
+def to_plain(value: Any, name: str = "value") -> Any:
+    """Turn nested dataclasses, tuples and mappings into dicts and lists that JSON can hold.
+
+    NumPy's scalars become Python's and paths become text.
+
+    Raises:
+      InputError: anything else, NaN and infinity included; names it.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
     if dataclasses.is_dataclass(value):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = (f.name for f in dataclasses.fields(value))
+        return {field: to_plain(getattr(value, field), f"{name}.{field}") for field in fields}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
+        return [to_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if not isinstance(value, str | int | float | None):
+        raise InputError(f"{name} is {_show(value)}, expected what JSON can hold")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name} is {value}, expected a finite number")
     return value
 
 

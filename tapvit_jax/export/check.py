@@ -279,7 +279,7 @@ def artefact_spec(
       written: where the artefact stands now, for its checksum.
       **more: what only this kind of artefact has to say.
     """
-    config, history = model.config, dict(model.history)
+    config, history = model.config, to_plain(model.history, f"{model.name}: history")
     side = config.image_size
     return {
         "format": FORMAT,
@@ -303,7 +303,7 @@ def artefact_spec(
         "config": to_plain(config),
         "kept": history.pop("kept", None),
         "source": history.pop("weights", None),
-        "history": to_plain(history),
+        "history": history,
         "gelu": "exact (erf)",
         "check": dataclasses.asdict(report),
         "libraries": library_versions(),

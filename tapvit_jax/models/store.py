@@ -32,8 +32,8 @@ def save(model: Model, directory: str | os.PathLike) -> None:
     """Write a model to a directory, all or nothing; a model that stood there is replaced.
 
     Raises:
-      InputError: the parameters or class names do not match the config, or the directory cannot be
-        written.
+      InputError: the parameters or class names do not match the config, the history holds what
+        JSON cannot, or the directory cannot be written.
     """
     check_params(param_shapes(model.config), model.params, model.name)
     _check_class_names(model.class_names, model.config, model.name)
@@ -47,7 +47,7 @@ def save(model: Model, directory: str | os.PathLike) -> None:
             "config": to_plain(model.config),
             "preprocess": to_plain(model.preprocess),
             "class_names": list(model.class_names),
-            "history": to_plain(model.history),
+            "history": to_plain(model.history, f"{model.name}: history"),
             "params_sha256": file_hash(partial / PARAMS_FILE),
             "libraries": library_versions(),
         }
