@@ -22,7 +22,7 @@ from tapvit_jax.proxy.gmm import GmmConfig
 from tapvit_jax.proxy.select import SelectConfig
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.recover import RecoverConfig
-from tapvit_jax.structs import from_plain, to_plain
+from tapvit_jax.structs import check_fields, from_plain, to_plain
 from tapvit_jax.train.finetune import TrainConfig
 
 Comparison = Literal["pool", "random"]
@@ -45,6 +45,7 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         if self.workers < 0:
             raise InputError(f"workers is {self.workers}, expected 0 or more")
 
@@ -66,6 +67,9 @@ class DenseConfig:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights: str | None = None
     train: TrainConfig = TrainConfig()
+
+    def __post_init__(self):
+        check_fields(self)
 
     def network(self, preprocess: Preprocess, num_classes: int) -> Config:
         """The network's config.
@@ -133,6 +137,7 @@ class ExperimentConfig:
     latency_table: str | None = None
 
     def __post_init__(self):
+        check_fields(self)
         if not self.budgets:
             raise InputError("budgets is empty, expected at least one")
         if self.recover_together < 1:

@@ -29,6 +29,7 @@ from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.sharding import data_mesh
+from tapvit_jax.structs import check_fields
 from tapvit_jax.train.evaluate import Metrics, evaluate_indices
 
 
@@ -52,6 +53,7 @@ class PruneConfig:
     deletion_images: int = CriterionConfig.max_images
 
     def __post_init__(self):
+        check_fields(self)
         if self.criterion is not None:
             criterion(self.criterion)
         if self.allocate.attention != self.layers.attention:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
@@ -54,23 +55,39 @@ def from_plain(cls: type[T], value: Any, name: str = "config") -> T:
     """
     problems: list[str] = []
     result = _convert(cls, value, name, problems)
+    _refuse(problems)
+    return result
+
+
+def check_fields(config: Any) -> None:
+    """Check the types of a frozen dataclass's fields as `from_plain` does, for `__post_init__`.
+
+    What stands for another type becomes it, as there: whole numbers where floats are expected,
+    NumPy's scalars, lists for tuples.
+
+    Raises:
+      InputError: a value of another type; all problems at once.
+    """
+    problems: list[str] = []
+    for name, kind in _hints(type(config)).items():
+        value = getattr(config, name)
+        # Blocks are made by the thousand when widths are chosen. A float may be NaN.
+        if type(value) is not kind or kind is float:
+            object.__setattr__(config, name, _convert(kind, value, name, problems))
+    _refuse(problems)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         rest = [f"and {more} more"] if more > 0 else []
         raise InputError("; ".join(problems[:_MOST_PROBLEMS] + rest))
-    return result
-
-
-def check_choices(config: Any) -> None:
-    """Refuse a dataclass one of whose Literal fields holds anything else.
-
-    Raises:
-      InputError: names the field.
-    """
-    for name, kind in typing.get_type_hints(type(config)).items():
-        value, options = getattr(config, name), typing.get_args(kind)
-        if typing.get_origin(kind) is typing.Literal and value not in options:
-            raise InputError(f"{name} is {_show(value)}, expected one of {_listing(options)}")
 
 
 def _show(value: Any) -> str:
@@ -86,9 +103,12 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if isinstance(value, np.generic):
+        value = value.item()
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
+        # As it is, where it can be: a whole number may mean another thing than a float.
+        if type(value) in args and value == value:
+            return value
         attempts = []
         for option in (a for a in args if a is not type(None)):
             found: list[str] = []
@@ -118,7 +138,9 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
         except OverflowError:
             problems.append(f"{name} is {_show(value)}, expected a smaller number")
             return value
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if kind is float and value != value:
+        problems.append(f"{name} is nan, expected a number")
+    elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         problems.append(f"{name} is {_show(value)}, expected {kind.__name__}")
     return value
 
@@ -145,7 +167,7 @@ def _convert_dataclass(kind: Any, value: Any, name: str, problems: list[str]) ->
         problems.append(f"{name} is {_show(value)}, expected a mapping of {kind.__name__}'s fields")
         return None
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     before = len(problems)
     for key in [key for key in value if key not in fields][:_MOST_PROBLEMS]:
         text = str(key)[:_LONGEST]

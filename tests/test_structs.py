@@ -3,16 +3,32 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs.digits import get_config
-from experiments.config import ExperimentConfig, read
+from experiments.config import DataConfig, DenseConfig, ExperimentConfig, read
+from tapvit_jax.data.partition import PartitionConfig
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
+from tapvit_jax.importance.criteria import CriterionConfig
+from tapvit_jax.importance.layers import LayerConfig
+from tapvit_jax.importance.neurons import NeuronConfig, TermWeights
 from tapvit_jax.models.convnet import ConvNetConfig
 from tapvit_jax.models.layers import BlockConfig
+from tapvit_jax.models.resnet import ResNetConfig
+from tapvit_jax.models.swin import SwinConfig
 from tapvit_jax.models.vit import ViTConfig, vit_config
+from tapvit_jax.pipeline import PruneConfig
+from tapvit_jax.proxy.features import ExtractorConfig
+from tapvit_jax.proxy.gmm import GmmConfig
+from tapvit_jax.proxy.select import SelectConfig
+from tapvit_jax.prune.allocate import AllocateConfig, RoundTo
+from tapvit_jax.prune.budget import Budget
+from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.structs import from_plain, to_plain
+from tapvit_jax.train.step import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +233,80 @@ def test_messages_stay_readable_whatever_a_file_holds():
     assert len(message) < 10**4 and message.endswith(" more")
     assert "unknown field config." + "k" * 100 + ":" in message
     assert len(refused(Outer, {"several": ["x" * 10**3] * 10**4})) < 10**4
+
+
+def checked_configs():
+    """A config of every kind that checks its own fields, as their defaults or small ones."""
+    preprocess = Preprocess(8, (0.5,), (0.5,), channels=1)
+    return [
+        preprocess,
+        ConvNetConfig(image_size=8, num_classes=3),
+        ResNetConfig(image_size=32, num_classes=3, bottleneck=False, depths=(1,)),
+        vit_config(depth=1, num_heads=2, embed_dim=8, image_size=8, patch_size=4, num_classes=3),
+        SwinConfig(8, 4, 3, 8, (4,), (1,), 2, (BlockConfig(2, 4, 4, 8),)),
+        BlockConfig(2, 4, 4, 8),
+        PartitionConfig(),
+        ExtractorConfig(),
+        GmmConfig(),
+        SelectConfig(),
+        CriterionConfig(),
+        LayerConfig(),
+        NeuronConfig(),
+        NeuronConfig().mlp,
+        AllocateConfig(),
+        RoundTo(),
+        Budget(macs=0.5),
+        RecoverConfig(),
+        PruneConfig(),
+        TrainConfig(),
+        DataConfig("digits", preprocess, PartitionConfig()),
+        DenseConfig(),
+        read(get_config()),
+    ]
+
+
+@pytest.mark.parametrize("config", checked_configs(), ids=lambda config: type(config).__name__)
+def test_every_config_checks_all_its_fields(config):
+    for field in dataclasses.fields(config):
+        with pytest.raises(InputError, match=rf"^{field.name} is <object .*, expected"):
+            dataclasses.replace(config, **{field.name: object()})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: TrainConfig(epochs=1.5, batch_size=2.5),
+            "epochs is 1.5, expected int; batch_size is 2.5, expected int",
+        ),
+        (lambda: AllocateConfig(alpha=np.nan), "alpha is nan, expected a number"),
+        (lambda: AllocateConfig(alpha=np.inf), "alpha is inf, expected a finite number"),
+        (lambda: AllocateConfig(min_dim=1.5), "min_dim is 1.5, expected int"),
+        (lambda: AllocateConfig(round_to=1.5), "round_to is 1.5, expected int"),
+        (lambda: TermWeights(0.5, np.nan, 0.5), "redundancy is nan, expected a number"),
+        (lambda: TermWeights(0.5, np.inf, 0.5), "term weights are .* all finite"),
+        (lambda: CriterionConfig(max_batches=1.5), "max_batches is 1.5, expected int"),
+        (lambda: Budget(macs="0.5"), "macs is '0.5', expected float"),
+        (lambda: Budget(macs=np.nan), "macs is nan, expected a number"),
+        (lambda: ExtractorConfig(kind="Pooled"), "kind is 'Pooled', expected one of 'embedding'"),
+        (lambda: ExtractorConfig(dim=0), "dim is 0, expected 1 or more"),
+        (lambda: ExtractorConfig(widths=(4, 0)), r"widths is \(4, 0\), expected one width"),
+    ],
+)
+def test_what_no_config_may_hold(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_numpy_scalars_and_lists_become_what_a_config_holds():
+    half, two = np.float32(0.5), np.int64(2)
+    budget = Budget(macs=half, params=two)
+    assert (budget.macs, budget.params) == (0.5, 2)
+    assert (type(budget.macs), type(budget.params)) == (float, int)
+    recipe = TrainConfig(epochs=two, learning_rate=half, warmup_epochs=1, feature_blocks=[two])
+    assert recipe == TrainConfig(2, learning_rate=0.5, warmup_epochs=1.0, feature_blocks=(2,))
+    assert hash(recipe) and json.dumps(recipe.identity())
+    assert type(recipe.warmup_epochs) is float
 
 
 def test_plain_values_are_dicts_and_lists():

@@ -7,12 +7,13 @@ changes that, to reproduce what was published.
 
 import dataclasses
 import itertools
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from tapvit_jax.errors import InputError
+from tapvit_jax.structs import check_fields
 
 _DIRICHLET_DRAWS = 100
 _LEAST_PRIVATE = 2
@@ -52,13 +53,10 @@ class PartitionConfig:
     leaks: bool = False
 
     def __post_init__(self):
-        kinds = get_args(type(self).__annotations__["kind"])
-        if self.kind not in kinds:
-            raise InputError(f"kind is {self.kind!r}, expected one of {', '.join(kinds)}")
+        check_fields(self)
         for field in ("num_devices", "shards_per_device"):
-            value = getattr(self, field)
-            if type(value) is not int or value < 1:
-                raise InputError(f"{field} is {value!r}, expected 1 or more")
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
         for field in ("public_fraction", "validation_fraction", "private_test_fraction"):
             if not 0 < getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}, expected between 0 and 1")

@@ -4,13 +4,14 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import BinaryIO, Literal, get_args
+from typing import BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
 from tapvit_jax.errors import InputError
+from tapvit_jax.structs import check_fields
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -48,8 +49,9 @@ class Preprocess:
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
 
     def __post_init__(self):
-        if type(self.image_size) is not int or self.image_size < 1:
-            raise InputError(f"image_size is {self.image_size!r}, expected 1 or more")
+        check_fields(self)
+        if self.image_size < 1:
+            raise InputError(f"image_size is {self.image_size}, expected 1 or more")
         if self.channels not in _MODES:
             raise InputError(f"channels is {self.channels}, expected 1 or 3")
         if not 0 < self.crop_pct <= 1:
@@ -63,11 +65,6 @@ class Preprocess:
             raise InputError(f"mean is {self.mean}, expected finite values")
         if not all(s > 0 and math.isfinite(s) for s in self.std):
             raise InputError(f"std is {self.std}, expected finite positive values")
-        kinds = get_args(type(self).__annotations__["interpolation"])
-        if self.interpolation not in kinds:
-            raise InputError(
-                f"interpolation is {self.interpolation!r}, expected one of {', '.join(kinds)}"
-            )
 
     def array(self, image: Image.Image) -> Float[np.ndarray, "s s c"]:
         """Prepare one image. A grey image of mode "F" holds values in [0, 1] already.

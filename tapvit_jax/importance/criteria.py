@@ -46,6 +46,7 @@ from tapvit_jax.models.backbone import TransformerConfig, block_params, check_pr
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.units import UnitGroup, unit_key, unit_table
+from tapvit_jax.structs import check_fields
 
 Needs = Literal["parameters", "activations", "gradients", "forward"]
 
@@ -65,6 +66,7 @@ class CriterionConfig:
     chunk: int = 32
 
     def __post_init__(self):
+        check_fields(self)
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise InputError(f"{name} is {value}, expected 1 or more")

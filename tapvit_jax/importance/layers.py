@@ -47,7 +47,7 @@ from tapvit_jax.prune.recover import (
 from tapvit_jax.prune.streams import Streams, embed_images
 from tapvit_jax.prune.units import unit_key
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
-from tapvit_jax.structs import check_choices
+from tapvit_jax.structs import check_fields
 
 Branch = Literal["mlp", "attn"]
 
@@ -84,7 +84,7 @@ class LayerConfig:
     recovery_batches: int = 50
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         for name in ("max_batches", "recovery_batches"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")

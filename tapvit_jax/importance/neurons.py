@@ -36,7 +36,7 @@ from tapvit_jax.models.layers import Taps
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.units import unit_key
-from tapvit_jax.structs import check_choices
+from tapvit_jax.structs import check_fields
 
 Scores = dict[str, Float[np.ndarray, "..."]]
 """Scores by group key of the unit table; higher means keep."""
@@ -58,9 +58,12 @@ class TermWeights:
     gradient: float = 0.0
 
     def __post_init__(self):
+        check_fields(self)
         values = dataclasses.astuple(self)
-        if min(values) < 0 or max(values) <= 0:
-            raise InputError(f"term weights are {values}, expected none negative and one positive")
+        if min(values) < 0 or not 0 < max(values) < math.inf:
+            raise InputError(
+                f"term weights are {values}, expected none negative, one positive and all finite"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ class NeuronConfig:
     max_batches: int = 50
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.max_batches < 1:
             raise InputError(f"max_batches is {self.max_batches}, expected 1 or more")
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.params import Params
+from tapvit_jax.structs import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ConvNetConfig:
     stem_stride: Literal[1, 2, 4] = 1
 
     def __post_init__(self):
+        check_fields(self)
         for field in ("image_size", "num_classes", "in_channels", "embed_dim"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")

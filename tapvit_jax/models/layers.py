@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tapvit_jax.errors import InputError
+from tapvit_jax.structs import check_fields
 
 Taps = dict[str, Array]
 Gates = dict[str, Array]
@@ -46,6 +47,7 @@ class BlockConfig:
     mlp: bool = True
 
     def __post_init__(self):
+        check_fields(self)
         for field in ("num_heads", "qk_dim", "v_dim", "mlp_dim"):
             if getattr(self, field) < 0:
                 raise InputError(f"{field} is {getattr(self, field)}, expected 0 or more")
@@ -367,15 +369,14 @@ def check_images(config: Any, images: Float[Array, "b s s ch"]) -> None:
 
 
 def check_sizes(config: Any, fields: tuple[str, ...]) -> None:
-    """Refuse a config whose `fields` are not whole positive numbers or whose patches do not fit.
+    """Refuse a config whose `fields` are not positive or whose patches do not fit.
 
     Raises:
       InputError: names the field.
     """
     for field in fields:
-        value = getattr(config, field)
-        if type(value) is not int or value < 1:
-            raise InputError(f"{field} is {value!r}, expected a whole number, 1 or more")
+        if getattr(config, field) < 1:
+            raise InputError(f"{field} is {getattr(config, field)}, expected 1 or more")
     if not config.layer_norm_eps > 0:
         raise InputError(f"layer_norm_eps is {config.layer_norm_eps}, expected more than 0")
     if config.image_size % config.patch_size:

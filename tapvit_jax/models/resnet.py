@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.layers import Dtype, check_depths
 from tapvit_jax.models.params import Params
-from tapvit_jax.structs import check_choices
+from tapvit_jax.structs import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +67,11 @@ class ResNetConfig:
     dtype: Dtype = "float32"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         for field in ("image_size", "num_classes", "in_channels", "width"):
-            value = getattr(self, field)
-            if type(value) is not int or value < 1:
-                raise InputError(f"{field} is {value!r}, expected a whole number, 1 or more")
-        if not self.depths or any(type(n) is not int or n < 1 for n in self.depths):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
+        if not self.depths or min(self.depths) < 1:
             raise InputError(f"depths is {self.depths}, expected stages of one block or more")
         check_depths(self.depths)
         if not self.batch_norm_eps > 0:

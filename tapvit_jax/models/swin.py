@@ -25,7 +25,7 @@ from tapvit_jax.models.layers import (
     kernel_init,
     patch_embedding,
 )
-from tapvit_jax.structs import check_choices
+from tapvit_jax.structs import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SwinConfig:
     dtype: Dtype = "float32"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         sizes = ("image_size", "patch_size", "num_classes", "embed_dim", "window_size")
         check_sizes(self, (*sizes, "in_channels"))
         if not self.depths or min(self.depths) < 1 or sum(self.depths) != len(self.blocks):

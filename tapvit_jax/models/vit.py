@@ -26,7 +26,7 @@ from tapvit_jax.models.layers import (
     kernel_init,
     patch_embedding,
 )
-from tapvit_jax.structs import check_choices
+from tapvit_jax.structs import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ViTConfig:
     dtype: Dtype = "float32"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         sizes = ("image_size", "patch_size", "num_classes", "embed_dim", "head_dim", "in_channels")
         check_sizes(self, sizes)
         if (self.pool == "cls" or self.distilled) and not self.class_token:

@@ -34,7 +34,7 @@ from tapvit_jax.models.params import Params, check_params, flatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.store import load_params, read_spec, save_params
 from tapvit_jax.sharding import AXIS, data_mesh, replicate, shard_rows
-from tapvit_jax.structs import from_plain, to_plain
+from tapvit_jax.structs import check_fields, from_plain, to_plain
 
 FORMAT = "tapvit-extractor"
 VERSION = 1
@@ -65,6 +65,14 @@ class ExtractorConfig:
     widths: tuple[int, ...] = (32, 64, 128)
     embed_dim: int = 64
     depth: int = 2
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("dim", "embed_dim", "depth"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if not self.widths or min(self.widths) < 1:
+            raise InputError(f"widths is {self.widths}, expected one width or more, all positive")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -298,7 +306,7 @@ def embedding_network(
 
 def _first_blocks(config: Config, depth: int) -> Config:
     check_prunable(config)
-    if not 1 <= depth <= len(config.blocks):
+    if depth > len(config.blocks):
         raise InputError(f"depth is {depth}, expected 1 to {len(config.blocks)} blocks")
     return config.first_blocks(depth)
 
@@ -345,7 +353,7 @@ def build_extractor(
         raise InputError(f"{name}: features hold NaN or infinity, expected finite numbers")
     # Once centred, n images span n - 1 dimensions.
     most = min(len(raw) - 1, raw.shape[1])
-    if not 1 <= config.dim <= most:
+    if config.dim > most:
         raise InputError(
             f"the PCA keeps {config.dim} dimensions, expected 1 to {max(most, 0)} "
             f"({raw.shape[0]} pool images, {raw.shape[1]} features)"

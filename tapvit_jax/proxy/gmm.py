@@ -36,6 +36,7 @@ from threadpoolctl import ThreadpoolController
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file
+from tapvit_jax.structs import check_fields
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
@@ -83,22 +84,20 @@ class GmmConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.components or not all(
-            _is_int(k) and 1 <= k <= MAX_COMPONENTS for k in self.components
-        ):
+        check_fields(self)
+        if not self.components or not all(1 <= k <= MAX_COMPONENTS for k in self.components):
             raise InputError(
                 f"components is {self.components}, expected one or more whole numbers from 1 to "
                 f"{MAX_COMPONENTS}"
             )
-        _check_covariance_type("covariance_type", self.covariance_type)
         if not 0 < self.variance_floor <= 1:
             raise InputError(
                 f"variance_floor is {self.variance_floor}, expected above 0 and at most 1"
             )
         for name in ("min_members", "restarts"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        if not _is_int(self.seed) or not 0 <= self.seed < 2**32:
+        if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}, expected a whole number from 0 to 2^32 - 1")
 
 
@@ -358,10 +357,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _check_covariance_type(name: str, value: Any) -> None:
     kinds = get_args(CovarianceType)
     if value not in kinds:
@@ -563,7 +558,7 @@ def _parse_header(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise InputError(f"{name}: its header is a {type(header).__name__}, expected an object")
     version = header.get("version")
-    if not _is_int(version) or version != PAYLOAD_VERSION:
+    if type(version) is not int or version != PAYLOAD_VERSION:
         raise InputError(f"{name}: payload version {_shown(version)}, expected {PAYLOAD_VERSION}")
     if sorted(header) != sorted(_FIELDS):
         raise InputError(
@@ -572,7 +567,7 @@ def _parse_header(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         )
     _check_covariance_type(f"{name}: covariance type", header["covariance_type"])
     for field in ("components", "dim"):
-        if not _is_int(header[field]):
+        if type(header[field]) is not int:
             raise InputError(
                 f"{name}: its header's {field} is {_shown(header[field])}, expected a whole number"
             )

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -28,6 +28,7 @@ from tapvit_jax.proxy.pool import (
     skip_noise,
 )
 from tapvit_jax.sharding import data_mesh
+from tapvit_jax.structs import check_fields, from_plain
 
 Method = Literal["top", "quota", "importance"]
 
@@ -56,9 +57,13 @@ class SelectConfig:
     task_share: float = 0.1
 
     def __post_init__(self):
-        _check_options(self.method, self.seed, self.task_share)
+        check_fields(self)
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}, expected a whole number from 0 to 2^32 - 1")
+        if not 0 <= self.task_share < 1:
+            raise InputError(f"task_share is {self.task_share}, expected from 0 to below 1")
         for name in ("metric_count", "finetune_count"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
         if self.finetune_count < self.metric_count:
             raise InputError(
@@ -106,7 +111,7 @@ def select(
     Source: TAP-ViTs, section 3 (`top`); Efraimidis and Spirakis 2006 (sampling by random keys);
     Hesterberg 1995 (weights bounded by a defensive mixture); `quota` is ours.
     """
-    _check_options(method, seed, task_share)
+    SelectConfig(method, seed=seed, task_share=task_share)  # checks them
     check_gmms(gmms)
     pool = open_pool(features)
     if pool.shape[1] != gmms[0].dim:
@@ -320,22 +325,9 @@ def _sample(rows: Float[np.ndarray, "n d"], stream: int) -> Float[np.ndarray, "m
     return rows.astype(np.float64)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _check_options(method: Any, seed: Any, task_share: Any) -> None:
-    if method not in get_args(Method):
-        raise InputError(f"method is {method!r}, expected one of {', '.join(get_args(Method))}")
-    if not _is_int(seed) or not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}, expected a whole number from 0 to 2^32 - 1")
-    if not 0 <= task_share < 1:
-        raise InputError(f"task_share is {task_share}, expected from 0 to below 1")
-
-
 def _check_counts(count: Any, total: Any, pool: Float[np.ndarray, "p d"]) -> None:
     for name, value in (("count", count), ("finetune_count", total)):
-        if not _is_int(value) or not 1 <= value <= pool.shape[0]:
+        if not 1 <= from_plain(int, value, name) <= pool.shape[0]:
             raise InputError(
                 f"{name} is {value}, expected from 1 to {pool.shape[0]}, the number of images in "
                 f"the pool ({pool_name(pool)})"

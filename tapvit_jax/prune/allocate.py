@@ -39,7 +39,7 @@ from tapvit_jax.prune.widths import (
     softmax_keep,
     softmax_rule,
 )
-from tapvit_jax.structs import check_choices
+from tapvit_jax.structs import check_fields
 
 Widths = Literal["sensitivity", "greedy", "exact", "softmax", "local", "global", "isomorphic"]
 
@@ -62,9 +62,10 @@ class RoundTo:
     vo: int = 1
 
     def __post_init__(self):
+        check_fields(self)
         for kind, step in dataclasses.asdict(self).items():
-            if type(step) is not int or step < 1:
-                raise InputError(f"round_to of {kind} is {step!r}, expected 1 or more")
+            if step < 1:
+                raise InputError(f"round_to of {kind} is {step}, expected 1 or more")
 
     @classmethod
     def parse(cls, text: str) -> "RoundTo":
@@ -133,7 +134,7 @@ class AllocateConfig:
     clip: Literal["water_fill", "clip"] = "water_fill"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.min_dim < 1 or (isinstance(self.round_to, int) and self.round_to < 1):
             found = f"round_to is {self.round_to} and min_dim {self.min_dim}"
             raise InputError(f"{found}, expected 1 or more")
@@ -153,6 +154,8 @@ class AllocateConfig:
             raise InputError("normalize needs widths 'global'")
         if self.coupled and self.step("qk") != self.step("vo"):
             raise InputError("coupled qk and vo need the same round_to")
+        if not math.isfinite(self.alpha):
+            raise InputError(f"alpha is {self.alpha}, expected a finite number")
         if not 0 <= self.min_keep <= 1 or not 0 < self.attn_share <= 1:
             found = f"min_keep is {self.min_keep} and attn_share {self.attn_share}"
             raise InputError(f"{found}, expected 0 to 1, and attn_share above 0")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.prune.cost import Cost, Latency, cost
+from tapvit_jax.structs import check_fields
 
 Limits = dict[str, int | float]
 """Absolute bounds by the names of `Cost`'s fields."""
@@ -44,13 +45,12 @@ class Budget:
     latency_ms: float | int | None = None
 
     def __post_init__(self):
+        check_fields(self)
         bounds = self.bounds()
         if not bounds:
             units = ", ".join(f.name for f in dataclasses.fields(self))
             raise InputError(f"a budget needs at least one of {units}")
         for unit, value in bounds.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"budget {unit} is {value!r}, expected a number")
             if not value > 0:
                 raise InputError(f"budget {unit} is {value}, expected more than 0")
             if not math.isfinite(value):

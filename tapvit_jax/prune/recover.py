@@ -25,7 +25,7 @@ from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import Plan, apply_masks, check_plan
 from tapvit_jax.prune.moments import Moments, Ridge, merge_all
 from tapvit_jax.prune.streams import Streams
-from tapvit_jax.structs import check_choices, to_plain
+from tapvit_jax.structs import check_fields, to_plain
 from tapvit_jax.train.classes import prior_weights
 
 Method = Literal["none", "mean", "ridge"]
@@ -68,7 +68,7 @@ class RecoverConfig:
     prior: Literal["dense", "metric", "mixture"] = "dense"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
 
     @property
     def moves_prior(self) -> bool:

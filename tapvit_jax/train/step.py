@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
-from tapvit_jax.structs import check_choices, to_plain
+from tapvit_jax.structs import check_fields, to_plain
 from tapvit_jax.train.classes import ClassWeights, class_logits, teacher_logits
 from tapvit_jax.train.evaluate import Forward, Teacher
 from tapvit_jax.train.features import apply_with_features, feature_loss
@@ -80,7 +80,7 @@ class TrainConfig:
     checkpoint_steps: int | None = None
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         images, patience, every = self.images_per_epoch, self.patience, self.checkpoint_steps
         blocks, norm = self.feature_blocks, self.clip_norm
         for field, fine, expected in (
@@ -96,7 +96,7 @@ class TrainConfig:
             ("distill", 0 <= self.distill <= 1, "0 to 1"),
             ("temperature", 0 < self.temperature < math.inf, "more than 0"),
             ("feature_distill", 0 <= self.feature_distill < math.inf, "0 or more"),
-            ("feature_blocks", blocks is None or _is_choice(blocks), "block numbers, or None"),
+            ("feature_blocks", blocks != (), "block numbers, or None"),
             ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or None"),
             ("shift", self.shift >= 0, "0 or more"),
             ("cutmix", 0 <= self.cutmix < math.inf, "0 or more"),
@@ -138,10 +138,6 @@ class TrainConfig:
         """Total and warm-up steps for a training set of so many images."""
         steps = self.steps_per_epoch(images)
         return float(steps * self.epochs), float(round(steps * self.warmup_epochs))
-
-
-def _is_choice(blocks: Any) -> bool:
-    return isinstance(blocks, tuple) and blocks != () and all(type(i) is int for i in blocks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,7 +176,7 @@ def test_private_split(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "random"}, "kind is 'random', expected one of disjoint"),
+        ({"kind": "random"}, "kind is 'random', expected one of 'disjoint'"),
         ({"num_devices": 0}, "num_devices is 0"),
         ({"num_devices": 2.0}, "num_devices is 2.0"),
         ({"num_devices": True}, "num_devices is True"),

@@ -191,7 +191,7 @@ def test_fresh_blocks_start_as_identities():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 0}, "image_size is 0, expected a whole number, 1 or more"),
+        ({"image_size": 0}, "image_size is 0, expected 1 or more"),
         ({"image_size": (224, 224)}, r"image_size is \(224, 224\)"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"in_channels": 0}, "in_channels is 0"),

@@ -450,7 +450,7 @@ def test_bad_private_features(features, message):
         ({"components": ()}, "components is"),
         ({"components": (0,)}, "components is"),
         ({"components": (257,)}, "from 1 to 256"),
-        ({"covariance_type": "x"}, "expected one of diag"),
+        ({"covariance_type": "x"}, "expected one of 'diag'"),
         ({"variance_floor": 0.0}, "variance_floor is 0.0"),
         ({"variance_floor": float("nan")}, "variance_floor is nan"),
         ({"min_members": 0}, "min_members is 0"),

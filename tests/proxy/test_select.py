@@ -263,7 +263,7 @@ def test_bad_selections(method):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(InputError, match="method is 'best', expected one of top, quota, imp"):
+    with pytest.raises(InputError, match="method is 'best', expected one of 'top', 'quota', 'imp"):
         select([mixture([1.0])], np.ones((9, 2)), 5, method="best")
 
 

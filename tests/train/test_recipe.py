@@ -466,7 +466,6 @@ def test_recipes_that_do_not_fit_are_refused(options, changes, message):
         {"feature_distill": -1.0},
         {"feature_distill": float("inf")},
         {"feature_blocks": ()},
-        {"feature_blocks": [0]},
         {"feature_blocks": (0.5,)},
         {"ema": 0.0},
         {"ema": 1.0},
