@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
+from tapvit_jax.models.layers import check_sizes
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import check_fields
 
@@ -33,9 +34,7 @@ class ConvNetConfig:
 
     def __post_init__(self):
         check_fields(self)
-        for field in ("image_size", "num_classes", "in_channels", "embed_dim"):
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
+        check_sizes(self, ("image_size", "num_classes", "in_channels", "embed_dim"))
         if not self.widths or min(self.widths) < 1:
             raise InputError(f"widths is {self.widths}, expected one width or more, all positive")
 

@@ -22,8 +22,9 @@ from tapvit_jax.structs import check_fields
 Taps = dict[str, Array]
 Gates = dict[str, Array]
 Dtype = Literal["float32", "bfloat16", "float16"]
-# More than any network has; a config.json may ask for more than there is memory.
+# More than any network has, and takes; a config.json may ask for more than there is memory.
 MOST_BLOCKS = 1000
+LARGEST_IMAGE = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,7 +370,7 @@ def check_images(config: Any, images: Float[Array, "b s s ch"]) -> None:
 
 
 def check_sizes(config: Any, fields: tuple[str, ...]) -> None:
-    """Refuse a config whose `fields` are not positive or whose patches do not fit.
+    """Refuse a config whose `fields` are not positive, or whose images are absurdly large.
 
     Raises:
       InputError: names the field.
@@ -377,8 +378,26 @@ def check_sizes(config: Any, fields: tuple[str, ...]) -> None:
     for field in fields:
         if getattr(config, field) < 1:
             raise InputError(f"{field} is {getattr(config, field)}, expected 1 or more")
-    if not config.layer_norm_eps > 0:
-        raise InputError(f"layer_norm_eps is {config.layer_norm_eps}, expected more than 0")
+    if config.image_size > LARGEST_IMAGE:
+        raise InputError(f"image_size is {config.image_size}, expected at most {LARGEST_IMAGE}")
+
+
+def check_eps(name: str, eps: float) -> None:
+    """Refuse what no normalisation can add to a variance.
+
+    Raises:
+      InputError: names it.
+    """
+    if not 0 < eps < math.inf:
+        raise InputError(f"{name} is {eps}, expected a finite number, more than 0")
+
+
+def check_patches(config: Any) -> None:
+    """Refuse patches that do not fit the image.
+
+    Raises:
+      InputError: names both sizes.
+    """
     if config.image_size % config.patch_size:
         raise InputError(
             f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.layers import Dtype, check_depths
+from tapvit_jax.models.layers import Dtype, check_depths, check_eps, check_sizes
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import check_fields
 
@@ -68,14 +68,11 @@ class ResNetConfig:
 
     def __post_init__(self):
         check_fields(self)
-        for field in ("image_size", "num_classes", "in_channels", "width"):
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
+        check_sizes(self, ("image_size", "num_classes", "in_channels", "width"))
         if not self.depths or min(self.depths) < 1:
             raise InputError(f"depths is {self.depths}, expected stages of one block or more")
         check_depths(self.depths)
-        if not self.batch_norm_eps > 0:
-            raise InputError(f"batch_norm_eps is {self.batch_norm_eps}, expected more than 0")
+        check_eps("batch_norm_eps", self.batch_norm_eps)
 
     @property
     def embed_dim(self) -> int:

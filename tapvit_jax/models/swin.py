@@ -18,7 +18,9 @@ from tapvit_jax.models.layers import (
     Dtype,
     Transformer,
     check_depths,
+    check_eps,
     check_images,
+    check_patches,
     check_sizes,
     dense_head_dim,
     dense_mlp_dim,
@@ -60,6 +62,8 @@ class SwinConfig:
         check_fields(self)
         sizes = ("image_size", "patch_size", "num_classes", "embed_dim", "window_size")
         check_sizes(self, (*sizes, "in_channels"))
+        check_patches(self)
+        check_eps("layer_norm_eps", self.layer_norm_eps)
         if not self.depths or min(self.depths) < 1 or sum(self.depths) != len(self.blocks):
             raise InputError(
                 f"depths is {self.depths}, expected stages of one block or more, "

@@ -19,7 +19,9 @@ from tapvit_jax.models.layers import (
     BlockSpec,
     Dtype,
     Transformer,
+    check_eps,
     check_images,
+    check_patches,
     check_sizes,
     dense_head_dim,
     dense_mlp_dim,
@@ -65,6 +67,8 @@ class ViTConfig:
         check_fields(self)
         sizes = ("image_size", "patch_size", "num_classes", "embed_dim", "head_dim", "in_channels")
         check_sizes(self, sizes)
+        check_patches(self)
+        check_eps("layer_norm_eps", self.layer_norm_eps)
         if (self.pool == "cls" or self.distilled) and not self.class_token:
             raise InputError("pool='cls' and distilled models need class_token=True")
         if self.distilled and self.pool != "cls":

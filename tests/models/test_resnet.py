@@ -199,7 +199,9 @@ def test_fresh_blocks_start_as_identities():
         ({"depths": ()}, r"depths is \(\), expected stages of one block or more"),
         ({"depths": (2, 0)}, r"depths is \(2, 0\)"),
         ({"depths": (2, 2 * 10**9)}, r"depths is \(2, 2000000000\), expected at most 1000"),
-        ({"batch_norm_eps": 0.0}, "batch_norm_eps is 0.0, expected more than 0"),
+        ({"batch_norm_eps": 0.0}, "batch_norm_eps is 0.0, expected a finite number"),
+        ({"batch_norm_eps": np.inf}, "batch_norm_eps is inf, expected a finite number"),
+        ({"image_size": 2**15 + 1}, "image_size is 32769, expected at most 32768"),
         ({"dtype": "float64"}, "dtype is 'float64', expected one of"),
     ],
 )
