@@ -247,7 +247,8 @@ class Job(Preparation):
         found = self._stage(
             "compensate", f"{title}: closed-form recovery", UNITS["compensate"], inputs, compute
         )
-        return Found(found.key, self.dense.replace(params=to_params(found.arrays)))
+        model = self.dense.replace(params=to_params(found.arrays), prior=options.moves_prior)
+        return Found(found.key, model)
 
     def peer(self, title: str, metric: Int[np.ndarray, "m"], name: str, budget: Budget) -> Found:
         """The smaller model that an external package makes of the dense one, see `peers`.
@@ -385,7 +386,7 @@ class Job(Preparation):
         prefix = f"{place}/"
         arrays = {n[len(prefix) :]: a for n, a in found.arrays.items() if n.startswith(prefix)}
         key = content_hash({"together": found.key, "place": place})
-        model = self.dense.replace(params=to_params(arrays))
+        model = self._start(members[place]).replace(params=to_params(arrays))
         return Found(key, model), found.meta["best_epoch"][place]
 
     def _start(self, pruned: Pruned) -> Model:

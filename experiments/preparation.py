@@ -26,6 +26,7 @@ from tapvit_jax.files import content_hash, file_lock, remove_leftovers
 from tapvit_jax.models import backbone, convnet
 from tapvit_jax.models.backbone import Config
 from tapvit_jax.models.params import Params, flatten, unflatten
+from tapvit_jax.models.presets import architecture
 from tapvit_jax.models.registry import Model
 from tapvit_jax.progress import Progress, Step
 from tapvit_jax.proxy.density import log_likelihood
@@ -212,7 +213,6 @@ class Preparation:
             inputs = {"network": to_plain(shapes), "weights": fingerprint(dense.weights)}
         found = self._stage("dense", "dense model", UNITS["dense"], inputs, compute)
         history = {
-            "architecture": dense.model,
             "weights": found.meta["weights"],
             "trained_on": config.data.source,
             "seed": config.seed,
@@ -223,6 +223,7 @@ class Preparation:
             preprocess=config.data.preprocess,
             class_names=self.files.class_names,
             name=f"{config.name}-dense",
+            architecture=architecture(dense.model),
             history=history,
         )
         return Found(found.key, model)

@@ -57,7 +57,7 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import apply_masks
 from tapvit_jax.prune.recover import Method as RecoverMethod
-from tapvit_jax.prune.recover import RecoverConfig, has_prior, recover
+from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.train.classes import class_weights, prior_weights
 from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
@@ -176,7 +176,7 @@ def prune(args: argparse.Namespace) -> None:
     options = RecoverConfig(args.recover, prior=args.prior)
     # What is printed at the end is of images that no weights were fitted to.
     fitted, prior = metric[~np.isin(metric, validation)], None
-    if options.moves_prior and not has_prior(model):
+    if options.moves_prior and not model.prior:
         with progress.step("predict public images", 1):
             told = device if options.prior == "mixture" else None
             prior = prior_weights(_class_shares(told, model, pool, fitted), len(fitted))
@@ -193,7 +193,7 @@ def prune(args: argparse.Namespace) -> None:
     teacher = Teacher(model.config, model.params)
     with progress.step("fine-tune", args.recover_epochs + 1) as step:
         # A model that has the prior since it was last pruned teaches it; labels would not.
-        by_labels = labelled and not has_prior(model)
+        by_labels = labelled and not model.prior
         recipe = TrainConfig(
             epochs=args.recover_epochs,
             learning_rate=args.learning_rate,

@@ -228,14 +228,16 @@ def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
     Raises:
       InputError: unknown preset, unreadable file, or a file that does not fit the preset.
     """
-    architecture(name)  # a wrong name is said before anything is read or downloaded
+    made_as = architecture(name)  # a wrong name is said before anything is read or downloaded
     found = read_weights(weights)
     arguments = _recorded_arguments(name, found) | overrides
     config, preprocess = create(name, **arguments)
     params = jax.tree.map(jnp.asarray, params_of(config, found))
-    history = {"architecture": architecture(name), "weights": {"name": name, **found.source}}
+    history = {"weights": {"name": name, **found.source}}
     names = _label_names(found, config.num_classes)
-    return Model(config, params, preprocess, names, name=name, history=history)
+    return Model(
+        config, params, preprocess, names, name=name, architecture=made_as, history=history
+    )
 
 
 def _label_names(weights: Weights, classes: int) -> tuple[str, ...]:
@@ -314,7 +316,7 @@ def timm_model(model: Model) -> tuple[str, dict[str, Any], dict[str, np.ndarray]
     """
     config = model.config
     if isinstance(config, ResNetConfig):
-        name = _recorded_architecture(model, "resnet50" if config.bottleneck else "resnet18")
+        name = architecture(model.architecture or ("resnet50" if config.bottleneck else "resnet18"))
         preset, _ = create(name, **_image_arguments(config))
         if config != preset:
             raise InputError(f"timm's {name} has other depths or widths than {model.name}")
@@ -327,11 +329,6 @@ def timm_model(model: Model) -> tuple[str, dict[str, Any], dict[str, np.ndarray]
     if isinstance(config, SwinConfig):
         return _timm_swin(model, config)
     return _timm_vit(model, config)
-
-
-def _recorded_architecture(model: Model, default: str) -> str:
-    found = model.history.get("architecture", default)
-    return architecture(from_plain(str, found, f"{model.name}: history.architecture"))
 
 
 def _image_arguments(config: Config, *names: str) -> dict[str, Any]:
@@ -397,7 +394,7 @@ def _timm_vit(model: Model, config: ViTConfig) -> tuple[str, dict[str, Any], dic
     for key, value in to_timm(config, model.params).items():
         match = re.match(r"blocks\.(\d+)\.(.*)", key)
         state[f"blocks.{kept.index(int(match[1]))}.{match[2]}" if match else key] = value
-    return _recorded_architecture(model, default), arguments, state
+    return architecture(model.architecture or default), arguments, state
 
 
 def _timm_swin(
@@ -435,5 +432,5 @@ def _timm_swin(
         "mlp_ratio": ratios,
         "qkv_bias": config.qkv_bias,
     }
-    name = _recorded_architecture(model, "swin_tiny_patch4_window7_224")
+    name = architecture(model.architecture or "swin_tiny_patch4_window7_224")
     return name, arguments, to_timm(config, unflatten(params))

@@ -299,6 +299,8 @@ def artefact_spec(
         "preprocess": to_plain(model.preprocess),
         "class_names": list(model.class_names),
         "model": model.name,
+        "architecture": model.architecture,
+        "prior": model.prior,
         "family": family(config),
         "config": to_plain(config),
         "kept": history.pop("kept", None),

@@ -24,7 +24,11 @@ class Model:
       preprocess: how an image file becomes an input, or None when nobody said.
       class_names: names of the classes, or empty.
       name: what the user calls it.
-      history: how it came about (source file and hash, plan, budget, training), for the record.
+      architecture: timm's name of what it was made as, for the way back (`export_timm`), or None.
+      prior: whether its logits have a device's classes in them (see `prune.recover`), which count
+        once.
+      history: how it came about (source file and hash, plan, budget, training), for the record:
+        nothing is decided by it.
     """
 
     config: Config
@@ -32,6 +36,8 @@ class Model:
     preprocess: Preprocess | None = None
     class_names: tuple[str, ...] = ()
     name: str = "vit"
+    architecture: str | None = None
+    prior: bool = False
     history: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def apply(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b c"]:

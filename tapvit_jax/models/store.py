@@ -23,7 +23,7 @@ from tapvit_jax.structs import from_plain, to_plain
 from tapvit_jax.versions import library_versions
 
 FORMAT = "tapvit-model"
-VERSION = 1
+VERSION = 2
 SPEC_FILE = "model.json"
 PARAMS_FILE = "params.safetensors"
 
@@ -47,6 +47,8 @@ def save(model: Model, directory: str | os.PathLike) -> None:
             "config": to_plain(model.config),
             "preprocess": to_plain(model.preprocess),
             "class_names": list(model.class_names),
+            "architecture": model.architecture,
+            "prior": model.prior,
             "history": to_plain(model.history, f"{model.name}: history"),
             "params_sha256": file_hash(partial / PARAMS_FILE),
             "libraries": library_versions(),
@@ -68,6 +70,8 @@ def load(directory: str | os.PathLike) -> Model:
         "preprocess": Preprocess | None,
         "class_names": tuple[str, ...],
         "name": str,
+        "architecture": str | None,
+        "prior": bool,
         "history": Mapping[str, Any],
     }
     fields = {n: from_plain(kind, spec.get(n), f"{path}: {n}") for n, kind in kinds.items()}

@@ -127,7 +127,7 @@ def recover(
     _check_prior(model, config, prior)
     masked = apply_masks(model, plan)
     whole = all(mask.all() for mask in plan.keep.values())
-    shifts = config.moves_prior and not has_prior(model)
+    shifts = config.moves_prior and not model.prior
     if config.method == "none" or (whole and not shifts):
         return masked
     streams = Streams(model, batches, mesh)
@@ -153,21 +153,17 @@ def recover(
     if shifts:
         weights = prior_weights(*streams.class_shares()) if prior is None else prior
         params = params | _shifted_heads(params, weights)
-    history = {**model.history, "recovered": to_plain(config)}
-    if has_prior(model):
-        history["recovered"]["prior"] = model.history["recovered"]["prior"]
-    return model.replace(params=jax.tree.map(jnp.asarray, params), history=history)
-
-
-def has_prior(model: Model) -> bool:
-    """Whether the model's logits have a device's prior already, which counts once."""
-    found = model.history.get("recovered", {})
-    return found.get("prior", "dense") != "dense" and found.get("method") != "none"
+    done = config if shifts else dataclasses.replace(config, prior="dense")
+    return model.replace(
+        params=jax.tree.map(jnp.asarray, params),
+        prior=model.prior or shifts,
+        history={**model.history, "recovered": to_plain(done)},
+    )
 
 
 def _check_prior(model: Model, config: RecoverConfig, prior: Float[np.ndarray, "c"] | None) -> None:
     if prior is None:
-        if config.moves_prior and config.prior == "mixture" and not has_prior(model):
+        if config.moves_prior and config.prior == "mixture" and not model.prior:
             raise InputError("prior is missing, expected weights of the classes for 'mixture'")
         return
     if not config.moves_prior:

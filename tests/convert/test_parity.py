@@ -62,8 +62,7 @@ def make_model(case, **changes):
     name, arguments = CASES[case]
     config, preprocess = create(name, num_classes=NUM_CLASSES, **(arguments | changes))
     state = drawn_state(f"{case}/pruned_shapes" if changes else f"{case}/shapes")
-    history = {"architecture": name}
-    return Model(config, from_timm(config, state), preprocess, history=history), state
+    return Model(config, from_timm(config, state), preprocess, architecture=name), state
 
 
 def logits(model):

@@ -225,6 +225,8 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
             workdir = tmp_path / f"run-{name}"
             small_one, dense = (tap.load(workdir / p) for p in (row["model"], "models/dense"))
             assert tap.cost(small_one.config).macs < tap.cost(dense.config).macs
+            assert small_one.prior == (name == "cifar100") and not dense.prior
+            assert small_one.architecture == dense.architecture == experiment.config.dense.model
             if name == "imagenet":
                 assert small_one.config.depths == dense.config.depths == (2, 1)
                 assert row["cost"]["encoder_params"] >= 0.98 * row["limits"]["encoder_params"]

@@ -43,7 +43,7 @@ def pruned(model):
 
 
 def assert_models_equal(found, expected):
-    for field in ("config", "preprocess", "class_names", "name"):
+    for field in ("config", "preprocess", "class_names", "name", "architecture", "prior"):
         assert getattr(found, field) == getattr(expected, field)
     leaves = flatten(found.params)
     assert leaves.keys() == flatten(expected.params).keys()
@@ -58,7 +58,11 @@ def test_round_trip(tmp_path, tiny_model, distilled_model, kind):
     model = pruned(model) if "pruned" in kind else model
     history = {**model.history, "file": "a.safetensors", "nested": {"epochs": [1, 2.5, None]}}
     model = model.replace(
-        preprocess=PREPROCESS, class_names=("ä", "b", "c", "d", "e"), history=history
+        preprocess=PREPROCESS,
+        class_names=("ä", "b", "c", "d", "e"),
+        architecture="vit_tiny_patch16_224",
+        prior=True,
+        history=history,
     )
     store.save(model, tmp_path / "new" / "model")
     found = store.load(tmp_path / "new" / "model")
@@ -200,8 +204,8 @@ def test_all_wrong_parameters_are_named_at_once(directory):
     [
         ({"format": "tapvit-extractor"}, "is not a tapvit-model file"),
         ({"format": ...}, "is not a tapvit-model file"),
-        ({"version": 2}, "has version 2, expected 1"),
-        ({"version": ...}, "has version None, expected 1"),
+        ({"version": 3}, "has version 3, expected 2"),
+        ({"version": ...}, "has version None, expected 2"),
         ({"family": ...}, "family is None, expected one of 'vit', 'swin', 'resnet'"),
         ({"config": ...}, "config is None, expected a mapping"),
         ({"config": {"depth": 3}}, "unknown field .*config.depth"),
@@ -210,6 +214,8 @@ def test_all_wrong_parameters_are_named_at_once(directory):
         ({"class_names": ["a", 2]}, r"class_names\[1\] is 2, expected str"),
         ({"class_names": ["a", "b"]}, "2 class names, expected 5 or none"),
         ({"name": 3}, "name is 3, expected str"),
+        ({"architecture": 3}, "architecture is 3, expected str"),
+        ({"prior": ...}, "prior is None, expected bool"),
         ({"history": [1]}, r"history is \[1\], expected a mapping"),
     ],
 )

@@ -141,7 +141,7 @@ def test_timm_loads_our_folder(tmp_path, case):
     config, model = build(name, {"num_classes": make_fixtures.NUM_CLASSES} | arguments)
     _, preprocess = create(name, **arguments)
     params = from_timm(config, state_of(model))
-    ours = Model(config, params, preprocess, history={"architecture": name})
+    ours = Model(config, params, preprocess, architecture=name)
     export_timm(ours, tmp_path / "folder")
     theirs = timm().create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     batch = make_fixtures.images(config.image_size, 2)

@@ -40,7 +40,7 @@ def scaled_model(tiny_config):
     """As DeiT-III: layer scales, and no positions for the class token."""
     config = dataclasses.replace(tiny_config, layer_scale=True, prefix_positions=False)
     params = realistic(backbone.init(config, jax.random.key(3)), 3)
-    return Model(config, params, history={"architecture": "deit3_small_patch16_224"})
+    return Model(config, params, architecture="deit3_small_patch16_224")
 
 
 def direct_macs(network, image):
