@@ -54,8 +54,7 @@ def check_params(shapes: Params, params: Params, name: str = "params") -> None:
       InputError: parameters missing, extra, of another shape or another dtype; all in one message.
     """
     expected, found = flatten(shapes), flatten(params)
-    problems = [f"missing {'/'.join(path)}" for path in expected if path not in found]
-    problems += [f"unexpected {'/'.join(path)}" for path in found if path not in expected]
+    problems = _other_paths(expected, found)
     for path in expected.keys() & found.keys():
         want, have = expected[path], found[path]
         if tuple(have.shape) != want.shape:
@@ -66,3 +65,28 @@ def check_params(shapes: Params, params: Params, name: str = "params") -> None:
             problems.append(f"{'/'.join(path)} has dtype {have.dtype}, expected {want.dtype}")
     if problems:
         raise InputError(f"{name}: does not match its config: " + "; ".join(sorted(problems)))
+
+
+def check_masks(shapes: Params, masks: Params, name: str = "masks") -> None:
+    """Check a tree of masks against the shapes of the parameters that it masks.
+
+    Raises:
+      InputError: masks missing, extra, or of a shape that does not broadcast to the parameter's;
+        all in one message.
+    """
+    expected, found = flatten(shapes), flatten(masks)
+    problems = _other_paths(expected, found)
+    for path in expected.keys() & found.keys():
+        want, have = expected[path].shape, np.shape(found[path])
+        # An axis that the mask lacks, or has once, stands for all of the parameter's.
+        axes = zip(reversed(have), reversed(want), strict=False)
+        fits = len(have) <= len(want) and all(mine in (1, whole) for mine, whole in axes)
+        if not fits:
+            problems.append(f"{'/'.join(path)} has shape {have}, expected one that fits {want}")
+    if problems:
+        raise InputError(f"{name}: does not match its config: " + "; ".join(sorted(problems)))
+
+
+def _other_paths(expected: dict[Path, Any], found: dict[Path, Any]) -> list[str]:
+    problems = [f"missing {'/'.join(path)}" for path in expected if path not in found]
+    return problems + [f"unexpected {'/'.join(path)}" for path in found if path not in expected]

@@ -20,8 +20,8 @@ from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash
-from tapvit_jax.models import backbone
-from tapvit_jax.models.params import Params, tree_hash
+from tapvit_jax.models import backbone, convnet
+from tapvit_jax.models.params import Params, check_masks, check_params, tree_hash
 from tapvit_jax.sharding import AXIS, data_mesh
 from tapvit_jax.stages import Scratch
 from tapvit_jax.structs import to_plain
@@ -106,13 +106,14 @@ def train(
       on_epoch: called after every epoch with its validation metrics.
 
     Raises:
-      InputError: no images, a recipe that needs a teacher without one, labels missing where needed,
-        networks without the features or layers that the recipe names, classes or a prior that are
-        not the network's, a loss that is no longer finite, a batch or mesh that cannot be spread,
-        or checkpoints of another run.
+      InputError: no images or ones that the source does not have, a recipe that needs a teacher
+        without one, labels missing or beyond the network's classes where they are read, parameters
+        or masks of another network, networks without the features or layers that the recipe names,
+        classes or a prior that are not the network's, a loss that is no longer finite, a batch or
+        mesh that cannot be spread, or checkpoints of another run.
     """
     recipe = Recipe.of(forward, config, options, teacher)
-    check_recipe(recipe, params, teacher, data.source, data.train)
+    check_run(recipe, params, data, masks, teacher)
     weights = None
     if classes is not None or prior is not None:
         count = class_count(recipe, params, data.preprocess)
@@ -135,20 +136,25 @@ def train(
     return TrainResult(best, best_epoch(record), record)
 
 
-def check_recipe(
+# Of networks that are the user's own, only their forward knows what it takes.
+_SHAPES = {backbone.apply: backbone.param_shapes, convnet.apply: convnet.param_shapes}
+
+
+def check_run(
     recipe: Recipe,
     params: Params,
+    data: TrainData,
+    masks: Params | None,
     teacher: Teacher | None,
-    source: ImageSource,
-    indices: Int[np.ndarray, "n"],
 ) -> None:
     """Refuse what a recipe cannot be trained on.
 
     Raises:
-      InputError: no images, no teacher to distil, labels missing where needed, or networks without
-        the features or layers that the recipe names.
+      InputError: no images or ones that the source does not have, no teacher to distil, labels
+        missing or beyond the network's classes where they are read, parameters or masks of another
+        network, or networks without the features or layers that the recipe names.
     """
-    options = recipe.options
+    options, source = recipe.options, data.source
     for use, wanted in (
         ("distill > 0", options.distill > 0),
         ("feature_distill > 0", options.feature_distill > 0),
@@ -156,14 +162,42 @@ def check_recipe(
     ):
         if wanted and teacher is None:
             raise InputError(f"{use} needs a teacher")
+    if recipe.forward in _SHAPES:
+        shapes = _SHAPES[recipe.forward](recipe.config)
+        check_params(shapes, params)
+        if masks is not None:
+            check_masks(shapes, masks)
+    if teacher is not None and teacher.forward in _SHAPES:
+        check_params(_SHAPES[teacher.forward](teacher.config), teacher.params, "teacher")
     if options.feature_distill > 0:
         check_features(recipe.forward, recipe.config, teacher, options.feature_blocks)
     if options.layer_decay < 1:
         layer_factors(recipe.config, params, options.layer_decay)
-    if options.epochs > 0 and len(indices) == 0:
+    learned, chosen = (check_indices(found, source) for found in (data.train, data.validation))
+    if options.epochs > 0 and len(learned) == 0:
         raise InputError("training needs at least one image")
-    if options.distill < 1 and (source.labels[indices] < 0).any():
-        raise InputError("training on labels needs labels; without them set distill to 1.0")
+    if len(chosen) == 0:
+        raise InputError("evaluation needs at least one example")
+    count = class_count(recipe, params, data.preprocess)
+    if options.distill < 1:
+        missing = "training on labels needs labels; without them set distill to 1.0"
+        _check_labels(source, learned, count, missing)
+    if options.choose == "labels":
+        missing = "evaluation needs labels, found images without one"
+        _check_labels(source, chosen, count, missing)
+
+
+def _check_labels(
+    source: ImageSource, indices: Int[np.ndarray, "n"], count: int, missing: str
+) -> None:
+    labels = source.labels[indices]
+    if (labels < 0).any():
+        raise InputError(missing)
+    if (labels >= count).any():
+        raise InputError(
+            f"{source.name}: label {labels.max()} is beyond the network's classes, expected 0 to "
+            f"{count - 1}"
+        )
 
 
 def run_weights(
@@ -198,6 +232,8 @@ def weights_identity(weights: ClassWeights | None) -> list[list[float]] | None:
 
 def class_count(recipe: Recipe, params: Params, preprocess: Preprocess) -> int:
     """How many classes a network tells apart, without running it."""
+    if recipe.forward in _SHAPES:
+        return recipe.config.num_classes
     side = preprocess.image_size
     image = jax.ShapeDtypeStruct((1, side, side, preprocess.channels), np.float32)
     return jax.eval_shape(functools.partial(recipe.forward, recipe.config), params, image).shape[-1]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tapvit_jax import distributed
-from tapvit_jax.data.base import ImageSource, check_indices
+from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
@@ -28,7 +28,7 @@ from tapvit_jax.train.evaluate import Forward, Metrics, Teacher, agreement_sums,
 from tapvit_jax.train.finetune import (
     TrainData,
     all_devices,
-    check_recipe,
+    check_run,
     class_count,
     epoch_order,
     even_devices,
@@ -112,7 +112,7 @@ def train_variants(
     if not variants:
         return []
     recipe = Recipe.of(forward, config, options, teacher)
-    _check_variants(variants, source, recipe, teacher)
+    _check_variants(variants, source, preprocess, recipe, teacher)
     weights = _common_weights(variants, recipe, source, preprocess)
     with contextlib.ExitStack() as stack:
         keeper = None
@@ -149,6 +149,7 @@ def train_variants(
 def _check_variants(
     variants: Sequence[Variant],
     source: ImageSource,
+    preprocess: Preprocess,
     recipe: Recipe,
     teacher: Teacher | None,
 ) -> None:
@@ -156,18 +157,12 @@ def _check_variants(
     for v, variant in enumerate(variants):
         if shapes[v] != shapes[0]:
             raise InputError(f"variant {v}: has parameters of other shapes than variant 0")
-        for indices in (variant.train, variant.validation):
-            check_indices(indices, source)
+        data = TrainData(source, preprocess, variant.train, variant.validation)
+        # Seen by all processes at once, before any of them waits for the others.
         try:
-            check_recipe(recipe, variant.params, teacher, source, variant.train)
+            check_run(recipe, variant.params, data, variant.masks, teacher)
         except InputError as error:
             raise InputError(f"variant {v}: {error}") from error
-        # Seen by all processes at once, before any of them waits for the others.
-        if len(variant.validation) == 0:
-            raise InputError(f"variant {v}: evaluation needs at least one example")
-        labelled = recipe.options.choose == "labels"
-        if labelled and (source.labels[variant.validation] < 0).any():
-            raise InputError(f"variant {v}: evaluation needs labels, found images without one")
 
 
 def _step_all(

@@ -469,6 +469,32 @@ def test_missing_labels_are_refused(distill):
         long_run(options=options, data=make_data(labels=labels))
 
 
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [(3, {"distill": 0.5, "choose": "teacher"}), (15, {"distill": 1.0, "choose": "labels"})],
+    ids=["train", "validation"],
+)
+def test_labels_beyond_the_classes_are_refused_where_they_are_read(place, options):
+    data = make_data()
+    labels = np.where(np.arange(24) == place, CLASSES, data.source.labels)
+    data = dataclasses.replace(data, source=data.source.with_labels(labels))
+    options = dataclasses.replace(ONE_STEP, **options)
+    with pytest.raises(
+        InputError, match="label 3 is beyond the network's classes, expected 0 to 2"
+    ):
+        long_run(options=options, data=data)
+    other = {"distill": 1.0, "choose": "teacher"}
+    assert long_run(options=dataclasses.replace(options, **other), data=data)
+
+
+@pytest.mark.parametrize("field", ["train", "validation"])
+@pytest.mark.parametrize("index", [24, -1])
+def test_images_that_the_source_does_not_have_are_refused(field, index):
+    data = dataclasses.replace(make_data(), **{field: np.array([0, index])})
+    with pytest.raises(InputError, match=f"image indices .*{index}.*, expected 0 to 23"):
+        long_run(data=data)
+
+
 def test_a_missing_teacher_is_refused():
     with pytest.raises(InputError, match="distill > 0 needs a teacher"):
         long_run(teacher=None)

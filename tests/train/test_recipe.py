@@ -449,6 +449,14 @@ LINEAR = {"kernel": np.eye(CLASSES, dtype=np.float32)}
         ),
         ({"distill": 0.0}, {}, "classes: nothing uses it"),
         ({}, {"classes": np.ones(4, bool)}, r"classes has shape \(4,\), expected \(5,\)"),
+        ({}, {"model": Model(CONFIG, LINEAR)}, "^params: .* missing blocks_0/attn/k/bias"),
+        ({}, {"teacher": Teacher(CONFIG, LINEAR)}, "^teacher: .* missing blocks_0/attn/k/bias"),
+        ({}, {"masks": LINEAR}, "^masks: .* missing blocks_0/attn/k/bias.* unexpected kernel"),
+        (
+            {},
+            {"masks": MASKS | {"head": {"kernel": np.ones((3, 1)), "bias": np.ones(())}}},
+            r"head/kernel has shape \(3, 1\), expected one that fits \(8, 5\)$",
+        ),
         ({}, {"prior": np.ones(4)}, r"prior has shape \(4,\), expected \(5,\)"),
     ],
 )

@@ -281,6 +281,7 @@ def test_a_finished_variant_reads_no_more_images(monkeypatch):
         ({"validation": np.zeros(0, int)}, "variant 1: evaluation needs at least one example"),
         ({"train": np.array([60])}, "expected 0 to 59"),
         ({"params": {"other": np.zeros(3)}}, "variant 1: has parameters of other shapes"),
+        ({"masks": {"other": np.ones(3)}}, "variant 1: masks: .* missing blocks_0/.* unexpected"),
         ({"classes": np.ones(4, bool)}, r"variant 1: classes has shape \(4,\), expected \(3,\)"),
     ],
 )
