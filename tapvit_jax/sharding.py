@@ -1,6 +1,6 @@
 """Spreading rows of data over the local devices, and copying parameters to all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -14,6 +14,7 @@ from tapvit_jax.errors import InputError
 AXIS = "data"
 
 T = TypeVar("T")
+_More = TypeVar("_More")
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -61,3 +62,21 @@ def replicate(tree: T, mesh: Mesh) -> T:
     Source: ours.
     """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def fetch_ahead(
+    steps: Iterable[tuple[Shaped[Array, "..."], _More]],
+) -> Iterator[tuple[Shaped[np.ndarray, "..."], _More]]:
+    """Bring the array of every step to the host, in order, with what stands beside it.
+
+    It is waited for once the next step has been sent to the devices, which hold two at most.
+
+    Source: ours.
+    """
+    waiting: tuple[Array, _More] | None = None
+    for step in steps:
+        if waiting is not None:
+            yield np.asarray(waiting[0]), waiting[1]
+        waiting = step
+    if waiting is not None:
+        yield np.asarray(waiting[0]), waiting[1]

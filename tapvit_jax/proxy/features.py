@@ -33,7 +33,7 @@ from tapvit_jax.models.convnet import ConvNetConfig
 from tapvit_jax.models.params import Params, check_params, flatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.store import load_params, read_spec, save_params
-from tapvit_jax.sharding import AXIS, data_mesh, replicate, shard_rows
+from tapvit_jax.sharding import AXIS, data_mesh, fetch_ahead, replicate, shard_rows
 from tapvit_jax.structs import check_fields, from_plain, to_plain
 
 FORMAT = "tapvit-extractor"
@@ -151,16 +151,15 @@ class Extractor:
         mesh = data_mesh(jax.local_devices()[:useful])
         step = batch_size * mesh.shape[AXIS]
         parts = replicate((self.params, self.mean, self.projection), mesh)
-        waiting: tuple[jax.Array, int] | None = None
-        for batch in batches(source, indices, self.preprocess, step, workers=workers):
-            images, _ = shard_rows(batch["image"], mesh)
-            found = _sharded_features(self.kind, self.network, *parts, images, mesh=mesh)
-            # Waited for while the next are computed: never more than two steps on the devices.
-            if waiting is not None:
-                yield np.asarray(waiting[0])[: waiting[1]]
-            waiting = found, int(batch["mask"].sum())
-        if waiting is not None:
-            yield np.asarray(waiting[0])[: waiting[1]]
+
+        def steps() -> Iterator[tuple[jax.Array, int]]:
+            for batch in batches(source, indices, self.preprocess, step, workers=workers):
+                images, _ = shard_rows(batch["image"], mesh)
+                found = _sharded_features(self.kind, self.network, *parts, images, mesh=mesh)
+                yield found, int(batch["mask"].sum())
+
+        for found, count in fetch_ahead(steps()):
+            yield found[:count]
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the extractor to a directory, all or nothing."""

@@ -26,7 +26,7 @@ from tapvit_jax.proxy.density import (
     value_range,
 )
 from tapvit_jax.proxy.gmm import Gmm
-from tapvit_jax.sharding import AXIS, replicate, shard_rows
+from tapvit_jax.sharding import AXIS, fetch_ahead, replicate, shard_rows
 
 # Floats of one piece that is read from the pool at a time: 16 MiB.
 _PIECE_FLOATS = 2**22
@@ -140,17 +140,17 @@ def scores(
     step = chunk * mesh.shape[AXIS] * max(together, 1)
     grouped = group(gmms, *bounds)
     placed, mixed = replicate(grouped, mesh), any_direct(grouped[0])
-    waiting: tuple[int, int, jax.Array] | None = None
-    for start in range(share.start * chunk, stop, step):
-        part = read_rows(pool, start, min(start + step, stop))
-        count = len(part)
-        sharded, _ = shard_rows(np.pad(part, [(0, step - count), (0, 0)]), mesh)
-        values = pool_pass(*placed, sharded, mesh=mesh, chunk=chunk, joint=joint, mixed=mixed)
-        if waiting is not None:
-            yield waiting[0], np.asarray(waiting[2])[..., : waiting[1]]
-        waiting = start, count, values
-    if waiting is not None:
-        yield waiting[0], np.asarray(waiting[2])[..., : waiting[1]]
+
+    def pieces() -> Iterator[tuple[jax.Array, tuple[int, int]]]:
+        for start in range(share.start * chunk, stop, step):
+            part = read_rows(pool, start, min(start + step, stop))
+            count = len(part)
+            sharded, _ = shard_rows(np.pad(part, [(0, step - count), (0, 0)]), mesh)
+            values = pool_pass(*placed, sharded, mesh=mesh, chunk=chunk, joint=joint, mixed=mixed)
+            yield values, (start, count)
+
+    for values, (start, count) in fetch_ahead(pieces()):
+        yield start, values[..., :count]
 
 
 class Best:

@@ -18,7 +18,7 @@ from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
-from tapvit_jax.sharding import replicate, shard_rows
+from tapvit_jax.sharding import fetch_ahead, replicate, shard_rows
 from tapvit_jax.train.classes import ClassWeights, class_logits, teacher_logits
 
 Forward = Callable[[Any, Params, Float[Array, "b s s ch"]], Float[Array, "b c"]]
@@ -212,12 +212,12 @@ def predict(
     if len(indices) == 0:
         raise InputError("prediction needs at least one image")
     own = distributed.share(len(indices))
-    rows = []
-    for batch in read_batches(
+    run = functools.partial(_probabilities, network.forward, network.config, network.params)
+    found = read_batches(
         source, indices[own.start : own.stop], preprocess, batch_size, workers=workers
-    ):
-        found = _probabilities(network.forward, network.config, network.params, batch["image"])
-        rows.append(np.asarray(found)[np.asarray(batch["mask"]) > 0])
+    )
+    steps = ((run(batch["image"]), np.asarray(batch["mask"]) > 0) for batch in found)
+    rows = [probabilities[real] for probabilities, real in fetch_ahead(steps)]
     sent = np.concatenate(rows).tobytes() if rows else b""
     everything = np.frombuffer(b"".join(distributed.gather_bytes(sent)), np.float32)
     return everything.reshape(len(indices), -1)

@@ -195,3 +195,24 @@ def test_predictions_need_no_labels():
     assert likely_classes(found).shape == (3,)
     with pytest.raises(InputError, match="at least one image"):
         predict(network, source, indices[:0], preprocess, 2)
+
+
+def test_predictions_are_waited_for_while_the_next_are_computed(monkeypatch):
+    events = []
+
+    class Pending:
+        def __init__(self, images):
+            self.rows = len(images)
+            events.append("sent")
+
+        def __array__(self, dtype=None, copy=None):
+            events.append("fetched")
+            return np.full((self.rows, 3), 1 / 3, np.float32)
+
+    monkeypatch.setattr(
+        "tapvit_jax.train.evaluate._probabilities", lambda *given: Pending(given[-1])
+    )
+    source = MemorySource(np.zeros((6, 2, 2, 1), np.float32), np.zeros(6, int), ["a"])
+    preprocess = Preprocess(2, (0.0,), (1.0,), channels=1)
+    assert predict(Teacher(None, None), source, np.arange(6), preprocess, 2).shape == (6, 3)
+    assert events == ["sent", "sent", "fetched", "sent", "fetched", "fetched"]
