@@ -38,6 +38,9 @@ class PruneConfig:
     """How units and layers are scored and widths chosen.
 
     Attributes:
+      neurons: how units are ranked.
+      layers: how layers are probed.
+      allocate: how widths follow from the layers' scores and the budget.
       batch_size: images in a scoring batch; the kernels compare images within a batch.
       criterion: name in `CRITERIA` that ranks the units instead of `neurons`, of which only
         `max_batches` then counts; None is what `neurons` says.

@@ -66,9 +66,14 @@ _EXTRACTOR = re.compile(r"[0-9a-f]{0,128}")
 class GmmConfig:
     """How a device fits its mixture; the defaults follow the privacy notes (few, coarse, floored).
 
-    `variance_floor` is relative to the mean feature variance of the private features: no variance
-    (no eigenvalue, for tied and full) ends up lower. `min_members` is the least number of images
-    hard-assigned to each component. `restarts` is scikit-learn's `n_init`.
+    Attributes:
+      components: numbers of components to try; the lowest BIC decides.
+      covariance_type: "diag", "spherical", "tied" (one for all components) or "full".
+      variance_floor: relative to the mean feature variance of the private features: no variance (no
+        eigenvalue, for tied and full) ends up lower.
+      min_members: the least number of images hard-assigned to each component.
+      restarts: starts of each fit, of which the best is kept; scikit-learn's `n_init`.
+      seed: for these starts.
 
     Raises:
       InputError: a value out of range.
@@ -105,11 +110,16 @@ class GmmConfig:
 class Gmm:
     """A Gaussian mixture p(x) = sum_k pi_k N(x | mu_k, Sigma_k) in float32.
 
-    Shapes: weights (g,), means (g, d), covariances diag (g, d), spherical (g,), tied (d, d) or
-    full (g, d, d). The arrays are copied, made float32 and read-only. `extractor` is the
-    fingerprint of the feature extractor, so that the cloud can refuse a mixture fitted in another
-    feature space. A mixture built by hand is not checked until `validate` is called, which
-    everything that reads one does.
+    The arrays are copied, made float32 and read-only. A mixture built by hand is not checked until
+    `validate` is called, which everything that reads one does.
+
+    Attributes:
+      weights: pi, of shape (g,).
+      means: mu, of shape (g, d).
+      covariances: Sigma: diag (g, d), spherical (g,), tied (d, d) or full (g, d, d).
+      covariance_type: which of these.
+      extractor: fingerprint of the feature extractor, so that the cloud can refuse a mixture fitted
+        in another feature space; empty when unknown.
 
     Raises:
       InputError: an array that does not hold real numbers.

@@ -41,8 +41,13 @@ _DISTANCE_ROWS = 2048
 class SelectConfig:
     """How many images a device gets, and by which method; the counts are the published ones.
 
-    `task_share` is for `importance` only: the share of the pool taken to be of the device's kind.
-    It bounds the weights by 1 / task_share; 0 is the plain ratio p_device / p_pool.
+    Attributes:
+      method: "top", "quota" or "importance", see `select`.
+      metric_count: images that score units and layers, the first of those chosen.
+      finetune_count: images chosen in all, for fine-tuning; not fewer than `metric_count`.
+      seed: for the noise of "importance", and the rows that the pool's density is fitted on.
+      task_share: for "importance": the share of the pool taken to be of the device's kind. It
+        bounds the weights by 1 / task_share; 0 is the plain ratio p_device / p_pool.
 
     Raises:
       InputError: a value out of range.

@@ -27,6 +27,7 @@ class TrainConfig:
 
     Attributes:
       epochs: passes over the training set; 0 trains nothing.
+      batch_size: images in a step, of all devices together; the last of an epoch may have fewer.
       images_per_epoch: length of a pass; None is the whole set. A shorter one takes other random
         images every time, so that sets of different sizes get the same number of steps.
       learning_rate: peak of the schedule.
@@ -36,6 +37,7 @@ class TrainConfig:
       layer_decay: factor of the learning rate from a layer to the one before it: the head has 1,
         the last block `layer_decay`, the embedding the least (see `layer_factors`).
       weight_decay: decoupled, on kernels only.
+      label_smoothing: share of a true label that is spread evenly over all classes.
       distill: weight of the teacher's soft labels against the true ones; 1 needs no labels.
       temperature: of the soft labels.
       feature_distill: weight of `features.feature_loss` beside the labels' loss.
