@@ -1,6 +1,7 @@
 """Where images come from: digits, image folders, Tiny-ImageNet, CIFAR, TFDS, arrays in memory."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,12 +124,13 @@ class DigitsSource(ImageSource):
         return self.fingerprint()
 
 
-def open_source(spec: str, class_names: Sequence[str] | None = None) -> ImageSource:
+def open_source(spec: str | os.PathLike, class_names: Sequence[str] | None = None) -> ImageSource:
     """Open "digits", "tfds:NAME", or a path: Tiny-ImageNet or CIFAR as published, or image folders.
 
     Raises:
       InputError: nothing there, not in a known layout, or a class not among `class_names`.
     """
+    spec = os.fspath(spec)
     if spec == "digits":
         return DigitsSource(class_names)
     if spec.startswith("tfds:"):

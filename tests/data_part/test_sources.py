@@ -327,6 +327,7 @@ def test_open_source(classes):
     source = open_source(str(classes), ("cat", "bee", "ant"))
     assert isinstance(source, FolderSource)
     assert source.labels.tolist() == [2, 1, 1, 0, 0]
+    assert open_source(classes).fingerprint() == FolderSource(classes).fingerprint()
 
 
 @pytest.mark.parametrize("spec", ["no/such/folder", "nothing.txt"])
