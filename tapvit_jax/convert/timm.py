@@ -16,8 +16,8 @@ from tapvit_jax.convert.rules import Rule, attention, conv, dense, mlp, norm, sa
 from tapvit_jax.convert.weights import Weights, read_weights
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file
-from tapvit_jax.models.backbone import Config, check_prunable
-from tapvit_jax.models.params import Params, flatten, unflatten
+from tapvit_jax.models.backbone import Config, check_prunable, param_shapes
+from tapvit_jax.models.params import Params, check_params, flatten, unflatten
 from tapvit_jax.models.presets import architecture, create
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.resnet import ResNetConfig
@@ -299,7 +299,12 @@ def _recorded_arguments(name: str, weights: Weights) -> dict[str, Any]:
 
 
 def save_timm(path: str | Path, config: Config, params: Params) -> None:
-    """Write our parameters as a .safetensors file under timm's names."""
+    """Write our parameters as a .safetensors file under timm's names.
+
+    Raises:
+      InputError: the parameters do not match the config, or the file cannot be written.
+    """
+    check_params(param_shapes(config), params)
     with atomic_file(path) as partial:
         safetensors.numpy.save_file(to_timm(config, params), partial, metadata={"format": "pt"})
 

@@ -172,6 +172,15 @@ def test_files_round_trip(tmp_path, variant):
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
 
 
+def test_parameters_of_another_config_are_not_written(tmp_path):
+    config = make_config("plain")
+    params = from_timm(config, make_state("plain"))
+    del params["patch_embed"]["kernel"]
+    with pytest.raises(InputError, match="missing patch_embed/kernel"):
+        save_timm(tmp_path / "model.safetensors", config, params)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_for_another_preset_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file(make_state("distilled"), path)
