@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from tapvit_jax.errors import InputError
 from tapvit_jax.export.onnx import write_onnx
 from tapvit_jax.export.runtime import Latency, OnnxModel, measure_latency
-from tapvit_jax.models.backbone import TransformerConfig, param_shapes
+from tapvit_jax.models.backbone import TransformerConfig, check_prunable, param_shapes
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.latency import LatencyModel, fit_latency, random_widths
 from tapvit_jax.versions import library_versions
@@ -62,7 +63,18 @@ def measure_latency_model(
       round_to: multiple of the random widths.
       seed: of the widths.
       on_share: called with every share of the work that is done.
+
+    Raises:
+      InputError: a ResNet, fewer than three prunings, or another number below one.
     """
+    check_prunable(dense)
+    # The dense model is a measurement too, and `fit_latency` takes four.
+    if count < 3:
+        raise InputError(f"count is {count}, expected 3 or more random prunings")
+    sizes = {"batch_size": batch_size, "threads": threads, "repeats": repeats, "round_to": round_to}
+    for name, value in sizes.items():
+        if value < 1:
+            raise InputError(f"{name} is {value}, expected 1 or more")
     rng = np.random.default_rng(seed)
     reference = load_models({"dense": _filled(dense)}, threads)["dense"]
     configs, ratios, times = [dense], [1.0], []
@@ -74,7 +86,7 @@ def measure_latency_model(
         ratios.append(found["pruned"].median / found["dense"].median)
         times.append(found["dense"].median)
         on_share(1.0 / count)
-    scale = float(np.median(times)) if times else 1.0
+    scale = float(np.median(times))
     machine = machine_record(threads) | {"repeats": repeats, "seed": seed}
     return fit_latency(
         dense,

@@ -12,7 +12,7 @@ import pytest
 
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
-from tapvit_jax.export import check
+from tapvit_jax.export import check, latency
 from tapvit_jax.export import onnx as exporter
 from tapvit_jax.export.onnx import export_onnx
 from tapvit_jax.export.runtime import OnnxModel, measure_latency
@@ -245,3 +245,24 @@ def test_latencies_are_measured(tiny_model, images, tmp_path):
     assert all(0 < x.low <= x.median <= x.high for x in found.values())
     with pytest.raises(InputError, match="repeats is 0"):
         measure_latency({"a": model}, repeats=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 2}, "count is 2, expected 3 or more"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"round_to": 0}, "round_to is 0"),
+        ({"dense": ResNetConfig(32, 4, True, (1, 1))}, "expected a ViT or a Swin"),
+    ],
+)
+def test_a_latency_model_is_refused_before_anything_is_measured(
+    tiny_config, monkeypatch, change, message
+):
+    # The first thing that takes time.
+    monkeypatch.delattr(latency, "load_models")
+    options = {"dense": tiny_config, "count": 3, "batch_size": 1, "threads": 1}
+    with pytest.raises(InputError, match=message):
+        latency.measure_latency_model(**options | change)
