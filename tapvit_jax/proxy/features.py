@@ -43,6 +43,9 @@ PARAMS_FILE = "params.safetensors"
 
 Kind = Literal["embedding", "backbone", "pooled"]
 
+# Enough for the axes of a few thousand features, and a GiB of them.
+_FIT_ROWS = 2**16
+
 
 @dataclasses.dataclass(frozen=True)
 class ExtractorConfig:
@@ -322,6 +325,8 @@ def build_extractor(
 ) -> Extractor:
     """Fit the PCA on the public pool and put the extractor together.
 
+    Of a pool of more than 65,536 images, as many are drawn, the same ones each time.
+
     Args:
       config: which features.
       source: images.
@@ -344,6 +349,9 @@ def build_extractor(
     elif network is None or params is None:
         raise InputError("kind 'embedding' needs a trained network")
     params = {name: params[name] for name in _used_shapes(config.kind, network)}
+    if len(pool) > _FIT_ROWS:
+        rows = np.random.default_rng(0).choice(len(pool), _FIT_ROWS, replace=False)
+        pool = np.asarray(pool)[np.sort(rows)]
     identity = np.eye(_width(network), dtype=np.float32)
     zero = np.zeros(_width(network), np.float32)
     raw = Extractor(config.kind, network, params, preprocess, zero, identity).features(source, pool)
@@ -357,15 +365,15 @@ def build_extractor(
             f"the PCA keeps {config.dim} dimensions, expected 1 to {max(most, 0)} "
             f"({raw.shape[0]} pool images, {raw.shape[1]} features)"
         )
-    # "full" has no randomness, so that the same pool gives the same extractor.
     # Imported here: it takes two seconds, and ready extractors do without.
     from sklearn.decomposition import PCA
 
-    pca = PCA(config.dim, svd_solver="full").fit(raw.astype(np.float64))
+    mean = raw.mean(axis=0, dtype=np.float64)
+    # This solver has no randomness, so that the same pool gives the same extractor. It centres the
+    # covariance, not the features: far from zero, digits would cancel.
+    pca = PCA(config.dim, svd_solver="covariance_eigh").fit(raw - mean)
     scale = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
     if not config.whiten:
         scale = np.full_like(scale, np.sqrt((scale**2).mean()))
     projection = (pca.components_.T / scale).astype(np.float32)
-    return Extractor(
-        config.kind, network, params, preprocess, pca.mean_.astype(np.float32), projection
-    )
+    return Extractor(config.kind, network, params, preprocess, mean.astype(np.float32), projection)

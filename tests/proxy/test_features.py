@@ -134,6 +134,23 @@ def test_the_same_pool_gives_the_same_extractor(
     assert other.fingerprint != again.fingerprint
 
 
+def test_large_pools_are_fitted_by_some_of_their_images(source, pool, network, monkeypatch):
+    monkeypatch.setattr(features, "_FIT_ROWS", 8)
+    read = []
+
+    def load(indices, preprocess):
+        read.append(indices)
+        return MemorySource.load(source, indices, preprocess)
+
+    monkeypatch.setattr(source, "load", load)
+    parts = {"network": network[0], "params": network[1]}
+    found = [build_extractor(EMBEDDING, source, pool, PREPROCESS, **parts) for _ in range(2)]
+    first, again = np.reshape(np.concatenate(read), (2, 8))
+    assert (np.diff(first) > 0).all()
+    np.testing.assert_array_equal(first, again)
+    assert found[0].fingerprint == found[1].fingerprint
+
+
 def test_the_backbone_keeps_no_more_than_it_uses(extractors):
     extractor = extractors["backbone"]
     assert len(extractor.network.blocks) == 2
