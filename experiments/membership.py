@@ -78,8 +78,7 @@ def measure(
     for d, split in enumerate(job.parts.devices):
         with progress.step(f"device {d}: mixtures", UNITS["device"]):
             members, others = (
-                job.extractor.features(job.source, images)
-                for images in (split.private_train, split.private_test)
+                job.compute_features(images) for images in (split.private_train, split.private_test)
             )
             gmms = [Gmm.fit(members, job.seeded(option, d)) for option in options]
             for kind, gmm, area in zip(kinds, gmms, areas(gmms, members, others), strict=True):

@@ -253,6 +253,8 @@ class Preparation:
                 model=None if embedding else self.dense,
                 network=network if embedding else None,
                 params=trained.value if trained else None,
+                workers=self.config.data.workers,
+                on_share=step.advance,
             )
             arrays = {"mean": made.mean, "projection": made.projection}
             return arrays | {f"params/{n}": a for n, a in to_arrays(made.params).items()}, {}
@@ -307,6 +309,10 @@ class Preparation:
             workers=self.config.data.workers,
         )
 
+    def compute_features(self, images: np.ndarray) -> np.ndarray:
+        """Features of a few images, which no file keeps."""
+        return self.extractor.features(self.source, images, workers=self.config.data.workers)
+
     # Device: nothing but the payload leaves this method.
 
     def seeded(self, options: GmmConfig, d: int) -> GmmConfig:
@@ -321,7 +327,7 @@ class Preparation:
         options = self.seeded(options, d)
 
         def compute(step, scratch):
-            gmm, table = fit_report(self.extractor.features(self.source, images), options)
+            gmm, table = fit_report(self.compute_features(images), options)
             return _gmm_arrays(gmm), {"bic": table}
 
         inputs = {"extractor": key, **self._images_key(images), "gmm": to_plain(options)}
@@ -399,7 +405,7 @@ class Preparation:
             len(self.files.class_names),
             gmm,
             features,
-            held_out=self.extractor.features(self.source, split.private_test),
+            held_out=self.compute_features(split.private_test),
         )
 
     def selection(self, d: int) -> dict[str, Any]:
@@ -479,7 +485,7 @@ class Preparation:
             elif sets.mixture is not None:
                 shares = mixture_shares(sets.mixture, self._classes.value)
             else:
-                features = self.extractor.features(self.source, sets.metric)
+                features = self.compute_features(sets.metric)
                 shares = class_shares(self._classes.value, features)
             return {"weights": prior_weights(shares, len(sets.metric))}, {}
 

@@ -130,7 +130,7 @@ def build(args: argparse.Namespace) -> None:
                 forward=convnet.apply,
                 on_epoch=lambda *_: step.advance(1.0 / args.epochs),
             ).params
-    with progress.step("fit the PCA on the pool", 1):
+    with progress.step("fit the PCA on the pool", 1) as step:
         extractor = build_extractor(
             options,
             pool.source,
@@ -139,6 +139,7 @@ def build(args: argparse.Namespace) -> None:
             model=model,
             network=network,
             params=params,
+            on_share=step.advance,
         )
     progress.close()
     extractor.save(args.out)

@@ -295,7 +295,13 @@ def _select(
 ) -> tuple[np.ndarray, np.ndarray, tuple[Gmm, np.ndarray]]:
     """The images chosen for a payload, its mixture and the pool's features."""
     Gmm.load(args.payload)  # what cannot be read is said before the pool is
-    extractor = _extractor(args, model, pool)
+    # Without an extractor, the images go through the network twice.
+    part = 0.5 if args.extractor is None else 1.0
+
+    def on_part(share: float) -> None:
+        on_share(part * share)
+
+    extractor = _extractor(args, model, pool, on_part)
     try:
         gmm = load_payload(args.payload, extractor)
     except InputError as error:
@@ -304,7 +310,7 @@ def _select(
         raise InputError(
             f"{error}; without --extractor, the extractor is the default one of this model and pool"
         ) from error
-    (chosen,), features = select_images(args, [gmm], extractor, pool, on_share)
+    (chosen,), features = select_images(args, [gmm], extractor, pool, on_part)
     return chosen[: args.count], chosen, (gmm, features)
 
 
@@ -339,9 +345,16 @@ def _class_shares(
     return mixture_shares(gmm, fit_classes(features[rows], predicted(pool.indices[rows])))
 
 
-def _extractor(args: argparse.Namespace, model: Model, pool: Images) -> Extractor:
+def _extractor(
+    args: argparse.Namespace, model: Model, pool: Images, on_share: Callable[[float], None]
+) -> Extractor:
     if args.extractor is not None:
         return Extractor.load(args.extractor)
     return build_extractor(
-        DEFAULT_EXTRACTOR, pool.source, pool.indices, preprocess_of(model), model=model
+        DEFAULT_EXTRACTOR,
+        pool.source,
+        pool.indices,
+        preprocess_of(model),
+        model=model,
+        on_share=on_share,
     )

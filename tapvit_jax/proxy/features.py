@@ -120,14 +120,18 @@ class Extractor:
         indices: Int[np.ndarray, "n"],
         batch_size: int = 256,
         on_batch: Callable[[int], None] | None = None,
+        *,
+        workers: int = 0,
     ) -> Float[np.ndarray, "n d"]:
         """Features of many images, in the order of `indices`, by all local devices.
+
+        `workers` processes decode.
 
         Raises:
           InputError: an image cannot be read.
         """
         found = []
-        for part in self.stream(source, indices, batch_size):
+        for part in self.stream(source, indices, batch_size, workers=workers):
             found.append(part)
             if on_batch is not None:
                 on_batch(len(part))
@@ -322,6 +326,9 @@ def build_extractor(
     model: Model | None = None,
     network: ConvNetConfig | None = None,
     params: Params | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> Extractor:
     """Fit the PCA on the public pool and put the extractor together.
 
@@ -335,6 +342,9 @@ def build_extractor(
       model: the dense model, for kind "backbone", or any pretrained one, for kind "pooled".
       network: the trained embedding network's config, for kind "embedding".
       params: its parameters.
+      batch_size: images that a device takes at a time.
+      workers: processes that decode; 0 decodes on threads of this process.
+      on_share: called with every share of the work that is done.
 
     Raises:
       InputError: a part missing, features that are not finite, or more dimensions asked than the
@@ -354,7 +364,9 @@ def build_extractor(
         pool = np.asarray(pool)[np.sort(rows)]
     identity = np.eye(_width(network), dtype=np.float32)
     zero = np.zeros(_width(network), np.float32)
-    raw = Extractor(config.kind, network, params, preprocess, zero, identity).features(source, pool)
+    raw = Extractor(config.kind, network, params, preprocess, zero, identity).features(
+        source, pool, batch_size, lambda n: on_share(n / len(pool)), workers=workers
+    )
     if not np.isfinite(raw).all():
         name = "network" if config.kind == "embedding" else model.name
         raise InputError(f"{name}: features hold NaN or infinity, expected finite numbers")

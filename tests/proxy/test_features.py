@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.errors import InputError
@@ -185,6 +186,22 @@ def test_features_are_the_same_bits_on_any_devices(extractors, source, pool, kin
     for count in (1, 3):
         monkeypatch.setattr(jax, "local_devices", lambda count=count: devices[:count])
         np.testing.assert_array_equal(extractor.features(source, pool, 2), every)
+
+
+def test_how_images_are_read_is_passed_on_and_told(extractors, source, pool, network, monkeypatch):
+    asked, shares = [], []
+
+    def read(*args, workers):
+        asked.append((args[-1] // jax.local_device_count(), workers))
+        return batches(*args)
+
+    monkeypatch.setattr(features, "batches", read)
+    extractors["embedding"].features(source, np.tile(pool, 8), 2, workers=1)
+    parts = {"network": network[0], "params": network[1]}
+    options = {"batch_size": 3, "workers": 2, "on_share": shares.append}
+    build_extractor(EMBEDDING, source, np.tile(pool, 8), PREPROCESS, **parts, **options)
+    assert asked == [(2, 1), (3, 2)]
+    assert len(shares) > 1 and sum(shares) == pytest.approx(1)
 
 
 def test_no_images_have_no_features(extractors, source):
