@@ -6,7 +6,7 @@ import concurrent.futures
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ UNLABELLED = -1
 # What the parts of a data set are called, and which of ours each is.
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "val"}
 _THREADS = min(16, (os.cpu_count() or 1) + 2)
+# Images that wait for a thread; each takes a kilobyte or two.
+_MOST_WAITING = 1000
 
 
 def check_indices(indices: Any, source: "ImageSource") -> Int[np.ndarray, "n"]:
@@ -157,6 +159,12 @@ def threads() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
 
 
+def map_images(function: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
+    """Results of a function for every image, in order, on several threads."""
+    for start in range(0, len(indices), _MOST_WAITING):
+        yield from threads().map(function, indices[start : start + _MOST_WAITING])
+
+
 def find_corrupt(
     source: ImageSource,
     indices: Int[np.ndarray, "n"],
@@ -178,7 +186,7 @@ def find_corrupt(
         return None
 
     bad = []
-    for found in threads().map(attempt, map(int, indices)):
+    for found in map_images(attempt, indices.tolist()):
         if on_image is not None:
             on_image()
         if found is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes, threads
+from tapvit_jax.data.base import SPLITS, UNLABELLED, ImageSource, align_classes, map_images
 from tapvit_jax.data.preprocess import Preprocess, decode
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file, content_hash
@@ -151,7 +151,7 @@ def _read_labels(part: Sequence[Any], files: Sequence[os.PathLike]) -> Int[np.nd
             labels = np.load(cache, allow_pickle=False)
             if labels.shape == (len(part),) and labels.dtype == np.int64:
                 return labels
-    labels = np.fromiter(threads().map(lambda i: part[i]["label"], range(len(part))), np.int64)
+    labels = np.fromiter(map_images(lambda i: part[i]["label"], range(len(part))), np.int64)
     if cache is not None:
         # Without a place to write it is only slow.
         with (

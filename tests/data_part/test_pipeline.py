@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tapvit_jax.data import base
 from tapvit_jax.data.pipeline import batches, load_all
 from tapvit_jax.data.sources import DigitsSource, MemorySource, Preprocess, find_corrupt
 from tapvit_jax.errors import InputError
@@ -227,6 +228,21 @@ def test_memory_source():
     assert other.fingerprint() != source.fingerprint()
     assert other.images_fingerprint() == source.images_fingerprint()
     assert other.images_fingerprint() != memory(5).images_fingerprint()
+
+
+def test_only_some_of_many_images_wait_for_a_thread(monkeypatch):
+    asked = []
+
+    class Threads:
+        def map(self, function, indices):
+            asked.append(len(indices))
+            return map(function, indices)
+
+    monkeypatch.setattr(base, "threads", Threads)
+    indices = np.arange(2500) % 23
+    found = find_corrupt(failing(), indices, PRE)
+    assert [i for i, _ in found] == [10] * np.count_nonzero(indices == 10)
+    assert asked == [1000, 1000, 500]
 
 
 def test_memory_source_refuses_another_shape():
