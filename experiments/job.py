@@ -460,7 +460,8 @@ class Job(Preparation):
         """Milliseconds of the dense and the pruned model on this machine, measured once."""
 
         def compute(step, scratch):
-            return {}, latencies({"dense": self.dense, "pruned": small}, batch)
+            found = latencies({"dense": self.dense, "pruned": small}, batch)
+            return {}, {name: dataclasses.asdict(times) for name, times in found.items()}
 
         inputs = {
             "dense": to_plain(self.dense.config),

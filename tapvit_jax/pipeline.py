@@ -1,8 +1,6 @@
 """The path of one device, from its images to a smaller model, as functions that programs share."""
 
 import dataclasses
-import functools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
@@ -30,6 +28,7 @@ from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.sharding import data_mesh
 from tapvit_jax.structs import check_fields
+from tapvit_jax.timing import Latency, take_turns
 from tapvit_jax.train.evaluate import Metrics, evaluate_indices
 
 
@@ -321,33 +320,13 @@ def summary(model: Model) -> dict[str, Any]:
     }
 
 
-def latencies(
-    models: dict[str, Model], batch_size: int, repeats: int = 30
-) -> dict[str, dict[str, float]]:
-    """Median and spread of the forward pass of several models on this machine, in milliseconds.
-
-    The models take turns, so that a machine that slows down slows all of them down alike.
-    """
+def latencies(models: dict[str, Model], batch_size: int, repeats: int = 30) -> dict[str, Latency]:
+    """Time forward passes of several models in JAX on this machine, see `take_turns`."""
     runs = {}
     for name, model in models.items():
         side = model.config.image_size
         images = jax.random.normal(
             jax.random.key(0), (batch_size, side, side, model.config.in_channels)
         )
-        run = functools.partial(model.apply, images)
-        run().block_until_ready()
-        runs[name] = run
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run().block_until_ready()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {
-        name: {
-            "median": float(np.median(values)),
-            "low": float(np.quantile(values, 0.1)),
-            "high": float(np.quantile(values, 0.9)),
-        }
-        for name, values in times.items()
-    }
+        runs[name] = lambda model=model, images=images: model.apply(images).block_until_ready()
+    return take_turns(runs, repeats=repeats)

@@ -12,10 +12,11 @@ import numpy as np
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.export.onnx import write_onnx
-from tapvit_jax.export.runtime import Latency, OnnxModel, measure_latency
+from tapvit_jax.export.runtime import OnnxModel, measure_latency
 from tapvit_jax.models.backbone import TransformerConfig, check_prunable, param_shapes
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.latency import LatencyModel, fit_latency, random_widths
+from tapvit_jax.timing import Latency
 from tapvit_jax.versions import library_versions
 
 

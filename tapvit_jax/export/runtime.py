@@ -1,8 +1,7 @@
 """Running ONNX files in ONNX Runtime: logits, and latencies side by side."""
 
-import dataclasses
+import functools
 import os
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,6 +9,7 @@ import onnxruntime
 from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
+from tapvit_jax.timing import Latency, take_turns
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -50,44 +50,19 @@ class OnnxModel:
         return self._session.run([OUTPUT], {INPUT: np.asarray(images, np.float32)})[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Latency:
-    """Milliseconds of a forward pass: median, and the 10th and 90th percentile."""
-
-    median: float
-    low: float
-    high: float
-
-
 def measure_latency(
-    models: Mapping[str, OnnxModel], *, batch_size: int = 1, repeats: int = 40, warmup: int = 3
+    models: Mapping[str, OnnxModel], *, batch_size: int = 1, repeats: int = 40
 ) -> dict[str, Latency]:
-    """Time forward passes of several models, which take turns in one process.
-
-    A machine that slows down so slows all of them down alike. Every timed pass follows an untimed
-    one of the same model, so that each finds its own weights in the caches.
+    """Time forward passes of several models side by side, see `take_turns`.
 
     Raises:
       InputError: no repetition, or an empty batch.
     """
-    if repeats < 1 or batch_size < 1:
-        raise InputError(f"repeats is {repeats} and batch_size {batch_size}, expected 1 or more")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, expected 1 or more")
     rng = np.random.default_rng(0)
-    inputs = {
-        name: rng.standard_normal((batch_size, *model.image_shape)).astype(np.float32)
-        for name, model in models.items()
-    }
+    runs = {}
     for name, model in models.items():
-        for _ in range(warmup):
-            model(inputs[name])
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats):
-        for name, model in models.items():
-            model(inputs[name])
-            start = time.perf_counter()
-            model(inputs[name])
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {
-        name: Latency(*(float(np.quantile(values, q)) for q in (0.5, 0.1, 0.9)))
-        for name, values in times.items()
-    }
+        images = rng.standard_normal((batch_size, *model.image_shape)).astype(np.float32)
+        runs[name] = functools.partial(model, images)
+    return take_turns(runs, repeats=repeats)

@@ -30,6 +30,7 @@ from tapvit_jax.proxy.select import SelectConfig
 from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.prune.reshape import reshape
+from tapvit_jax.timing import Latency
 from tapvit_jax.train.step import TrainConfig
 from tests.experiments import tiny_sweep
 
@@ -449,11 +450,13 @@ def test_fine_tuning_starts_where_it_is_told_to(job):
 def test_times_are_measured_once_on_every_machine(job, monkeypatch):
     measured = []
     monkeypatch.setattr(
-        "experiments.job.latencies", lambda models, batch: measured.append(batch) or {"dense": {}}
+        "experiments.job.latencies",
+        lambda models, batch: measured.append(batch) or {"dense": Latency(2.0, 1.0, 3.0)},
     )
     for processor in ("one", "other", "one"):
         monkeypatch.setattr("experiments.job.hardware", lambda name=processor: {"processor": name})
-        assert job.latency("", job.dense, 3) == {"dense": {}}
+        found = job.latency("", job.dense, 3)
+        assert found == {"dense": {"median": 2.0, "low": 1.0, "high": 3.0}}
     assert measured == [3, 3]
 
 
