@@ -19,7 +19,7 @@ from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importa
 from tapvit_jax.importance.neurons import Method as Composite
 from tapvit_jax.importance.neurons import NeuronConfig, Scores, neuron_importance
 from tapvit_jax.models.params import Params
-from tapvit_jax.models.registry import Model
+from tapvit_jax.models.registry import Model, preprocess_of
 from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
@@ -114,9 +114,7 @@ def score(
     Raises:
       InputError: too few images, images that cannot be read, or labels missing for the criterion.
     """
-    if model.preprocess is None:
-        raise InputError(f"{model.name}: does not say how its images are prepared")
-
+    preprocess = preprocess_of(model)
     size = even_batch_size(len(metric), config.batch_size)
     count = len(metric) // size
     # Layer probes run the network many times over, neuron scores a few times.
@@ -126,7 +124,7 @@ def score(
     processes = distributed.process_count()
 
     def metric_batches(kind: str) -> Iterator[dict[str, np.ndarray]]:
-        for batch in scoring_batches(source, metric, model.preprocess, size, workers=workers):
+        for batch in scoring_batches(source, metric, preprocess, size, workers=workers):
             yield batch
             on_share(effort[kind] * processes / whole)
 
@@ -296,8 +294,7 @@ def evaluate_model(
     Raises:
       InputError: no images, images without labels, or a model without preprocessing.
     """
-    if model.preprocess is None:
-        raise InputError(f"{model.name}: does not say how its images are prepared")
+    preprocess = preprocess_of(model)
     # The fake devices that a CPU can be split into share its cores: nothing is gained there.
     several = jax.local_device_count() > 1 and jax.default_backend() != "cpu"
     return evaluate_indices(
@@ -305,7 +302,7 @@ def evaluate_model(
         model.params,
         source,
         indices,
-        model.preprocess,
+        preprocess,
         batch_size,
         mesh=data_mesh() if several else None,
         workers=workers,

@@ -154,17 +154,6 @@ def load_preset(name: str, args: argparse.Namespace) -> Model:
     return model.replace(class_names=tuple(names))
 
 
-def preprocess_of(model: Model) -> Preprocess:
-    """How a model's images are prepared.
-
-    Raises:
-      InputError: it does not say.
-    """
-    if model.preprocess is None:
-        raise InputError(f"{model.name}: does not say how its images are prepared")
-    return model.preprocess
-
-
 def labels_fit(model: Model, source: ImageSource) -> bool:
     """Whether a source's labels are classes of the model.
 

@@ -13,7 +13,6 @@ from tapvit_jax.commands.common import (
     labels_fit,
     open_images,
     open_model,
-    preprocess_of,
     seed,
 )
 from tapvit_jax.data.base import UNLABELLED
@@ -26,6 +25,7 @@ from tapvit_jax.export.stablehlo import export_stablehlo
 from tapvit_jax.export.timm import export_timm
 from tapvit_jax.models import store
 from tapvit_jax.models.backbone import check_prunable
+from tapvit_jax.models.registry import preprocess_of
 from tapvit_jax.progress import Progress
 
 # More than machines have cores.

@@ -17,13 +17,13 @@ from tapvit_jax.commands.common import (
     hold_out,
     open_images,
     open_model,
-    preprocess_of,
     seed,
 )
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import check_directory, write_json
 from tapvit_jax.models import convnet
+from tapvit_jax.models.registry import preprocess_of
 from tapvit_jax.models.store import read_spec
 from tapvit_jax.progress import Progress
 from tapvit_jax.proxy import features as extractors

@@ -13,13 +13,13 @@ from tapvit_jax.commands.common import (
     load_preset,
     open_images,
     open_model,
-    preprocess_of,
     print_costs,
 )
 from tapvit_jax.commands.devices import read_selection
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import store
 from tapvit_jax.models.backbone import TransformerConfig
+from tapvit_jax.models.registry import preprocess_of
 from tapvit_jax.pipeline import evaluate_model
 from tapvit_jax.proxy import features as extractors
 from tapvit_jax.proxy.features import Extractor

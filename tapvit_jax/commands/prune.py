@@ -20,7 +20,6 @@ from tapvit_jax.commands.common import (
     labels_fit,
     open_images,
     open_model,
-    preprocess_of,
     print_costs,
 )
 from tapvit_jax.commands.devices import (
@@ -37,7 +36,7 @@ from tapvit_jax.export.latency import compare_latency
 from tapvit_jax.files import check_directory
 from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.models import store
-from tapvit_jax.models.registry import Model
+from tapvit_jax.models.registry import Model, preprocess_of
 from tapvit_jax.pipeline import (
     PruneConfig,
     allocate_measured,

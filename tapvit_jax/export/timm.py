@@ -9,10 +9,9 @@ import safetensors.numpy
 from jaxtyping import Float
 
 from tapvit_jax.convert.timm import load_timm, timm_model
-from tapvit_jax.errors import InputError
 from tapvit_jax.export.check import TOLERANCES, check_artefact, exact_logits
 from tapvit_jax.files import atomic_directory, write_json
-from tapvit_jax.models.registry import Model
+from tapvit_jax.models.registry import Model, preprocess_of
 from tapvit_jax.models.resnet import ResNetConfig
 from tapvit_jax.models.swin import SwinConfig
 
@@ -56,9 +55,7 @@ def export_timm(
 
 
 def _pretrained_cfg(model: Model) -> dict[str, Any]:
-    prepare, config = model.preprocess, model.config
-    if prepare is None:
-        raise InputError(f"{model.name}: does not say how its images are prepared")
+    prepare, config = preprocess_of(model), model.config
     classifier, first = "head", "patch_embed.proj"
     if isinstance(config, ResNetConfig):
         classifier, first = "fc", "conv1"

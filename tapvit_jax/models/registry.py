@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Float
 
 from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.backbone import Config
 from tapvit_jax.models.params import Params
@@ -47,6 +48,17 @@ class Model:
     def replace(self, **changes: Any) -> "Model":
         """The same model with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def preprocess_of(model: Model) -> Preprocess:
+    """How a model's images are prepared.
+
+    Raises:
+      InputError: it does not say.
+    """
+    if model.preprocess is None:
+        raise InputError(f"{model.name}: does not say how its images are prepared")
+    return model.preprocess
 
 
 jitted_apply = functools.partial(jax.jit, static_argnums=0)(backbone.apply)
