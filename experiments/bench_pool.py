@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from sklearn.mixture import GaussianMixture
 from experiments.bench import alternate, note, peak_mib, report
 from tapvit_jax.proxy.density import chunk_rows, log_likelihood
 from tapvit_jax.proxy.gmm import Gmm
-from tapvit_jax.proxy.select import select
+from tapvit_jax.proxy.select import Method, select
 from tapvit_jax.runtime import set_up_jax
 
 COMPONENTS = 10
@@ -109,12 +110,12 @@ def write_pool(path: Path, rows: int) -> None:
             file.write(rng.standard_normal((count, MEMORY_DIM), dtype=np.float32).tobytes())
 
 
-def _select_once(path: Path, queue) -> None:
+def _select_once(path: Path, method: str, queue) -> None:
     set_up_jax()
     gmms = [mixture(np.random.default_rng(1), MEMORY_DIM, "diag")]
     jax.block_until_ready(jnp.zeros(1))
     before, start = peak_mib(), time.perf_counter()
-    select(gmms, path, COUNTS[0], method="top", finetune_count=COUNTS[1])
+    select(gmms, path, COUNTS[0], method=method, finetune_count=COUNTS[1])
     queue.put((time.perf_counter() - start, peak_mib() - before))
 
 
@@ -124,16 +125,17 @@ def memory(rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pool.npy"
         write_pool(path, rows)
-        queue = context.SimpleQueue()
-        process = context.Process(target=_select_once, args=(path, queue))
-        process.start()
-        seconds, added = queue.get()
-        process.join()
         size = path.stat().st_size / 2**20
-    note(
-        f"select, top {COUNTS[1]} of {rows} rows on disk ({size:.0f} MiB): "
-        f"adds {added:.0f} MiB, {seconds:.1f} s with compilation"
-    )
+        for method in get_args(Method):
+            queue = context.SimpleQueue()
+            process = context.Process(target=_select_once, args=(path, method, queue))
+            process.start()
+            seconds, added = queue.get()
+            process.join()
+            note(
+                f"select, {method}, {COUNTS[1]} of {rows} rows on disk ({size:.0f} MiB): "
+                f"adds {added:.0f} MiB, {seconds:.1f} s with compilation"
+            )
 
 
 def one() -> None:

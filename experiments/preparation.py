@@ -32,6 +32,7 @@ from tapvit_jax.progress import Progress, Step
 from tapvit_jax.proxy.density import log_likelihood
 from tapvit_jax.proxy.features import Extractor, build_extractor, embedding_network
 from tapvit_jax.proxy.gmm import Gmm, GmmConfig, fit_report
+from tapvit_jax.proxy.pool import pick_rows
 from tapvit_jax.proxy.pool_features import pool_features
 from tapvit_jax.proxy.select import SelectConfig, select, selection_report
 from tapvit_jax.proxy.shares import (
@@ -464,7 +465,7 @@ class Preparation:
         rows = rows_for_classes(len(pool), len(self.files.class_names), self.config.seed)
 
         def compute(step, scratch):
-            found = fit_classes(self._features(pool)[rows], self.predictions(pool[rows]))
+            found = fit_classes(pick_rows(self._features(pool), rows), self.predictions(pool[rows]))
             return {"means": found.means, "precision": found.precision}, {}
 
         inputs = {"extractor": self.extractor.fingerprint, "dense": self._dense.key}

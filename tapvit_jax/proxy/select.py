@@ -118,11 +118,7 @@ def select(
     """
     SelectConfig(method, seed=seed, task_share=task_share)  # checks them
     check_gmms(gmms)
-    pool = open_pool(features)
-    if pool.shape[1] != gmms[0].dim:
-        raise InputError(
-            f"{pool_name(pool)}: {pool.shape[1]} dimensions, expected the mixtures' {gmms[0].dim}"
-        )
+    pool = _open(features, gmms[0].dim)
     total = count if finetune_count is None else finetune_count
     _check_counts(count, total, pool)
     bounds = pool_range(pool)
@@ -158,10 +154,12 @@ def selection_report(
     labels: Int[np.ndarray, "p"],
     num_classes: int,
     gmm: Gmm,
-    features: Float[Array, "p d"] | Float[np.ndarray, "p d"],
+    features: Float[Array, "p d"] | Float[np.ndarray, "p d"] | str | os.PathLike,
     held_out: Float[Array, "h d"] | Float[np.ndarray, "h d"] | None = None,
 ) -> dict[str, Any]:
     """Describe one device's choice with plain values that JSON can hold.
+
+    `features` as in `select`; of a file only the rows that count are read.
 
     - `count`, and `class_histogram`: how many chosen images each class has.
     - `effective_components`: exp of the entropy of the mean responsibilities of the chosen images.
@@ -177,21 +175,32 @@ def selection_report(
 
     Source: ours; energy distance from Szekely and Rizzo 2013.
     """
-    data = check_features(features, gmm.dim)
-    chosen = _check_indices(indices, data.shape[0])
-    classes = _check_labels(labels, num_classes, data.shape[0])
+    pool = _open(features, gmm.dim)
+    indices = _check_indices(indices, pool.shape[0])
+    classes = _check_labels(labels, num_classes, pool.shape[0])
+    chosen = pick_rows(pool, indices)
     report: dict[str, Any] = {
-        "count": int(chosen.size),
-        "class_histogram": np.bincount(classes[chosen], minlength=num_classes).tolist(),
-        "effective_components": _effective_components(gmm, data[chosen]),
+        "count": int(indices.size),
+        "class_histogram": np.bincount(classes[indices], minlength=num_classes).tolist(),
+        "effective_components": _effective_components(gmm, chosen),
         "energy_distance": None,
         "pool_energy_distance": None,
     }
     if held_out is not None:
         private = _check_held_out(held_out, gmm.dim)
-        report["energy_distance"] = _energy_distance(data[chosen], private)
-        report["pool_energy_distance"] = _energy_distance(data, private)
+        report["energy_distance"] = _energy_distance(chosen, private)
+        some = pick_rows(pool, _sample(pool.shape[0], 0))
+        report["pool_energy_distance"] = _energy_distance(some, private)
     return report
+
+
+def _open(features: Any, dim: int) -> Float[np.ndarray, "p d"]:
+    pool = open_pool(features)
+    if pool.shape[1] != dim:
+        raise InputError(
+            f"{pool_name(pool)}: {pool.shape[1]} dimensions, expected the mixtures' {dim}"
+        )
+    return pool
 
 
 def _pool_density(pool_gmm: Gmm | None, pool: Float[np.ndarray, "p d"], seed: int) -> Gmm | None:
@@ -313,7 +322,10 @@ def _energy_distance(
     from sklearn.metrics.pairwise import euclidean_distances
 
     # In float64 and centred, the quick expanded distances do not cancel.
-    first, second = _sample(first, 0), _sample(second, 1)
+    first, second = (
+        rows[_sample(len(rows), stream)].astype(np.float64)
+        for stream, rows in enumerate((first, second))
+    )
     centre = second.mean(axis=0)
     first, second = first - centre, second - centre
     across = euclidean_distances(first, second).mean()
@@ -323,11 +335,11 @@ def _energy_distance(
     return float(2 * across - sum(inside))
 
 
-def _sample(rows: Float[np.ndarray, "n d"], stream: int) -> Float[np.ndarray, "m d"]:
-    if len(rows) > _DISTANCE_ROWS:
-        picked = np.random.default_rng((0, stream)).choice(len(rows), _DISTANCE_ROWS, replace=False)
-        rows = rows[picked]
-    return rows.astype(np.float64)
+def _sample(count: int, stream: int) -> Int[np.ndarray, "m"]:
+    """Random rows of so many, or all where they are few."""
+    if count <= _DISTANCE_ROWS:
+        return np.arange(count)
+    return np.random.default_rng((0, stream)).choice(count, _DISTANCE_ROWS, replace=False)
 
 
 def _check_counts(count: Any, total: Any, pool: Float[np.ndarray, "p d"]) -> None:

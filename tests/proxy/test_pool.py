@@ -1,5 +1,9 @@
 """Pools on disk give the same lists as pools in memory, however they are walked."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.proxy import pool as pool_module
 from tapvit_jax.proxy.density import component_log_likelihood, log_likelihood
 from tapvit_jax.proxy.gmm import Gmm
-from tapvit_jax.proxy.pool import Best, open_pool, pool_range, scores, skip_noise
+from tapvit_jax.proxy.pool import Best, open_pool, pick_rows, pool_range, scores, skip_noise
 from tapvit_jax.proxy.select import select
 from tapvit_jax.sharding import data_mesh
 
@@ -44,6 +48,50 @@ def test_the_same_lists_from_memory_disk_and_any_devices(
         for mesh in (one, data_mesh()):
             found = select(gmms, pool, 100, method=method, finetune_count=700, mesh=mesh)
             np.testing.assert_array_equal(found, expected)
+
+
+PICK = """
+import sys
+from pathlib import Path
+import numpy as np
+from tapvit_jax.proxy.pool import open_pool, pick_rows
+
+def peak_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith("VmHWM:")).split()[1]) / 2**10
+
+pool = open_pool(sys.argv[1])
+rows = np.random.default_rng(0).choice(len(pool), 20_000, replace=False)
+before = peak_mib()
+picked = pick_rows(pool, rows)
+added = peak_mib() - before
+assert (picked[:, 0] == rows).all()
+print(added)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_random_rows_of_a_large_file_add_little_memory(tmp_path):
+    path, rows = tmp_path / "pool.npy", 3_200_000
+    written = np.lib.format.open_memmap(path, "w+", np.float32, (rows, 16))
+    written[:, 0] = np.arange(rows)
+    del written
+    # 195 MiB, of whose pages the rows touch a third.
+    command = [sys.executable, "-c", PICK, path]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    path.unlink()
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) < 32
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_picked_rows_come_in_the_order_asked_for(features, tmp_path, on_disk):
+    np.save(tmp_path / "pool.npy", features.astype(np.float64))
+    pool = open_pool(tmp_path / "pool.npy" if on_disk else features)
+    rows = np.random.default_rng(0).permutation(ROWS)[:1000]
+    picked = pick_rows(pool, rows)
+    np.testing.assert_array_equal(picked, features[rows])
+    assert picked.dtype == np.float32
 
 
 def test_scores_are_the_same_bits_on_any_devices(features, gmms, monkeypatch):

@@ -337,6 +337,24 @@ def test_the_report_without_held_out_features():
     assert report["pool_energy_distance"] is not None
 
 
+def test_a_report_of_a_file_reads_only_the_rows_that_count(tmp_path):
+    features, labels = labelled_pool(5000)
+    gmm, held_out, path = mixture([0.5, 0.5]), draw(np.arange(200) % 2, seed=9), tmp_path / "p.npy"
+    chosen = select([gmm], features, 150)[0]
+    expected = selection_report(chosen, labels, 5, gmm, features, held_out)
+    seen = np.union1d(chosen, select_module._sample(5000, 0))
+    unseen = np.setdiff1d(np.arange(5000), seen)
+    features[unseen] = np.nan
+    np.save(path, features)
+    for pool in (path, np.load(path, mmap_mode="r")):
+        assert selection_report(chosen, labels, 5, gmm, pool, held_out) == expected
+    message = rf"p\.npy: 1 of the 1 samples .* .the first is sample {unseen[0]}\)"
+    with pytest.raises(InputError, match=message):
+        selection_report(unseen[:1], labels, 5, gmm, path)
+    with pytest.raises(InputError, match=r"p\.npy: 2 dimensions, expected the mixtures' 3"):
+        selection_report(chosen, labels, 5, Gmm([1.0], [[0, 0, 0]], [[1, 1, 1]], "diag"), path)
+
+
 def test_bad_reports():
     features, labels = labelled_pool(30)
     gmm = mixture([1.0])
