@@ -107,7 +107,8 @@ def pick_rows(
 def _let_go(pool: Float[np.ndarray, "p d"]) -> None:
     """No longer count a mapped file's pages as this process's; they stay in the system's cache."""
     mapped = getattr(pool, "_mmap", None)
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+    # What was written to a copy-on-write map ("c") exists nowhere else.
+    if mapped is not None and pool.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 

@@ -12,7 +12,15 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.proxy import pool as pool_module
 from tapvit_jax.proxy.density import component_log_likelihood, log_likelihood
 from tapvit_jax.proxy.gmm import Gmm
-from tapvit_jax.proxy.pool import Best, open_pool, pick_rows, pool_range, scores, skip_noise
+from tapvit_jax.proxy.pool import (
+    Best,
+    open_pool,
+    pick_rows,
+    pool_range,
+    read_rows,
+    scores,
+    skip_noise,
+)
 from tapvit_jax.proxy.select import select
 from tapvit_jax.sharding import data_mesh
 
@@ -92,6 +100,14 @@ def test_picked_rows_come_in_the_order_asked_for(features, tmp_path, on_disk):
     picked = pick_rows(pool, rows)
     np.testing.assert_array_equal(picked, features[rows])
     assert picked.dtype == np.float32
+
+
+def test_changes_to_a_map_of_its_own_are_kept(features, tmp_path):
+    np.save(tmp_path / "pool.npy", features)
+    pool = np.load(tmp_path / "pool.npy", mmap_mode="c")
+    pool[:] += 1
+    for _ in range(2):
+        np.testing.assert_array_equal(read_rows(pool, 0, ROWS), features + 1)
 
 
 def test_scores_are_the_same_bits_on_any_devices(features, gmms, monkeypatch):
