@@ -225,8 +225,9 @@ class Sweep:
         plain = identity(self.config)
         chosen = [self.units[n] for n in (range(len(self.units)) if numbers is None else numbers)]
         files = [self._files.identity(unit.config) for unit in chosen]
-        grid = [unit.key for unit in self.units]
-        distributed.check_agreement({"config": plain, "grid": grid, "files": files}, "the hosts")
+        same = {"config": plain, "grid": [unit.key for unit in self.units], "files": files}
+        same["units"] = [unit.number for unit in chosen]
+        distributed.check_agreement(same, "the hosts")
         on_main(lambda: claim_workdir(self.workdir, {"program": "experiments.sweep", **plain}))
         shared = {Job.shared_key(unit.config): unit.config for unit in chosen}
         total = sum(map(_weight, chosen)) + sum(map(_shared_weight, shared.values()))

@@ -104,9 +104,11 @@ class Stages:
         the first of them decides and writes, all compute together, and all read the same.
 
         Raises:
-          InputError: on every process, what `compute` raises on any of them, or an artefact that
-            cannot be written or is not seen by all processes.
+          InputError: on every process, what `compute` raises on any of them, inputs that differ
+            between processes, or an artefact that cannot be written or is not seen by all.
         """
+        # Else each would add its own part to another sum, under the key of the first.
+        distributed.check_agreement({"stage": name, "inputs": inputs}, "the hosts")
         key = self.key(name, inputs)
         directory = self.directory(name, inputs)
         main = distributed.is_main()

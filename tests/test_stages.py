@@ -404,6 +404,10 @@ for stage, name in ((stages, "refused"), (Stages(root / "file" / "below"), "unwr
         stage.run(name, {}, refuse)
     except InputError as error:
         print(type(error).__name__, str(error).replace(str(root), "ROOT"))
+try:
+    stages.run("own", {"a": {"device": rank, "seed": 1}}, compute)
+except InputError as error:
+    print(error)
 found = stages.run("shared", {"a": 2}, compute)
 print(found.arrays["w"].tolist(), times)
 
@@ -499,12 +503,14 @@ def test_processes_of_one_job_compute_together_and_read_the_same(tmp_path):
     ):
         assert found[:3] == [*shared, refused]
         assert found[3].startswith(unwritable) and "lies below a file" in found[3]
+        assert found.pop(4).endswith("fields differ between hosts: inputs.a.device")
         assert found[4] == "[0, 1, 2] 2"
         full = "cannot be written: No space left on device"
         told = f"WriteError image.png: {full}"
         if found is lines[0]:
             told = f"WriteError process 1: image.png: {full}"
         assert found[5:] == [told] * 3 + ["[2.0]"]
+    assert not list(tmp_path.glob("own-*"))
 
 
 def test_an_artefact_that_another_one_finished_first_wins(tmp_path):

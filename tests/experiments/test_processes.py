@@ -61,6 +61,16 @@ def test_one_job_of_two_processes_gives_what_one_process_gives(cache, shared_dir
     same(read_results(cache / "job"), read_results(shared_directory))
 
 
+def test_processes_of_one_job_with_different_units_are_refused(cache):
+    # As `srun ... --work_unit=$SLURM_PROCID` without TAPVIT_DISTRIBUTED=0.
+    workdir = cache / "units"
+    commands = [[*PROGRAM, f"--workdir={workdir}", f"--work_unit={rank}"] for rank in range(2)]
+    for ended in run_together(commands, cache, one_job=True):
+        assert ended.returncode == 2, ended.stdout[-4000:]
+        assert "fields differ between hosts: units" in ended.stdout
+    assert not workdir.exists()
+
+
 def test_a_run_of_two_processes_is_whole(cache):
     command = ["-m", "experiments.run", CONFIG, f"--workdir={cache / 'run'}"]
     for ended in run_together([command] * 2, cache, one_job=True):
