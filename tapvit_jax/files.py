@@ -108,7 +108,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         with _disk_errors_name(path, partial):
             yield partial
             _finish(partial)
-            partial.replace(target)
+            _rename(path, partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -139,9 +139,20 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
             if target.exists():
                 _replace_directory(path, target, partial)
             else:
-                partial.rename(target)
+                _rename(path, partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename(path: Path, source: Path, target: Path) -> None:
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            # Another writer was quicker, which may be as well.
+            raise
+        # Not a disk error by its number: mounted buckets, for one, rename no folders (EMFILE).
+        raise _cannot_write(path, f"renaming to it failed: {error.strerror}") from error
 
 
 def check_directory(path: str | os.PathLike, names: Iterable[str]) -> None:
@@ -172,13 +183,10 @@ def check_directory(path: str | os.PathLike, names: Iterable[str]) -> None:
 def _replace_directory(path: Path, target: Path, partial: Path) -> None:
     check_directory(path, (entry.name for entry in partial.iterdir()))
     old = partial.with_suffix(".old")
+    # A mount point, for one, cannot be moved.
+    _rename(path, target, old)
     try:
-        target.rename(old)
-    except OSError as error:
-        # A mount point, for one, cannot be moved.
-        raise _cannot_write(path, error.strerror) from error
-    try:
-        partial.rename(target)
+        _rename(path, partial, target)
     except BaseException:
         if not target.exists():
             old.rename(target)

@@ -120,14 +120,14 @@ def test_directory_comes_back_when_stopped_between_the_renames(tmp_path, monkeyp
     path = tmp_path / "d"
     path.mkdir()
     (path / "a").write_text("before")
-    rename = type(path).rename
+    replace = type(path).replace
 
     def stop_at_new(self, target):
         if self.suffix == ".partial":
             raise stop
-        return rename(self, target)
+        return replace(self, target)
 
-    monkeypatch.setattr(type(path), "rename", stop_at_new)
+    monkeypatch.setattr(type(path), "replace", stop_at_new)
     with pytest.raises((KeyboardInterrupt, InputError)), atomic_directory(path) as partial:
         (partial / "a").write_text("after")
     assert below(tmp_path) == {"d": None, "d/a": b"before"}
@@ -236,6 +236,29 @@ def test_writes_that_the_kernel_refuses_leave_nothing(tmp_path):
         ):
             write_json(partial / "a.json", ["x"] * 10**5)
     assert below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_directory])
+def test_a_file_system_that_cannot_rename_is_an_error_of_writing(
+    tmp_path, monkeypatch, atomic, before
+):
+    def put(text):
+        with atomic(tmp_path / "out") as partial:
+            (partial / "a" if atomic is atomic_directory else partial).write_text(text)
+
+    def refuse(self, target):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    if before:
+        put("before")
+    found = below(tmp_path)
+    # As a bucket does that gcsfuse has mounted.
+    monkeypatch.setattr(type(tmp_path), "replace", refuse)
+    message = "out: cannot be written: renaming to it failed: Too many open files"
+    with pytest.raises(WriteError, match=message):
+        put("after")
+    assert below(tmp_path) == found
 
 
 def test_other_errors_of_the_body_pass(tmp_path):
