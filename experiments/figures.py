@@ -214,14 +214,15 @@ def averaged(rows: list[dict[str, Any]], fronts: dict[str, list[int]], relative:
 def every_device(
     found: list[dict[str, Any]], labels: list[str], pareto: Any, relative: bool
 ) -> str:
-    """Accuracy against three costs, a row of panels for each device."""
-    owners = list(dict.fromkeys(record["device"] for record in found))
+    """Accuracy against three costs, a row of panels for each device of each source."""
+    owners = list(dict.fromkeys((record["source"], record["device"]) for record in found))
+    several = len({source for source, _ in owners}) > 1
     shown = owners[:_MOST_DEVICES]
     figure = Figure(figsize=(_WIDTH, 0.6 + 2.2 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), 3, sharex="col", squeeze=False)
     names = list(dict.fromkeys(labels))
-    for row, device in zip(grid, shown, strict=True):
-        own = [k for k, record in enumerate(found) if record["device"] == device]
+    for row, (source, device) in zip(grid, shown, strict=True):
+        own = [k for k, r in enumerate(found) if (r["source"], r["device"]) == (source, device)]
         y = np.array([found[k]["recovered_top1"] for k in own])
         dense = np.mean([found[k]["dense_top1"] for k in own])
         for axes, (cost, title) in zip(row, _COSTS.items(), strict=True):
@@ -239,7 +240,8 @@ def every_device(
             axes.tick_params(labelsize=8)
             if row is grid[-1]:
                 axes.set_xlabel(_cost_label(title, cost, relative), size=9)
-        row[0].set_ylabel(f"device {device}\ntop-1, %", size=9)
+        above = f"{_shorten(one_line(source), 30)}\n" if several else ""
+        row[0].set_ylabel(f"{above}device {device}\ntop-1, %", size=9, parse_math=False)
     _legend(figure)
     return _svg(figure, f"Accuracy against cost of {len(shown)} of {len(owners)} devices")
 

@@ -281,20 +281,34 @@ def join(directories: list[Path], out: Path) -> list[joined.Record]:
     """Write one report of several work directories of runs and sweeps.
 
     Raises:
-      InputError: a directory without whole results of ours, or an `out` that cannot be written.
+      InputError: a directory without whole results of ours, one that is named twice, or an `out`
+        that cannot be written.
     """
     records = []
-    for directory in directories:
+    for directory, source in zip(directories, _sources(directories), strict=True):
         path = directory / "results.json"
         results = read_json(path)
         try:
-            records += joined.records(results, directory.name or str(directory))
+            records += joined.records(results, source)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: holds no results of a run or a sweep") from error
     if not records:
         raise InputError(f"{directories[0]}: no unit is finished yet, expected one or more")
     joined.write(records, out, ", ".join(dict.fromkeys(record["source"] for record in records)))
     return records
+
+
+def _sources(directories: list[Path]) -> list[str]:
+    """Every directory's name, after as many of those above it as tell it from the others."""
+    paths = [directory.resolve() for directory in directories]
+    names = []
+    for path in paths:
+        if paths.count(path) > 1:
+            raise InputError(f"{path}: named {paths.count(path)} times, expected once")
+        ends = [path.parts[-count:] for count in range(1, len(path.parts) + 1)]
+        own = (end for end in ends if sum(p.parts[-len(end) :] == end for p in paths) == 1)
+        names.append(str(Path(*next(own))))
+    return names
 
 
 def main(argv: list[str]) -> None:

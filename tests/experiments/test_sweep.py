@@ -23,7 +23,7 @@ from experiments.methods import find_methods, image_sets
 from experiments.sweep import Sweep, default_grid, print_status, resolve
 from tapvit_jax import files
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import WriteError, file_lock
+from tapvit_jax.files import WriteError, file_lock, write_json
 from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.importance.neurons import NeuronConfig
 from tapvit_jax.pipeline import PruneConfig
@@ -522,6 +522,39 @@ def test_runs_and_sweeps_are_joined(finished, tmp_path):
     assert page.count("<svg") == 2 and "Pareto" in page and "<script" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert (workdir / "units.csv").read_text().splitlines()[1].startswith("digits,0,0,0,macs=0.7")
+
+
+def put_results(directory, found, **more):
+    """What a sweep leaves: a unit for every device and its accuracy in percent."""
+    directory.mkdir(parents=True)
+    cost = {"macs": 50, "params": 5}
+    row = {"seed": 0, "budget": "macs=0.5", "dense": 0.9, "cost": cost, "dense_cost": cost}
+    row["latency_ms"] = {name: {"median": 1.0} for name in ("dense", "pruned")}
+    stages = ("pruned", "compensated", "recovered")
+    rows = [
+        {"unit": d, "device": d, **row, **dict.fromkeys(stages, top1 / 100)}
+        for d, top1 in found.items()
+    ]
+    write_json(directory / "results.json", {"grid": len(rows), "units": rows, "failed": [], **more})
+    return directory
+
+
+def test_directories_of_one_name_stay_apart(tmp_path):
+    one = put_results(tmp_path / "modelA" / "sweep", {0: 50})
+    other = put_results(tmp_path / "modelB" / "sweep", {0: 90})
+    third = put_results(tmp_path / "third", {0: 70})
+    out = tmp_path / "out"
+    found = report.join([one, other / ".." / "sweep", third], out)
+    sources = ["modelA/sweep", "modelB/sweep", "third"]
+    assert [record["source"] for record in found] == sources
+    rows = json.loads((out / "units.json").read_text())["averages"]
+    means = [(row["series"], row["units"], row["recovered_top1"]) for row in rows]
+    assert means == [(sources[0], 1, 50.0), (sources[1], 1, 90.0), (sources[2], 1, 70.0)]
+    # A row of panels for each, not one for all that have its number.
+    page = (out / "units.html").read_text()
+    assert "cost of 3 of 3 devices" in page and page.count(">device 0<") == 3
+    with pytest.raises(InputError, match=r"third: named 2 times"):
+        report.join([third, one, third], out)
 
 
 def test_directories_without_results_are_refused(tmp_path):
