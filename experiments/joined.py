@@ -37,6 +37,13 @@ def records(results: Mapping[str, Any], source: str) -> list[Record]:
     return found
 
 
+def gaps(results: Mapping[str, Any], source: str) -> tuple[list[Record], int]:
+    """The units of a sweep that failed, and why, and how many are not finished."""
+    failed = [{"source": source, **failure} for failure in results.get("failed", ())]
+    grid = results.get("grid")
+    return failed, 0 if grid is None else grid - len(results["units"]) - len(failed)
+
+
 def _record(row: Mapping[str, Any], place: Mapping[str, Any]) -> Record:
     found = dict(place)
     found["device"], found["seed"] = row["device"], row["seed"]
@@ -80,15 +87,19 @@ def averages(found: Sequence[Record]) -> list[Record]:
     """Means over devices and seeds for every series and budget, with 95 % intervals.
 
     The interval is for other devices and seeds (`statistics.crossed_interval`); one unit alone has
-    none.
+    none. `absent` says how many pairs of device and seed others average over and this one does not:
+    with any, the means do not compare. `front` names the costs on whose Pareto front it lies.
     """
     fields = series_fields(found)
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in found:
         groups.setdefault((series_of(record, fields), record["budget"]), []).append(record)
+    owners = [{(m["device"], m["seed"]) for m in members} for members in groups.values()]
+    everyone = set().union(*owners)
     rows = []
-    for (series, budget), members in groups.items():
+    for ((series, budget), members), own in zip(groups.items(), owners, strict=True):
         row: Record = {"series": series, "budget": budget, "units": len(members)}
+        row["absent"] = len(everyone - own)
         for name in _TOP1:
             values = {((m["source"], m["device"]), m["seed"]): m[name] for m in members}
             row[name], row[f"{name}_interval"] = _mean(values)
@@ -96,6 +107,9 @@ def averages(found: Sequence[Record]) -> list[Record]:
             for column in (name, f"{name}_percent"):
                 row[column] = round(float(np.mean([member[column] for member in members])), 4)
         rows.append(row)
+    fronts = _fronts(rows)
+    for i, row in enumerate(rows):
+        row["front"] = [name for name in _COSTS if i in fronts[name]]
     return rows
 
 
@@ -113,8 +127,21 @@ def pareto(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     return front
 
 
-def write(found: Sequence[Record], directory: Path, title: str) -> None:
-    """Write units.csv, units.json and units.html.
+def write(
+    found: Sequence[Record],
+    directory: Path,
+    title: str,
+    failed: Sequence[Record] = (),
+    unfinished: int = 0,
+) -> None:
+    """Write units.csv, which holds the finished units alone, units.json and units.html.
+
+    Args:
+      found: the finished units.
+      directory: where they go.
+      title: of the page.
+      failed: the units that failed, see `gaps`.
+      unfinished: how many units are neither.
 
     Raises:
       InputError: the directory cannot be written.
@@ -125,11 +152,15 @@ def write(found: Sequence[Record], directory: Path, title: str) -> None:
     writer.writeheader()
     writer.writerows(found)
     write_text(directory / "units.csv", text.getvalue())
-    write_json(directory / "units.json", {"units": list(found), "averages": averages(found)})
-    write_text(directory / "units.html", page(found, title))
+    plain = {"units": list(found), "averages": averages(found)}
+    plain |= {"failed": list(failed), "unfinished": unfinished}
+    write_json(directory / "units.json", plain)
+    write_text(directory / "units.html", page(found, title, failed, unfinished))
 
 
-def page(found: Sequence[Record], title: str) -> str:
+def page(
+    found: Sequence[Record], title: str, failed: Sequence[Record] = (), unfinished: int = 0
+) -> str:
     """The whole report as one HTML page without any outside reference."""
     fields = series_fields(found)
     mean_rows = averages(found)
@@ -142,6 +173,7 @@ def page(found: Sequence[Record], title: str) -> str:
         f"<p>{devices} device{'s' * (devices > 1)}, {seeds} seed{'s' * (seeds > 1)}. All "
         f"accuracies are top-1 on the devices' own test images. {STAGES_NOTE} The drawings show "
         "the last. Latency is that of JAX on the machine that computed the unit.</p>",
+        _gaps_note(failed, unfinished),
         "<h2>Averaged over devices and seeds</h2>",
         f"<p>Bars: {100 * CONFIDENCE:.0f} % intervals of the mean. Rings and the grey steps: the "
         "Pareto front, which nothing both cheaper and at least as accurate beats. Dashed: the "
@@ -152,6 +184,7 @@ def page(found: Sequence[Record], title: str) -> str:
         f"<figure>{figures.every_device(found, labels, pareto, _is_relative(found))}</figure>",
         "<h2>All units</h2>",
         _units_table(found, fields),
+        *([_failed_table(failed)] if failed else []),
     ]
     return document(name, "".join(parts))
 
@@ -166,8 +199,16 @@ def _fronts(rows: Sequence[Record]) -> dict[str, list[int]]:
     return {name: pareto([row[name] for row in rows], gains) for name in _COSTS}
 
 
+def _gaps_note(failed: Sequence[Record], unfinished: int) -> str:
+    if not failed and not unfinished:
+        return ""
+    return (
+        f"<p><strong>Units that failed: {len(failed)}; not finished: {unfinished}.</strong> No "
+        "mean counts them.</p>"
+    )
+
+
 def _averages_table(rows: Sequence[Record]) -> str:
-    fronts = _fronts(rows)
     groups = [
         ("", ["series", "budget", "units"]),
         ("% of the dense model's", ["MACs", "params", "latency"]),
@@ -175,17 +216,23 @@ def _averages_table(rows: Sequence[Record]) -> str:
         ("on the Pareto front of", ["MACs", "params", "latency"]),
     ]
     body = []
-    for i, row in enumerate(rows):
+    for row in rows:
         cells = [text_cell(html.escape(one_line(row[n]))) for n in ("series", "budget")]
-        cells.append(str(row["units"]))
+        lacks = f"<br><small>{row['absent']} absent</small>" if row["absent"] else ""
+        cells.append(f"{row['units']}{lacks}")
         cells += [f"{row[f'{name}_percent']:.1f}" for name in _COSTS]
         for name in _TOP1:
             interval = row[f"{name}_interval"]
             spread = "" if interval is None else f"<br><small>± {interval:.1f}</small>"
             cells.append(f"{row[name]:.1f}{spread}")
-        cells += ["●" if i in fronts[name] else "" for name in _COSTS]
+        cells += ["●" if name in row["front"] else "" for name in _COSTS]
         body.append(cells)
-    return to_table("Means over devices and seeds", groups, body)
+    note = (
+        "<p><em>Absent</em>: devices and seeds that other means are over and this one is not, so "
+        "that they do not compare.</p>"
+    )
+    table = to_table("Means over devices and seeds", groups, body)
+    return table + note * any(row["absent"] for row in rows)
 
 
 def _units_table(found: Sequence[Record], fields: Sequence[str]) -> str:
@@ -207,6 +254,12 @@ def _units_table(found: Sequence[Record], fields: Sequence[str]) -> str:
         cells[-1] = f"<strong>{cells[-1]}</strong>"
         body.append(cells)
     return to_table("All units", groups, body, text_heads=(*fields, "budget"))
+
+
+def _failed_table(failed: Sequence[Record]) -> str:
+    names = ["source", "unit", "reason"]
+    rows = [[text_cell(html.escape(one_line(str(f[name])))) for name in names] for f in failed]
+    return to_table("Units that failed", [("", names)], rows, text_heads=names)
 
 
 class LiveTable:

@@ -284,17 +284,20 @@ def join(directories: list[Path], out: Path) -> list[joined.Record]:
       InputError: a directory without whole results of ours, one that is named twice, or an `out`
         that cannot be written.
     """
-    records = []
+    records, failed, unfinished = [], [], 0
     for directory, source in zip(directories, _sources(directories), strict=True):
         path = directory / "results.json"
         results = read_json(path)
         try:
             records += joined.records(results, source)
+            own, missing = joined.gaps(results, source)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: holds no results of a run or a sweep") from error
+        failed, unfinished = failed + own, unfinished + missing
     if not records:
         raise InputError(f"{directories[0]}: no unit is finished yet, expected one or more")
-    joined.write(records, out, ", ".join(dict.fromkeys(record["source"] for record in records)))
+    title = ", ".join(dict.fromkeys(record["source"] for record in records))
+    joined.write(records, out, title, failed, unfinished)
     return records
 
 

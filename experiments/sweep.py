@@ -282,7 +282,8 @@ class Sweep:
             write_json(self.workdir / "results.json", results)
             if results["units"]:
                 name = results["name"]
-                joined.write(joined.records(results, name), self.workdir, name)
+                found = joined.records(results, name)
+                joined.write(found, self.workdir, name, *joined.gaps(results, name))
 
     def _attempt(self, unit: Unit, failed: dict[int, str], wait: bool) -> bool:
         """Do a unit unless it is done; False if another worker is at it and `wait` is false."""

@@ -506,6 +506,8 @@ def test_averages_are_over_devices_and_seeds_with_student_intervals():
     assert rows[0]["recovered_top1"] == 81.5
     assert math.isclose(rows[0]["recovered_top1_interval"], 2.054, abs_tol=1e-3)
     assert rows[2]["recovered_top1_interval"] is None
+    # One mean is over one device and seed of four, the others over all of them.
+    assert [row["absent"] for row in rows] == [0, 0, 3]
 
 
 def test_runs_and_sweeps_are_joined(finished, tmp_path):
@@ -555,6 +557,24 @@ def test_directories_of_one_name_stay_apart(tmp_path):
     assert "cost of 3 of 3 devices" in page and page.count(">device 0<") == 3
     with pytest.raises(InputError, match=r"third: named 2 times"):
         report.join([third, one, third], out)
+
+
+def test_a_report_tells_what_it_lacks_and_which_means_do_not_compare(tmp_path):
+    failed = [{"unit": 3, "reason": "too <small>"}]
+    short = put_results(tmp_path / "short", {0: 95}, failed=failed, grid=4)
+    whole = put_results(tmp_path / "whole", {0: 80, 1: 70})
+    report.join([short, whole], tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "units.json").read_text())
+    assert found["failed"] == [{"source": "short", **failed[0]}] and found["unfinished"] == 2
+    assert [row["absent"] for row in found["averages"]] == [1, 0]
+    # Both cost the same, and the first is more accurate.
+    assert [row["front"] for row in found["averages"]] == [["macs", "params", "ms"], []]
+    page = (tmp_path / "out" / "units.html").read_text()
+    assert "Units that failed: 1; not finished: 2." in page and "too &lt;small&gt;" in page
+    assert "<small>1 absent</small>" in page and "do not compare" in page
+    report.join([whole], tmp_path / "out")
+    page = (tmp_path / "out" / "units.html").read_text()
+    assert "failed" not in page and "bsent" not in page
 
 
 def test_directories_without_results_are_refused(tmp_path):
