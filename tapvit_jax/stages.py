@@ -224,26 +224,23 @@ def read_row(
     Args:
       path: of the file.
       key: what it has to be the result of.
-      say: whether to say that another version made it.
+      say: whether to say that it is damaged, or that another version made it.
       files: and of which files; None does not ask.
     """
     if not path.exists():
         return None
     try:
         found = read_json(path)
-    except InputError:
-        return None
-    if not isinstance(found, dict) or found.get("key") != key:
-        return None
-    if files is not None and found.get("files") != files:
-        return None
-    try:
+        if not isinstance(found, dict) or not isinstance(found.get("row"), dict):
+            raise InputError(f"{path}: truncated or altered")
+        if found.get("key") != key:
+            raise InputError(f"{path}: is not the result it should be")
         _check_version(path, found.get("version"))
     except InputError as error:
         if say:
             log.warning("%s; computing it again", error)
         return None
-    return found["row"] if isinstance(found.get("row"), dict) else None
+    return found["row"] if files is None or found.get("files") == files else None
 
 
 def _check_version(path: Path, found: Any) -> None:

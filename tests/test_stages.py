@@ -191,6 +191,21 @@ def test_what_another_version_made_is_computed_again_and_that_is_said(
     assert work.times == 2
 
 
+@pytest.mark.parametrize("damage", [truncate, empty, no_mapping, other_stage])
+def test_a_damaged_row_is_computed_again_and_that_is_said(tmp_path, caplog, damage):
+    path = tmp_path / "row.json"
+    write_row(path, "key", {"top1": 1}, {"images": "one"})
+    # Files that were changed are no damage.
+    assert read_row(path, "key", True, {"images": "two"}) is None and not caplog.records
+    damage(path)
+    assert read_row(path, "key") is None and not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert read_row(path, "key", say=True) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{path}: ")
+    assert record.getMessage().endswith("; computing it again")
+
+
 def test_a_pickle_with_matching_checksums_is_not_executed_either(tmp_path, caplog):
     work, stages = Work(), Stages(tmp_path)
     directory = tmp_path / f"train-{stages.run('train', INPUTS, work).key[:16]}"
