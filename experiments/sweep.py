@@ -45,6 +45,7 @@ from tapvit_jax.runtime import one_line, run_program, set_up_jax
 from tapvit_jax.stages import (
     Stages,
     all_succeed,
+    check_workdir,
     claim_workdir,
     from_main,
     on_main,
@@ -228,7 +229,7 @@ class Sweep:
         same = {"config": plain, "grid": [unit.key for unit in self.units], "files": files}
         same["units"] = [unit.number for unit in chosen]
         distributed.check_agreement(same, "the hosts")
-        on_main(lambda: claim_workdir(self.workdir, {"program": "experiments.sweep", **plain}))
+        on_main(lambda: claim_workdir(self.workdir, self._claimed))
         shared = {Job.shared_key(unit.config): unit.config for unit in chosen}
         total = sum(map(_weight, chosen)) + sum(map(_shared_weight, shared.values()))
         self.progress = Progress(total, self._quiet, lines=False)
@@ -241,6 +242,19 @@ class Sweep:
         self.progress.close()
         on_main(self._join)
         return failed
+
+    @property
+    def _claimed(self) -> dict[str, Any]:
+        """What a work directory is tied to."""
+        return {"program": "experiments.sweep", **identity(self.config)}
+
+    def check_workdir(self) -> None:
+        """Check that the work directory is of this sweep.
+
+        Raises:
+          InputError: it is of another config or program, or of none.
+        """
+        check_workdir(self.workdir, self._claimed)
 
     def status(self, unit: Unit) -> tuple[State, str]:
         """How far a unit is, and why it failed if it did; without a look at the data."""
@@ -458,7 +472,12 @@ def print_list(sweep: Sweep) -> None:
 
 
 def print_status(sweep: Sweep) -> None:
-    """Print how far every unit is, and why those failed that did."""
+    """Print how far every unit is, and why those failed that did.
+
+    Raises:
+      InputError: a work directory that is not this sweep's.
+    """
+    sweep.check_workdir()
     states = []
     for unit in sweep.units:
         state, reason = sweep.status(unit)

@@ -315,16 +315,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     # Listed first: whoever has written something by then has its config.json there as well.
     entries = list(workdir.iterdir()) if workdir.is_dir() else []
     if path.exists():
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise InputError(f"{path}: is not a configuration; choose another --workdir")
-        differing = differences(found, config)
-        if differing:
-            raise InputError(
-                f"{workdir}: belongs to another configuration; these fields differ: "
-                + ", ".join(differing)
-                + ". Choose another --workdir or delete this one"
-            )
+        check_workdir(workdir, config)
         return
     # A program that was killed while it claimed the directory has left a part of the file.
     if any(
@@ -333,6 +324,25 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     ):
         raise InputError(f"{workdir}: is not empty and holds no config.json; choose another")
     write_json(path, config)
+
+
+def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Check that a work directory is tied to this configuration.
+
+    Raises:
+      InputError: it is tied to none, or to another one (names the fields that differ).
+    """
+    path = workdir / "config.json"
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: is not a configuration; choose another --workdir")
+    differing = differences(found, config)
+    if differing:
+        raise InputError(
+            f"{workdir}: belongs to another configuration; these fields differ: "
+            + ", ".join(differing)
+            + ". Choose another --workdir or delete this one"
+        )
 
 
 def differences(found: Any, expected: Any, name: str = "") -> list[str]:

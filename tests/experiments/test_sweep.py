@@ -305,8 +305,16 @@ def test_a_damaged_unit_is_computed_again(finished):
 
 def test_a_sweep_of_another_config_is_refused_by_field(finished):
     config = dataclasses.replace(tiny(), latency_batch=3)
-    with pytest.raises(InputError, match=r"latency_batch \(64 there, 3 here\)"):
-        Sweep(config, [{"device": 0}], finished[1].workdir, quiet=True).run()
+    sweep = Sweep(config, [{"device": 0}], finished[1].workdir, quiet=True)
+    for act in (sweep.run, lambda: print_status(sweep)):
+        with pytest.raises(InputError, match=r"latency_batch \(64 there, 3 here\)"):
+            act()
+
+
+def test_the_status_of_no_sweep_is_refused(tmp_path, capsys):
+    with pytest.raises(InputError, match=r"mistyped/config\.json: no such file"):
+        print_status(Sweep(tiny(), [{"device": 0}], tmp_path / "mistyped", quiet=True))
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
 def test_units_recovered_in_one_program_are_as_those_recovered_alone(finished, tmp_path):
