@@ -26,7 +26,6 @@ from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape
-from tapvit_jax.sharding import data_mesh
 from tapvit_jax.structs import check_fields
 from tapvit_jax.timing import Latency, take_turns
 from tapvit_jax.train.evaluate import Metrics, evaluate_indices
@@ -295,8 +294,6 @@ def evaluate_model(
       InputError: no images, images without labels, or a model without preprocessing.
     """
     preprocess = preprocess_of(model)
-    # The fake devices that a CPU can be split into share its cores: nothing is gained there.
-    several = jax.local_device_count() > 1 and jax.default_backend() != "cpu"
     return evaluate_indices(
         model.config,
         model.params,
@@ -304,7 +301,6 @@ def evaluate_model(
         indices,
         preprocess,
         batch_size,
-        mesh=data_mesh() if several else None,
         workers=workers,
     )
 

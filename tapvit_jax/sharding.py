@@ -32,6 +32,16 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices, dtype=object), (AXIS,))
 
 
+def accelerator_mesh() -> Mesh | None:
+    """Make a mesh over the accelerators of this process; None where there is one, or only a CPU.
+
+    Source: ours.
+    """
+    # The fake devices that a CPU can be split into share its cores: nothing is gained there.
+    several = jax.local_device_count() > 1 and jax.default_backend() != "cpu"
+    return data_mesh() if several else None
+
+
 def shard_rows(
     array: Shaped[Array, "n ..."] | Shaped[np.ndarray, "n ..."], mesh: Mesh
 ) -> tuple[Shaped[Array, "m ..."], int]:

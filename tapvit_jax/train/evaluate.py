@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
-from tapvit_jax.sharding import fetch_ahead, replicate, shard_rows
+from tapvit_jax.sharding import accelerator_mesh, fetch_ahead, replicate, shard_rows
 from tapvit_jax.train.classes import ClassWeights, class_logits, teacher_logits
 
 Forward = Callable[[Any, Params, Float[Array, "b s s ch"]], Float[Array, "b c"]]
@@ -199,11 +199,13 @@ def predict(
     preprocess: Preprocess,
     batch_size: int,
     *,
+    mesh: Mesh | None = None,
     workers: int = 0,
 ) -> Float[np.ndarray, "n c"]:
     """Class probabilities of images of a source, for what `classes` makes of them; without labels.
 
-    Every process reads its own share of the images, and all of them return the same.
+    Every process reads its own share of the images, and all of them return the same. `mesh` is as
+    for `evaluate_indices`.
 
     Raises:
       InputError: no images, or one that cannot be read.
@@ -212,12 +214,18 @@ def predict(
     if len(indices) == 0:
         raise InputError("prediction needs at least one image")
     own = distributed.share(len(indices))
-    run = functools.partial(_probabilities, network.forward, network.config, network.params)
-    found = read_batches(
-        source, indices[own.start : own.stop], preprocess, batch_size, workers=workers
-    )
-    steps = ((run(batch["image"]), np.asarray(batch["mask"]) > 0) for batch in found)
-    rows = [probabilities[real] for probabilities, real in fetch_ahead(steps)]
+    mesh = accelerator_mesh() if mesh is None else mesh
+    params = network.params if mesh is None else replicate(network.params, mesh)
+    run = functools.partial(_probabilities, network.forward, network.config, params)
+
+    def steps() -> Iterator[tuple[Array, np.ndarray]]:
+        for batch in read_batches(
+            source, indices[own.start : own.stop], preprocess, batch_size, workers=workers
+        ):
+            images = batch["image"] if mesh is None else shard_rows(batch["image"], mesh)[0]
+            yield run(images), np.asarray(batch["mask"]) > 0
+
+    rows = [probabilities[: len(real)][real] for probabilities, real in fetch_ahead(steps())]
     sent = np.concatenate(rows).tobytes() if rows else b""
     everything = np.frombuffer(b"".join(distributed.gather_bytes(sent)), np.float32)
     return everything.reshape(len(indices), -1)
@@ -240,7 +248,8 @@ def evaluate_indices(
     """Top-1 and cross-entropy over images of a source, on any number of hosts.
 
     Every process reads and evaluates its own share of the images, `batch_size` at a time, and all
-    of them return the same. `teacher` and `weights` are as for `evaluate`.
+    of them return the same. `teacher`, `weights` and `mesh` are as for `evaluate`, but without a
+    mesh all accelerators of a process are used.
 
     Raises:
       InputError: as `evaluate`, or an image cannot be read.
@@ -250,7 +259,13 @@ def evaluate_indices(
     found = read_batches(
         source, indices[own.start : own.stop], preprocess, batch_size, workers=workers
     )
-    shared = distributed.process_count() > 1
     return evaluate(
-        config, params, found, forward, teacher=teacher, weights=weights, mesh=mesh, shared=shared
+        config,
+        params,
+        found,
+        forward,
+        teacher=teacher,
+        weights=weights,
+        mesh=accelerator_mesh() if mesh is None else mesh,
+        shared=distributed.process_count() > 1,
     )

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash
 from tapvit_jax.models import backbone, convnet
 from tapvit_jax.models.params import Params, check_masks, check_params, tree_hash
-from tapvit_jax.sharding import AXIS, data_mesh
+from tapvit_jax.sharding import AXIS, accelerator_mesh, data_mesh
 from tapvit_jax.stages import Scratch
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
@@ -99,8 +98,8 @@ def train(
         teacher's predictions take it into account, and labels are learned and validated as those of
         images with other classes than the device's. None leaves all of them as they are.
       mesh: devices over which every batch is spread, of all processes; each process reads only its
-        own rows. None is one device, or with several processes as many devices of each as divide a
-        batch.
+        own rows. None is as many accelerators of every process as divide a batch; of one process
+        on a CPU, one device.
       checkpoints: directory of the run's checkpoints; emptied when the run is done. In a stage's
         `Scratch` those of another run are deleted, and the stage empties it.
       on_epoch: called after every epoch with its validation metrics.
@@ -299,12 +298,13 @@ def even_devices(devices: list[jax.Device], most: int) -> list[jax.Device]:
 
 def _devices(mesh: Mesh | None, batch_size: int) -> list[jax.Device] | None:
     processes = distributed.process_count()
-    if mesh is None and processes == 1:
+    if mesh is None and processes == 1 and accelerator_mesh() is None:
         return None
     devices = all_devices(mesh)
     if mesh is None:
         each = len(even_devices(devices, len(devices))) // processes
-        devices = even_devices(devices, math.gcd(batch_size // processes, each))
+        rows = batch_size // processes
+        devices = even_devices(devices, max(n for n in range(1, each + 1) if rows % n == 0))
     if batch_size % len(devices):
         raise InputError(
             f"batch_size is {batch_size}, expected a multiple of the {len(devices)} devices"

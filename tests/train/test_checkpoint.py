@@ -225,6 +225,21 @@ def test_a_batch_spread_over_devices(devices):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+def test_accelerators_are_used_without_being_told(monkeypatch):
+    data = make_data(seed=7, count=11)
+    assert finetune._devices(None, 64) is None
+    alone, used = long_run(data=data), []
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    sizes = {1: 1, 4: 4, 7: 7, 11: 1, 12: 6, 64: 8}
+    assert {batch: len(finetune._devices(None, batch)) for batch in sizes} == sizes
+    mesh = finetune.data_mesh
+    monkeypatch.setattr(finetune, "data_mesh", lambda d: used.append(len(d)) or mesh(d))
+    spread = long_run(data=data)
+    assert set(used) == {4}
+    for one, other in zip(spread.record, alone.record, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
 def test_a_batch_that_does_not_fit_the_devices_is_refused():
     with pytest.raises(InputError, match="batch_size is 4, expected a multiple of the 3 devices"):
         long_run(mesh=data_mesh(jax.devices()[:3]))

@@ -1,5 +1,6 @@
 """Every example counts exactly once."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,7 +8,9 @@ from tapvit_jax.data.pipeline import batches
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.errors import InputError
-from tapvit_jax.train.evaluate import evaluate
+from tapvit_jax.sharding import data_mesh
+from tapvit_jax.train import evaluate as module
+from tapvit_jax.train.evaluate import Teacher, evaluate, evaluate_indices, predict
 
 COUNT = 7
 PREPROCESS = Preprocess(2, (0.0,), (1.0,), channels=1)
@@ -40,6 +43,30 @@ def test_every_example_counts_once(params, source, batch_size):
     assert found.top1 == pytest.approx((logits.argmax(axis=1) == labels).mean())
     assert found.loss == pytest.approx(-log_p[np.arange(len(indices)), labels].mean(), rel=1e-5)
     assert 0 < found.top1 < 1
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["mesh", "accelerators"])
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_every_example_counts_once_on_any_number_of_devices(
+    params, source, monkeypatch, told, batch_size
+):
+    indices = np.array([3, 0, 1, 1, 6, 5, 2, 4, 2])
+
+    def found(mesh=None):
+        given = source, indices, PREPROCESS, batch_size
+        metrics = evaluate_indices(None, params, *given, linear, mesh=mesh)
+        return metrics, predict(Teacher(None, params, linear), *given, mesh=mesh)
+
+    (expected, rows), used = found(), []
+    spread = module.shard_rows
+    monkeypatch.setattr(module, "shard_rows", lambda a, m: used.append(m.size) or spread(a, m))
+    if not told:
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    metrics, shared_rows = found(data_mesh(jax.devices()[:3]) if told else None)
+    assert set(used) == {3 if told else len(jax.devices())}
+    assert (metrics.count, metrics.top1) == (len(indices), expected.top1)
+    assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
+    np.testing.assert_allclose(shared_rows, rows, rtol=1e-5)
 
 
 def test_an_example_without_label_is_refused(params, source):
