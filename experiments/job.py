@@ -26,6 +26,7 @@ from experiments.preparation import (
     to_params,
 )
 from tapvit_jax import distributed
+from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash
 from tapvit_jax.importance.layers import LayerScores, layer_importance
 from tapvit_jax.importance.neurons import Scores
@@ -339,7 +340,11 @@ class Job(Preparation):
         place: int,
         options: TrainConfig,
     ) -> tuple[Found, int]:
-        """As `recover`, masked, for one of several in one program."""
+        """As `recover`, masked, for one of several in one program.
+
+        Raises:
+          InputError: its training diverged, or what they share cannot be trained on or read.
+        """
         options = self._recipe(options)
 
         def compute(step, scratch):
@@ -366,14 +371,18 @@ class Job(Preparation):
                 checkpoints=scratch,
                 on_epoch=lambda variant, epoch, metrics: step.advance(share),
             )
+            done = [None if isinstance(found, InputError) else found for found in results]
             arrays = {
                 f"{i}/{name}": array
-                for i, result in enumerate(results)
+                for i, result in enumerate(done)
+                if result is not None
                 for name, array in to_arrays(result.params).items()
             }
+            failed = [str(found) if isinstance(found, InputError) else None for found in results]
             return arrays, {
-                "best_epoch": [result.best_epoch for result in results],
-                "record": [result.record for result in results],
+                "best_epoch": [result and result.best_epoch for result in done],
+                "record": [result and result.record for result in done],
+                "failed": failed,
             }
 
         inputs = {
@@ -383,11 +392,14 @@ class Job(Preparation):
         found = self._stage(
             "recover_together", f"{title}: recover", UNITS["recover"], inputs, compute
         )
+        best_epoch = found.meta["best_epoch"][place]
+        if best_epoch is None:
+            raise InputError(found.meta["failed"][place])
         prefix = f"{place}/"
         arrays = {n[len(prefix) :]: a for n, a in found.arrays.items() if n.startswith(prefix)}
         key = content_hash({"together": found.key, "place": place})
         model = self._start(members[place]).replace(params=to_params(arrays))
-        return Found(key, model), found.meta["best_epoch"][place]
+        return Found(key, model), best_epoch
 
     def _start(self, pruned: Pruned) -> Model:
         return self.dense if pruned.start is None else pruned.start.value

@@ -412,12 +412,13 @@ class Sweep:
                 place = len(members)
             try:
                 own, kept = (sets, plan) if partner is unit else self._plan(job, partner)
+                members.append(self._pruned(job, partner, kept, own))
             except WriteError:
                 raise
             except InputError:
+                if partner is unit:
+                    raise
                 # It cannot be pruned, whoever asks, and fails on its own.
-                continue
-            members.append(self._pruned(job, partner, kept, own))
         return job.recover_together(title, members, place, options)
 
     def _pruned(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> Pruned:

@@ -21,7 +21,7 @@ The public face, one line each, in the order of use:
     small  = tap.reshape(better, plan)
     tuned  = tap.train_variants(model.config, [tap.Variant(better.params, train, validation,
                                 masks=tap.plan_masks(plan)), ...], source, model.preprocess,
-                                tap.TrainConfig(epochs=20))                 # a TrainResult each
+                                tap.TrainConfig(epochs=20))      # a TrainResult each, or InputError
     tap.save(small, directory); tap.load(directory)
     tap.export_onnx(small, path, images=images); tap.export_stablehlo(...); tap.export_timm(...)
 

@@ -20,7 +20,7 @@ from tapvit_jax.versions import library_versions
 
 _KEPT = 2
 _NAME = re.compile(r"step_(\d{9})")
-_LAYOUT = 1
+_LAYOUT = 2
 
 log = logging.getLogger(__name__)
 

@@ -130,7 +130,9 @@ def train(
             keeper = stack.enter_context(Checkpoints(checkpoints, identity))
         program = _OneRun(recipe, params, data, seed, masks, teacher, weights, devices)
         report = None if on_epoch is None else lambda _, epoch, found: on_epoch(epoch, found)
-        state, (record,) = run_epochs(program, options, keeper, report)
+        state, (record,), (failure,) = run_epochs(program, options, keeper, report)
+        if failure is not None:
+            raise InputError(failure)
     best = state["best"] if devices is None else jax.device_get(state["best"])
     return TrainResult(best, best_epoch(record), record)
 

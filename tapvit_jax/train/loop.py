@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tapvit_jax.errors import InputError
 from tapvit_jax.models.params import Params
 from tapvit_jax.train.checkpoint import Checkpoints
 from tapvit_jax.train.evaluate import Metrics
@@ -75,8 +74,10 @@ def run_epochs(
     options: TrainConfig,
     keeper: Checkpoints | None,
     on_epoch: Callable[[int, int, Metrics], None] | None,
-) -> tuple[State, list[list[Record]]]:
+) -> tuple[State, list[list[Record]], list[str | None]]:
     """Drive a program to its end; resume where the checkpoints say, be it within an epoch.
+
+    A run whose loss is no longer finite ends there, and the others go on.
 
     Args:
       program: the runs.
@@ -85,44 +86,51 @@ def run_epochs(
       on_epoch: called with (run, epoch, validation metrics).
 
     Returns:
-      the last state and every run's record.
+      the last state, every run's record, and why it ended early if its loss was not finite.
 
     Raises:
-      InputError: a loss that is no longer finite, or checkpoints of another run.
+      InputError: checkpoints of another run.
     """
     count, longest = len(program.steps), max(program.steps)
     state = program.initial()
     found = None if keeper is None else keeper.restore(state)
     if found is None:
         start = program.measure(state, np.ones(count, bool))
-        runs, first = [[_row(0, metrics)] for metrics in start], 0
+        failed = [_failure_at_start(metrics.loss) for metrics in start]
+        runs = [[] if why else [_row(0, m)] for m, why in zip(start, failed, strict=True)]
+        first = 0
     else:
-        state, runs, first = found[0], found[1]["runs"], found[1]["step"]
-    while (alive := np.array([not finished(record, options) for record in runs])).any():
+        state, record = found
+        runs, failed, first = record["runs"], record["failed"], record["step"]
+    while (alive := _alive(runs, failed, options)).any():
         epoch = max(map(len, runs))
         length = max(n for n, living in zip(program.steps, alive, strict=True) if living)
         for i, batch in enumerate(program.batches(epoch, first, alive), first):
             state = program.step(state, batch, epoch, i, alive)
             position = (epoch - 1) * longest + i + 1
             if keeper is not None and i + 1 < length and _is_due(position, options):
-                keeper.save(position, state, {"runs": runs, "step": i + 1})
+                keeper.save(position, state, {"runs": runs, "failed": failed, "step": i + 1})
         first = 0
         losses, measured = program.losses(state), program.measure(state, alive)
         for r in np.flatnonzero(alive):
             loss = float(np.float64(losses[r, : program.steps[r]]).mean())
-            _check_finite(loss, measured[r].loss, epoch, options, int(r) if count > 1 else None)
-            runs[r].append(_row(epoch, measured[r]) | {"train_loss": loss})
+            failed[r] = _failure(loss, measured[r].loss, epoch, options)
+            if failed[r] is None:
+                runs[r].append(_row(epoch, measured[r]) | {"train_loss": loss})
+        alive &= [why is None for why in failed]
+        if not alive.any():
+            break
         improved = [living and best_epoch(runs[r]) == epoch for r, living in enumerate(alive)]
         state = program.keep_best(state, np.array(improved))
         position = epoch * longest
         if keeper is not None and (
             epoch % options.checkpoint_epochs == 0 or _is_due(position, options)
         ):
-            keeper.save(position, state, {"runs": runs, "step": 0})
+            keeper.save(position, state, {"runs": runs, "failed": failed, "step": 0})
         if on_epoch is not None:
             for r in np.flatnonzero(alive):
                 on_epoch(int(r), epoch, measured[r])
-    return state, runs
+    return state, runs, failed
 
 
 def best_epoch(record: list[Record]) -> int:
@@ -138,6 +146,13 @@ def finished(record: list[Record], options: TrainConfig) -> bool:
     )
 
 
+def _alive(
+    runs: list[list[Record]], failed: list[str | None], options: TrainConfig
+) -> Bool[np.ndarray, "r"]:
+    pairs = zip(runs, failed, strict=True)
+    return np.array([why is None and not finished(record, options) for record, why in pairs])
+
+
 def _is_due(position: int, options: TrainConfig) -> bool:
     return options.checkpoint_steps is not None and position % options.checkpoint_steps == 0
 
@@ -146,12 +161,16 @@ def _row(epoch: int, metrics: Metrics) -> Record:
     return {"epoch": epoch, "top1": metrics.top1, "loss": metrics.loss}
 
 
-def _check_finite(
-    train_loss: float, loss: float, epoch: int, options: TrainConfig, run: int | None
-) -> None:
-    if not math.isfinite(train_loss + loss):
-        where = "" if run is None else f"variant {run}: "
-        raise InputError(
-            f"{where}the training loss became {train_loss} and the validation loss {loss} "
-            f"in epoch {epoch}: lower learning_rate (now {options.learning_rate})"
-        )
+def _failure_at_start(loss: float) -> str | None:
+    if math.isfinite(loss):
+        return None
+    return f"the validation loss is {loss} before training: the parameters are no start"
+
+
+def _failure(train_loss: float, loss: float, epoch: int, options: TrainConfig) -> str | None:
+    if math.isfinite(train_loss + loss):
+        return None
+    return (
+        f"the training loss became {train_loss} and the validation loss {loss} "
+        f"in epoch {epoch}: lower learning_rate (now {options.learning_rate})"
+    )

@@ -81,12 +81,12 @@ def train_variants(
     workers: int = 0,
     checkpoints: Path | Scratch | None = None,
     on_epoch: Callable[[int, int, Metrics], None] | None = None,
-) -> list[TrainResult]:
+) -> list[TrainResult | InputError]:
     """Train many variants at once; each ends as `train` alone would end it, but for rounding.
 
     Every variant has its own order of images, number of steps, schedule, best epoch and early
-    stopping. One that has finished stays as it is while the others go on. Every device holds its
-    share of the variants, and every process reads the images of its own variants alone.
+    stopping. One that has finished or diverged stays as it is while the others go on. Every device
+    holds its share of the variants, and every process reads the images of its own variants alone.
 
     Args:
       config: the network's config, the same for all.
@@ -102,10 +102,11 @@ def train_variants(
       on_epoch: called after every epoch with (variant, epoch, validation metrics).
 
     Returns:
-      results of all variants, in order, on every process; parameters are NumPy arrays.
+      results of all variants, in order, on every process; parameters are NumPy arrays. One whose
+      loss is no longer finite has in its place the error that `train` would raise.
 
     Raises:
-      InputError: as `train`, or variants of different shapes.
+      InputError: as `train` but for the loss, or variants of different shapes.
 
     Source: ours.
     """
@@ -138,11 +139,13 @@ def train_variants(
         program = _ManyRuns(
             recipe, variants, source, preprocess, teacher_params, weights, devices, workers
         )
-        state, records = run_epochs(program, options, keeper, on_epoch)
+        state, records, failed = run_epochs(program, options, keeper, on_epoch)
         best = program.to_host(state["best"])
     return [
         TrainResult(jax.tree.map(lambda leaf, v=v: leaf[v], best), best_epoch(record), record)
-        for v, record in enumerate(records)
+        if failure is None
+        else InputError(failure)
+        for v, (record, failure) in enumerate(zip(records, failed, strict=True))
     ]
 
 

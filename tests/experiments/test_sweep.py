@@ -20,6 +20,7 @@ from experiments.compare import Comparison
 from experiments.config import ExperimentConfig, grid, identity, read
 from experiments.job import Job
 from experiments.methods import find_methods, image_sets
+from experiments.preparation import Found
 from experiments.sweep import Sweep, default_grid, print_status, resolve
 from tapvit_jax import files
 from tapvit_jax.errors import InputError
@@ -338,6 +339,32 @@ def test_units_recovered_in_one_program_are_as_those_recovered_alone(finished, t
     for one, other in zip(alone, together, strict=True):
         assert one["best_epoch"] == other["best_epoch"] > 0
         assert math.isclose(one["recovered"], other["recovered"], abs_tol=0.02)
+
+
+def test_a_unit_that_fails_takes_no_partner_along(finished, tmp_path, monkeypatch):
+    config = dataclasses.replace(tiny(), recover_together=3)
+    workdir, compensated = tmp_path / "work", Sweep._compensated
+    claim_workdir(workdir, {"program": "experiments.sweep", **to_plain(identity(config))})
+    (workdir / "stages").symlink_to(finished[1].workdir / "stages")
+
+    def broken(self, job, unit, plan, sets):
+        if unit.number == 0:
+            raise InputError("cannot be solved")
+        found = compensated(self, job, unit, plan, sets)
+        if unit.number == 2:
+            return found
+        params = jax.tree.map(lambda leaf: leaf * np.nan, found.value.params)
+        return Found("broken", found.value.replace(params=params))
+
+    monkeypatch.setattr(Sweep, "_compensated", broken)
+    overrides = [{"device": 0, "budget": f"macs={share}"} for share in (0.4, 0.3, 0.5)]
+    sweep = Sweep(config, overrides, workdir, quiet=True)
+    failed = sweep.run()
+    assert list(failed) == [0, 1] and failed[0] == "cannot be solved"
+    assert failed[1].startswith("the validation loss is nan before training")
+    assert counts(sweep)["recover_together"] == 1
+    (row,) = rows(workdir)["units"]
+    assert row["unit"] == 2 and row["best_epoch"] > 0
 
 
 def test_recovery_sees_no_more_images_than_criteria_read_at_most(finished):

@@ -513,6 +513,12 @@ def test_a_diverging_loss_names_the_learning_rate(batch_size):
         train(None, make_params(), make_data(), options, seed=0, forward=linear)
 
 
+def test_a_start_without_a_loss_is_refused_before_training():
+    params = jax.tree.map(lambda leaf: leaf * np.nan, make_params())
+    with pytest.raises(InputError, match="validation loss is nan before training"):
+        train(None, params, make_data(), ONE_STEP, seed=0, forward=linear)
+
+
 def test_every_batch_is_augmented_in_its_own_way(monkeypatch):
     original, keys = finetune._step, []
 

@@ -299,10 +299,41 @@ def test_missing_labels_are_refused():
         train_variants(CONFIG, make_variants(), unlabelled, PREPROCESS, OPTIONS, teacher=TEACHER)
 
 
-def test_a_diverging_variant_is_named():
+def test_variants_that_diverge_end_alone(sequential, tmp_path, monkeypatch):
+    variants, losses, calls = make_variants(), module._ManyRuns.losses, []
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), variants[1].params)
+    variants[1] = dataclasses.replace(variants[1], params=broken)
+
+    def diverging(self, state):
+        calls.append(1)
+        found = np.array(losses(self, state))
+        if len(calls) == 2:
+            found[0] = np.nan
+        return found
+
+    def stop(v, epoch, metrics):
+        assert v > 1 or (v, epoch) == (0, 1)
+        if epoch == 3:
+            raise StopError
+
+    # Interrupted behind the checkpoint that knows of both failures.
+    monkeypatch.setattr(module._ManyRuns, "losses", diverging)
+    with pytest.raises(StopError):
+        together(variants, checkpoints=tmp_path / "run", on_epoch=stop)
+    first, second, *others = together(variants, checkpoints=tmp_path / "run")
+    assert len(calls) > 3
+    assert isinstance(first, InputError) and isinstance(second, InputError)
+    assert "training loss became nan" in str(first) and "in epoch 2: lower" in str(first)
+    assert "validation loss is nan before training" in str(second)
+    for found, expected in zip(others, sequential[2:], strict=True):
+        assert_close(found, expected)
+
+
+def test_variants_that_all_diverge_end_at_once():
     options = dataclasses.replace(OPTIONS, learning_rate=1e38, warmup_epochs=0.0)
-    with pytest.raises(InputError, match="variant 0: the training loss became"):
-        together(make_variants(), options)
+    seen = []
+    found = together(make_variants(), options, on_epoch=lambda *row: seen.append(row))
+    assert seen == [] and all("in epoch 1: lower learning_rate" in str(one) for one in found)
 
 
 def test_no_variants_and_no_epochs():
