@@ -9,7 +9,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from tapvit_jax.data import pipeline
+from tapvit_jax.data.folders import FolderSource
 from tapvit_jax.errors import InputError
 from tapvit_jax.sharding import data_mesh
 from tapvit_jax.stages import Scratch
@@ -62,6 +65,40 @@ def test_a_run_goes_on_within_an_epoch(tmp_path, monkeypatch, undisturbed, kille
     assert taken == 18 - resumed
     assert_same(found, undisturbed)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_images_a_worker_reads_goes_on_within_an_epoch(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        path = tmp_path / "images" / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (3, 5), dtype=np.uint8)).save(path)
+    order = rng.permutation(16)
+    data = dataclasses.replace(
+        make_data(),
+        source=FolderSource(tmp_path / "images"),
+        train=order[:12],
+        validation=order[12:],
+    )
+    # Workers take their time to start, for every pass: one epoch of four steps.
+    options = dataclasses.replace(STEPS, epochs=1, batch_size=3)
+    expected = long_run(data=data, options=options)
+    data, read, taken = dataclasses.replace(data, workers=1), [], []
+    load, step = pipeline.load_in_workers, finetune._step
+
+    def stopping(*arguments):
+        taken.append(1)
+        if len(taken) == 4:
+            raise StopError
+        return step(*arguments)
+
+    monkeypatch.setattr(pipeline, "load_in_workers", lambda *a: read.append(len(a[1])) or load(*a))
+    monkeypatch.setattr(finetune, "_step", stopping)
+    with pytest.raises(StopError):
+        long_run(tmp_path / "run", data=data, options=options)
+    assert_same(long_run(tmp_path / "run", data=data, options=options), expected)
+    # Validation, four steps, the two behind the checkpoint, validation.
+    assert read == [2, 4, 2, 2] and len(taken) == 4 + 2
 
 
 def test_a_run_goes_on_with_other_checkpoints(tmp_path, monkeypatch, undisturbed):
