@@ -5,14 +5,18 @@
 Every pair is timed in turns in one process, so that a machine that slows down slows both.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import time
+from collections.abc import Callable
+from unittest import mock
 
 import jax
 import numpy as np
 
 from experiments.bench import alternate, note, peak_mib, report
+from tapvit_jax.importance import layers as layer_scoring
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance, probe_mask
 from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
 from tapvit_jax.models import backbone
@@ -23,14 +27,15 @@ from tapvit_jax.prune.units import unit_key
 from tapvit_jax.runtime import set_up_jax
 
 NEURONS = (("deit_tiny", 16, 5), ("deit_tiny", 64, 3), ("deit_small", 64, 2))
-LAYERS = ("deit_tiny", 8)
+LAYERS = (("deit_tiny", 8, 2), ("swin_tiny", 2, 1))
 MEMORY = ("deit_base", 64)
 SPARSITY = 0.5
 
 
 def dense(name: str) -> Model:
-    """A DeiT with fresh parameters: how long it takes does not depend on them."""
-    config, _ = create(f"{name}_patch16_224")
+    """A DeiT or Swin with fresh parameters: how long it takes does not depend on them."""
+    size = "patch4_window7_224" if name.startswith("swin") else "patch16_224"
+    config, _ = create(f"{name}_{size}")
     return Model(config, backbone.init(config, jax.random.key(0)), name=name)
 
 
@@ -74,7 +79,30 @@ def one_at_a_time(model: Model, images: jax.Array, units: dict) -> LayerScores:
     return LayerScores((SPARSITY,), **found)
 
 
-def layers(name: str, batch: int) -> None:
+def block_evaluations(run: Callable[[], object], batch: int) -> int:
+    """How often layer scoring runs a block on a batch of images; a probe of a block counts as one.
+
+    On several devices `batch` has to be a multiple of their number.
+    """
+    found = []
+
+    def counted(original: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def evaluate(*args):
+            out = original(*args)
+            found.append(len(out) // batch)
+            return out
+
+        return evaluate
+
+    with contextlib.ExitStack() as stack:
+        for block in ("_run_block", "_gated_block"):
+            replaced = counted(getattr(layer_scoring, block))
+            stack.enter_context(mock.patch.object(layer_scoring, block, replaced))
+        run()
+    return sum(found)
+
+
+def layers(name: str, batch: int, repeats: int) -> None:
     """Layer scores with shared prefixes against one whole forward pass for every probe."""
     model = dense(name)
     images = jax.device_put(random_images(model, batch))
@@ -85,10 +113,14 @@ def layers(name: str, batch: int) -> None:
         "one masked branch at a time, original rerun": lambda: one_at_a_time(model, images, units),
     }
     depth = len(model.config.blocks)
-    report(f"layer scores, {name}, {depth} blocks, batch {batch}", alternate(runs, 2))
+    report(f"layer scores, {name}, {depth} blocks, batch {batch}", alternate(runs, repeats))
     quick, plain = (run() for run in runs.values())
     difference = max(np.abs(getattr(quick, b) - getattr(plain, b)).max() for b in ("mlp", "attn"))
     note(f"largest difference of the two: {difference:.1e}")
+    count = len(probes.sparsity)
+    bound = depth + count * depth * (depth - 1) + 2 * count * depth
+    found = block_evaluations(runs["shared prefixes"], batch)
+    note(f"block evaluations: {found}, of at most L + S L (L - 1) + 2 S L = {bound}")
 
 
 def _score_once(name: str, batch: int, method: str, queue) -> None:
@@ -117,7 +149,8 @@ def main() -> None:
     set_up_jax()
     for name, batch, repeats in NEURONS:
         neurons(name, batch, repeats)
-    layers(*LAYERS)
+    for name, batch, repeats in LAYERS:
+        layers(name, batch, repeats)
     memory(*MEMORY)
 
 
