@@ -45,7 +45,7 @@ from tapvit_jax.prune.recover import (
     solve_values,
 )
 from tapvit_jax.prune.streams import Streams, embed_images
-from tapvit_jax.prune.units import unit_key
+from tapvit_jax.prune.units import HEAD_KINDS, WIDTH_KINDS, check_unit_scores, unit_key
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 from tapvit_jax.structs import check_fields
 
@@ -168,7 +168,8 @@ def layer_importance(
       mesh: devices of this process that share every batch's images; by default all.
 
     Raises:
-      InputError: a sparsity outside (0, 1], no batches, or scores that are NaN.
+      InputError: a sparsity outside (0, 1], no batches, or scores missing, of another shape or not
+        finite.
 
     Source: TAP-ViTs (arXiv 2601.02437); several probes, the shared prefix and the fixes are ours.
     """
@@ -177,6 +178,8 @@ def layer_importance(
     if sparsity is not None:
         values = (sparsity,) if isinstance(sparsity, int | float) else tuple(sparsity)
         config = dataclasses.replace(config, sparsity=values)
+    kinds = HEAD_KINDS if config.attention == "heads" else WIDTH_KINDS
+    units = check_unit_scores(model.config, units, kinds)
     if config.recovery == "ridge":
         return _recovered_importance(model, batches, units, config, mesh)
     gates = _probe_gates(model.config, config, units)
@@ -226,7 +229,7 @@ def _unpack(
 
 
 def _probe_gates(
-    model_config: TransformerConfig, config: LayerConfig, units: Mapping[str, Any]
+    model_config: TransformerConfig, config: LayerConfig, units: Scores
 ) -> list[dict[Branch, Gates]]:
     """Gates of zeros and ones for every probe of every branch of every block.
 
@@ -269,8 +272,9 @@ def head_mask(scores: Float[np.ndarray, "h"], sparsity: float) -> np.ndarray:
     return top_k_mask(scores, count if sparsity == 1 else max(count, min(len(scores), 1)))
 
 
-def _kind_mask(kind: str, scores: Any, sparsity: float, ragged: bool) -> np.ndarray:
-    scores = np.asarray(scores)
+def _kind_mask(
+    kind: str, scores: Float[np.ndarray, "..."], sparsity: float, ragged: bool
+) -> np.ndarray:
     return head_mask(scores, sparsity) if kind == "head" else probe_mask(scores, sparsity, ragged)
 
 
@@ -306,7 +310,7 @@ def _probe_batch(
 def _recovered_importance(
     model: Model,
     batches: Iterable[Any],
-    units: Mapping[str, Any],
+    units: Scores,
     config: LayerConfig,
     mesh: Mesh | None,
 ) -> LayerScores:
@@ -351,7 +355,7 @@ def _recovered_importance(
 
 
 def _recovered_probes(
-    streams: Streams, i: int, units: Mapping[str, Any], config: LayerConfig
+    streams: Streams, i: int, units: Scores, config: LayerConfig
 ) -> dict[str, Params]:
     """By kind of unit, a block's parameters that change, for all probes along a leading axis."""
     dense = streams.begin(i, parallel=True)

@@ -23,6 +23,7 @@ from tapvit_jax.prune.units import (
     WIDTH_KINDS,
     Kind,
     UnitGroup,
+    check_unit_scores,
     unit_key,
     unit_table,
 )
@@ -202,8 +203,8 @@ def allocate(
       latency: predicts the time of a forward pass, for bounds on latency.
 
     Raises:
-      InputError: an infeasible budget (names the smallest feasible value), missing scores, or
-        unequal dims that are to be coupled.
+      InputError: an infeasible budget (names the smallest feasible value), scores missing, of
+        another shape or not finite, or unequal dims that are to be coupled.
 
     Source: softmax as published (arXiv 2601.02437); rankings in `prune.ranking`; all else is ours.
     """
@@ -216,9 +217,7 @@ def allocate(
     if config.attention == "heads" and layers is not None and layers.qk is not None:
         raise InputError("attention 'heads' needs layers that were probed by heads")
     groups = [group for group in unit_table(dense) if group.kind in config.kinds]
-    missing = [group.key for group in groups if group.key not in units]
-    if missing:
-        raise InputError(f"no scores for {', '.join(missing)}")
+    units = check_unit_scores(dense, units, config.kinds)
     if config.coupled:
         units = coupled_scores(dense, units, normalize=config.normalize)
         layers = None if layers is None else dataclasses.replace(layers, qk=None, vo=None)
@@ -517,11 +516,7 @@ class _Planner:
             if self._is_gone(counts, group.key) and group.kind != "qk":
                 branch = "mlp_branch" if group.kind == "mlp" else "attn_branch"
                 keep[unit_key(group.block, branch)] = np.array(False)
-            scores, count = np.asarray(self.units[group.key]), counts[group.key]
-            if scores.shape != group.shape:
-                raise InputError(
-                    f"scores of {group.key} have shape {scores.shape}, expected {group.shape}"
-                )
+            scores, count = self.units[group.key], counts[group.key]
             if scores.ndim == 1 or self.config.ragged:
                 keep[group.key] = top_k_mask(scores, count)
             else:

@@ -16,7 +16,15 @@ from jaxtyping import Float
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.prune.cost import cost
-from tapvit_jax.prune.units import WIDTH_FIELDS, WIDTH_KINDS, Kind, UnitGroup, unit_key, unit_table
+from tapvit_jax.prune.units import (
+    WIDTH_FIELDS,
+    WIDTH_KINDS,
+    Kind,
+    UnitGroup,
+    check_unit_scores,
+    unit_key,
+    unit_table,
+)
 from tapvit_jax.prune.widths import GroupKeeps, Rule
 
 Ranking = Literal["local", "global", "isomorphic"]
@@ -92,7 +100,8 @@ def global_rule(
     the spirit of isomorphic pruning (arXiv 2407.04616).
     """
     groups = _groups(config, kinds)
-    values = _values(groups, units, costs, normalize, ragged, coupled)
+    scores = check_unit_scores(config, units, kinds)
+    values = _values(groups, scores, costs, normalize, ragged, coupled)
     return _threshold_rule([values], groups, coupled)
 
 
@@ -116,7 +125,8 @@ def isomorphic_rule(
     Source: isomorphic pruning (arXiv 2407.04616); by position, and ties, ours.
     """
     groups = _groups(config, kinds)
-    values = _values(groups, units, costs, False, ragged, coupled)
+    scores = check_unit_scores(config, units, kinds)
+    values = _values(groups, scores, costs, False, ragged, coupled)
     kind_of = {group.key: _scope(group, coupled) for group in groups}
     scopes = [
         {key: found for key, found in values.items() if kind_of[key] == kind}
@@ -145,7 +155,7 @@ def coupled_scores(
     Source: ours.
     """
     groups = _groups(config, WIDTH_KINDS)
-    scores = _checked(groups, units, normalize)
+    scores = check_unit_scores(config, units, WIDTH_KINDS)
     return _coupled(groups, _normalized(groups, scores) if normalize else scores)
 
 
@@ -184,17 +194,17 @@ class _Positions:
 
 def _values(
     groups: list[UnitGroup],
-    units: Mapping[str, Float[np.ndarray, "..."]],
+    scores: dict[str, Float[np.ndarray, "..."]],
     costs: Mapping[str, float] | None,
     normalize: bool,
     ragged: bool,
     coupled: bool,
 ) -> dict[str, _Positions]:
     """Every group's positions; coupled groups are one, under the name of the queries and keys."""
-    scores = _checked(groups, units, costs is not None or normalize)
     if normalize:
         scores = _normalized(groups, scores)
     if costs is not None:
+        _check_divisible(scores)
         scores = {group.key: scores[group.key] / _cost(group, costs) for group in groups}
     sizes = {group.key: float(group.size) for group in groups}
     if coupled:
@@ -214,30 +224,16 @@ def _values(
     return positions
 
 
-def _checked(
-    groups: list[UnitGroup], units: Mapping[str, Float[np.ndarray, "..."]], divided: bool
-) -> dict[str, Float[np.ndarray, "..."]]:
-    missing = [group.key for group in groups if group.key not in units]
-    if missing:
-        raise InputError(f"no scores for {', '.join(missing)}")
-    scores = {}
-    for group in groups:
-        found = np.asarray(units[group.key], np.float64)
-        if found.shape != group.shape:
-            raise InputError(
-                f"scores of {group.key} have shape {found.shape}, expected {group.shape}"
-            )
-        if not np.isfinite(found).all():
-            raise InputError(f"scores of {group.key} are not finite")
-        if divided and (found < 0).any():
-            raise InputError(f"scores of {group.key} are negative, expected 0 or more to divide")
-        scores[group.key] = found
-    return scores
+def _check_divisible(scores: dict[str, Float[np.ndarray, "..."]]) -> None:
+    for key, found in scores.items():
+        if (found < 0).any():
+            raise InputError(f"scores of {key} are negative, expected 0 or more to divide")
 
 
 def _normalized(
     groups: list[UnitGroup], scores: dict[str, Float[np.ndarray, "..."]]
 ) -> dict[str, Float[np.ndarray, "..."]]:
+    _check_divisible(scores)
     scaled = {}
     for kind in dict.fromkeys(group.kind for group in groups):
         keys = [group.key for group in groups if group.kind == kind]

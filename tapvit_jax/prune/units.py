@@ -15,10 +15,13 @@ scale.
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
+from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig, check_prunable
 from tapvit_jax.models.layers import BlockSpec
 from tapvit_jax.models.params import Path
@@ -146,6 +149,34 @@ def _mlp_groups(spec: BlockSpec, i: int) -> list[UnitGroup]:
         UnitGroup(i, "mlp", (spec.widths.mlp_dim,), hidden),
         UnitGroup(i, "mlp_branch", (), tuple(branch)),
     ]
+
+
+def check_unit_scores(
+    config: TransformerConfig, units: Mapping[str, Any], kinds: Sequence[Kind] = tuple(WIDTH_FIELDS)
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """The scores of all groups of these kinds by group key, in float64. Source: ours.
+
+    Raises:
+      InputError: scores missing, of another shape, or not finite.
+    """
+    groups = [group for group in unit_table(config) if group.kind in kinds]
+    missing = [group.key for group in groups if group.key not in units]
+    if missing:
+        raise InputError(f"no scores for {', '.join(missing)}")
+    scores = {}
+    for group in groups:
+        found = np.asarray(units[group.key], np.float64)
+        if found.shape != group.shape:
+            raise InputError(
+                f"scores of {group.key} have shape {found.shape}, expected {group.shape}"
+            )
+        if not np.isfinite(found).all():
+            raise InputError(
+                f"scores of {group.key} are not finite: parameters, activations or gradients "
+                "hold NaN or infinity"
+            )
+        scores[group.key] = found
+    return scores
 
 
 def fixed_paths(config: TransformerConfig) -> frozenset[Path]:

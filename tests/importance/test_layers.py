@@ -327,9 +327,23 @@ def test_no_images_are_refused(tiny_model, units, batches):
         layer_importance(tiny_model, batches, units)
 
 
-def test_scores_that_are_nan_are_refused(tiny_model, images, units):
-    with pytest.raises(InputError, match="NaN"):
-        layer_importance(tiny_model, [images], units | {"blocks_1/mlp": np.full(32, np.nan)})
+@pytest.mark.parametrize("recovery", ["none", "ridge"])
+@pytest.mark.parametrize(
+    ("key", "scores", "message"),
+    [
+        ("blocks_1/mlp", np.full(32, np.nan), "scores of blocks_1/mlp are not finite: .* NaN"),
+        ("blocks_1/mlp", None, "no scores for blocks_1/mlp"),
+        ("blocks_0/qk", np.ones(16), r"blocks_0/qk have shape \(16,\), expected \(2, 8\)"),
+    ],
+    ids=["nan", "missing", "shape"],
+)
+def test_scores_that_do_not_fit_are_refused(
+    tiny_model, images, units, key, scores, message, recovery
+):
+    units = {name: found for name, found in units.items() if name != key}
+    units |= {} if scores is None else {key: scores}
+    with pytest.raises(InputError, match=message):
+        layer_importance(tiny_model, [images], units, config=LayerConfig(recovery=recovery))
 
 
 @pytest.mark.parametrize("changes", [{"ragged": True}, {"batch_quirk": True}])

@@ -516,6 +516,23 @@ def test_missing_scores_are_named():
 
 
 @pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (np.ones(3), r"blocks_0/mlp have shape \(3,\), expected \(256,\)"),
+        (np.append(np.ones(255), np.inf), "blocks_0/mlp are not finite"),
+    ],
+    ids=["shape", "inf"],
+)
+def test_scores_that_do_not_fit_are_refused(scores, message):
+    units, layers = random_scores(SMALL, 5, ties=False)
+    for widths in ("sensitivity", "global"):
+        with pytest.raises(InputError, match=message):
+            config = AllocateConfig(widths=widths)
+            budget = Budget(macs=0.5)
+            allocate(SMALL, units | {"blocks_0/mlp": scores}, layers, budget, config=config)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("macs=0.5", Budget(macs=0.5)),
