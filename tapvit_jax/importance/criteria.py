@@ -45,7 +45,7 @@ from tapvit_jax.importance.streaming import Statistic, sum_over_batches
 from tapvit_jax.models.backbone import TransformerConfig, block_params, check_prunable
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
-from tapvit_jax.prune.units import UnitGroup, unit_key, unit_table
+from tapvit_jax.prune.units import UnitGroup, check_unit_scores, unit_key, unit_table
 from tapvit_jax.structs import check_fields
 
 Needs = Literal["parameters", "activations", "gradients", "forward"]
@@ -144,15 +144,17 @@ def unit_importance(
       what deleting the whole head does.
 
     Raises:
-      InputError: an unknown criterion, a backbone without prunable units, no batches, or labels
-        missing.
+      InputError: an unknown criterion, a backbone without prunable units, no batches, labels
+        missing, or parameters, activations or gradients that are not finite.
 
     Source: see each criterion.
     """
     check_prunable(model.config)
     score = criterion(method).score
     scores = score(model, batches, seed, config=config or CriterionConfig(), mesh=mesh)
-    return _with_heads(model.config, scores)
+    scores = _with_heads(model.config, scores)
+    check_unit_scores(model.config, scores)
+    return scores
 
 
 def _groups(config: TransformerConfig) -> list[UnitGroup]:

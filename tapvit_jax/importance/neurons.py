@@ -35,7 +35,7 @@ from tapvit_jax.models.backbone import TransformerConfig, check_prunable
 from tapvit_jax.models.layers import Taps
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
-from tapvit_jax.prune.units import unit_key
+from tapvit_jax.prune.units import check_unit_scores, unit_key
 from tapvit_jax.structs import check_fields
 
 Scores = dict[str, Float[np.ndarray, "..."]]
@@ -142,11 +142,12 @@ class NeuronConfig:
 
 
 def min_max(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Scale to [0, 1] over all entries; equal entries become 0."""
+    """Scale to [0, 1] over all entries; equal entries become 0, and NaN or infinity make NaN."""
     if values.size == 0:
         return values
-    low, high = values.min(), values.max()
-    return jnp.where(high > low, (values - low) / jnp.where(high > low, high - low, 1.0), 0.0)
+    low = values.min()
+    spread = values.max() - low
+    return jnp.where(spread == 0, 0.0, (values - low) / jnp.where(spread == 0, 1.0, spread))
 
 
 def neuron_importance(
@@ -178,8 +179,8 @@ def neuron_importance(
       "blocks_i/head" (h,), the mean of the head's value dims.
 
     Raises:
-      InputError: no batch of two images or more, labels missing for loss "label", or coupled scores
-        of unequal query-key and value dims.
+      InputError: no batch of two images or more, labels missing for loss "label", coupled scores
+        of unequal query-key and value dims, or activations or gradients that are not finite.
 
     Source: TAP-ViTs (arXiv 2601.02437), with the gradient term and the fixes ours.
     """
@@ -203,7 +204,9 @@ def neuron_importance(
         scores = {unit: terms["score"] for unit, terms in found.items()}
     else:
         scores = {unit: compose(config, unit, terms) for unit, terms in found.items()}
-    return _finish(model.config, config, jax.device_get(scores))
+    scores = _finish(model.config, config, jax.device_get(scores))
+    check_unit_scores(model.config, scores)
+    return scores
 
 
 def _check_coupling(model_config: TransformerConfig) -> None:

@@ -620,6 +620,22 @@ def test_missing_images_are_refused(one_block, method, batches):
         scores_of(one_block, batches, method)
 
 
+@pytest.mark.parametrize("method", [name for name in CRITERIA if name != "random"])
+def test_what_is_not_finite_is_refused(one_block, batches, method):
+    (images, labels), _ = batches
+    images = np.array(images)
+    images[3, 2, 2, 1] = np.nan
+    if CRITERIA[method].needs == "parameters":
+        params = jax.tree.map(np.array, one_block.params)
+        for layer in ("q", "v"):
+            params["blocks_0"]["attn"][layer]["kernel"][0, 1, 2] = np.nan
+        one_block = one_block.replace(params=params)
+    elif method == "tap_published":
+        one_block = with_blocks(one_block.config, BlockConfig(2, 4, 4, 6))
+    with pytest.raises(InputError, match="not finite"):
+        scores_of(one_block, [(images, labels)], method)
+
+
 def test_an_unknown_criterion_is_refused(one_block, images):
     with pytest.raises(InputError, match="criterion is 'magic', expected one of random, magnitude"):
         scores_of(one_block, [images], "magic")

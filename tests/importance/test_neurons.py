@@ -349,6 +349,22 @@ def test_dead_units_and_equal_images_give_finite_scores(tiny_model, images):
     assert all(np.isfinite(values).all() for values in equal.values())
 
 
+def test_terms_that_are_not_finite_cannot_be_scaled():
+    for bad in (np.nan, np.inf, -np.inf):
+        assert np.isnan(neurons.min_max(jnp.array([0.0, bad, 1.0]))).any()
+    assert np.isnan(neurons.min_max(jnp.full(3, jnp.inf))).all()
+    np.testing.assert_array_equal(neurons.min_max(jnp.array([2.0, 4.0, 3.0])), [0, 1, 0.5])
+    np.testing.assert_array_equal(neurons.min_max(jnp.full(3, 2.0)), 0)
+
+
+@pytest.mark.parametrize("method", ["tap", "tap_published"])
+def test_a_single_bad_pixel_is_no_silent_constant(tiny_model, images, method):
+    bad = np.array(images)
+    bad[3, 2, 2, 1] = np.nan
+    with pytest.raises(InputError, match="not finite: parameters, activations or gradients"):
+        neuron_importance(tiny_model, [images, bad], method)
+
+
 def test_padding_rows_change_nothing(tiny_model, images):
     padded = np.concatenate([images[:2], np.full((2, 8, 8, 3), 1e6), images[2:]])
     batch = {"image": padded.astype(np.float32), "mask": np.float32([1, 1, 0, 0, 1, 1, 1, 1])}
