@@ -54,13 +54,13 @@ def dense_pass(
     over the taps named `needed`, if `summarize` needs no others and they are not too many to keep;
     otherwise a forward pass of its own serves the kernels.
     """
-    parts = _gradient_parts(model_config, len(images), most_bytes)
+    parts = gradient_parts(model_config, len(images), most_bytes)
     if loss is not None and parts == 1:
         return gate_gradients(model_config, params, images, labels, loss, key, summarize)
     few = _tap_bytes(model_config, len(images)) <= _MOST_TAP_BYTES
     handed = needed if loss is not None and few else ()
     if handed:
-        parts = _gradient_parts(model_config, len(images), min(most_bytes, part_bytes()))
+        parts = gradient_parts(model_config, len(images), min(most_bytes, part_bytes()))
     else:
         logits, found = _forward(model_config, params, images, None, summarize)
     if loss is None:
@@ -174,7 +174,7 @@ def _tap_bytes(config: TransformerConfig, images: int) -> int:
     return 4 * images * total
 
 
-def _gradient_parts(config: TransformerConfig, images: int, most_bytes: int) -> int:
+def gradient_parts(config: TransformerConfig, images: int, most_bytes: int) -> int:
     """Smallest number of equal parts of a batch whose backward passes keep little enough."""
     fine = (n for n in range(1, images + 1) if images % n == 0)
     least = _residual_bytes(config, images) / most_bytes

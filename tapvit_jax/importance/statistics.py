@@ -17,7 +17,8 @@ from tapvit_jax.importance.gradients import (
     Loss,
     class_noise,
     dense_pass,
-    gate_gradients,
+    gradient_parts,
+    part_bytes,
     summed_loss,
 )
 from tapvit_jax.importance.streaming import Statistic, Sums
@@ -173,7 +174,9 @@ def gate_statistic(loss: Loss, power: Power) -> Statistic:
     def of_batch(
         config: TransformerConfig, params: Params, images: Array, labels: Array, key: Array
     ) -> Sums:
-        _, _, gates = gate_gradients(config, params, images, labels, loss, key, lambda taps: ())
+        _, _, gates = dense_pass(
+            config, params, images, labels, loss, key, lambda taps: (), part_bytes()
+        )
         sums = {"count": jnp.float32(len(images))}
         for i, block in enumerate(config.blocks):
             found = dict(gates[f"blocks_{i}"])
@@ -195,14 +198,25 @@ def _weight_gradients(
     labels: Int[Array, "b"],
     key: Array,
 ) -> Params:
-    """The gradient of the mean loss, times the parameters, entry by entry."""
+    """The gradient of the mean loss, times the parameters, entry by entry.
 
-    def mean_loss(params: Params) -> Array:
-        logits, _, _ = dense_pass(config, params, images, labels, None, key, lambda taps: ())
-        noise = class_noise(key, len(images), config)
-        return summed_loss(logits, labels, loss, noise) / len(images)
+    Summed over parts of the batch, which bound what the backward pass keeps.
+    """
 
-    return jax.tree.map(jnp.multiply, params, jax.grad(mean_loss)(params))
+    def add_part(total: Params, part: tuple[Array, Array, Array]) -> tuple[Params, None]:
+        images, labels, noise = part
+
+        def part_loss(params: Params) -> Array:
+            logits, _, _ = dense_pass(config, params, images, labels, None, key, lambda taps: ())
+            return summed_loss(logits, labels, loss, noise)
+
+        return jax.tree.map(jnp.add, total, jax.grad(part_loss)(params)), None
+
+    parts = gradient_parts(config, len(images), part_bytes())
+    given = images, labels, class_noise(key, len(images), config)
+    rows = tuple(array.reshape(parts, -1, *array.shape[1:]) for array in given)
+    total, _ = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, params), rows)
+    return jax.tree.map(lambda leaf, gradient: leaf * gradient / len(images), params, total)
 
 
 @functools.cache

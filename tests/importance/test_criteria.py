@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
+from tapvit_jax.importance import statistics
 from tapvit_jax.importance.criteria import (
     CRITERIA,
     CriterionConfig,
@@ -27,7 +28,7 @@ from tapvit_jax.importance.neurons import (
     min_max,
     neuron_importance,
 )
-from tapvit_jax.importance.statistics import MOMENTS, fisher_statistic, variance
+from tapvit_jax.importance.statistics import MOMENTS, fisher_statistic, gate_statistic, variance
 from tapvit_jax.importance.streaming import sum_over_batches
 from tapvit_jax.models import backbone
 from tapvit_jax.models.backbone import apply, apply_with_taps
@@ -342,6 +343,22 @@ def test_fisher_squares_a_units_sum_over_the_batch(request, batches, backbone):
     found = scores_of(model, batches, "fisher")
     # A sum over weights of both signs cancels: compare with the size of the layer's scores.
     assert_scores_close(found, by_unit(model, formula), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("statistic", [gate_statistic("kl", 2), fisher_statistic("kl")])
+def test_backward_passes_of_parts_keep_less(tiny_model, images, labels, statistic, monkeypatch):
+    def program(most_bytes):
+        monkeypatch.setattr(statistics, "part_bytes", lambda: most_bytes)
+        run = jax.jit(functools.partial(statistic.of_batch, tiny_model.config))
+        return run.lower(tiny_model.params, images, labels, jax.random.key(0)).compile()
+
+    whole, parts = program(2**31), program(1)
+    kept = [run.memory_analysis().temp_size_in_bytes for run in (parts, whole)]
+    assert kept[0] < 0.6 * kept[1]
+    found, expected = (
+        run(tiny_model.params, images, labels, jax.random.key(0)) for run in (parts, whole)
+    )
+    assert_scores_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hessian_sums_the_squares_of_every_image_and_weight(one_block, batches):
