@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.bench import alternate, note, peak_mib, report
 from tapvit_jax.importance import layers as layer_scoring
+from tapvit_jax.importance.criteria import unit_importance
 from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance, probe_mask
 from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
 from tapvit_jax.models import backbone
@@ -56,10 +57,10 @@ def neurons(name: str, batch: int, repeats: int) -> None:
         "relevance, redundancy, activation (tap_published)": published,
         "the same and Taylor": dataclasses.replace(published, mlp=mlp, attn=attn),
         "mended, queries and keys apart, and Taylor (tap)": NeuronConfig(),
-        "Taylor alone (taylor)": NeuronConfig.taylor(),
     }
     for title, scoring in methods.items():
         runs[title] = lambda scoring=scoring: neuron_importance(model, [images], config=scoring)
+    runs["Taylor alone (taylor)"] = lambda: unit_importance(model, [images], "taylor")
     report(f"neuron scores, {name}, batch {batch}", alternate(runs, repeats))
 
 

@@ -1,4 +1,4 @@
-"""Neuron importance: composite (relevance, redundancy, activation, gradient) and Taylor scores.
+"""Neuron importance: the composite score of relevance, redundancy, activation and gradient.
 
 A batch takes one jitted program: a pass through the model that reduces every block's activations
 to kernels as they appear, and a backward pass where the gradient counts. Blocks of equal widths
@@ -42,7 +42,7 @@ Scores = dict[str, Float[np.ndarray, "..."]]
 """Scores by group key of the unit table; higher means keep."""
 
 Terms = dict[str, dict[str, Float[Array, "..."]]]
-Method = Literal["tap", "tap_published", "taylor"]
+Method = Literal["tap", "tap_published"]
 
 # Relative to a unit's largest value: what float32 leaves of a coordinate that should be constant.
 _ROUNDING = 1e-6
@@ -113,19 +113,13 @@ class NeuronConfig:
         )
 
     @classmethod
-    def taylor(cls, loss: Loss = "kl") -> "NeuronConfig":
-        """The gradient term on its own."""
-        only = TermWeights(relevance=0.0, redundancy=0.0, activation=0.0, gradient=1.0)
-        return cls(mlp=only, attn=only, loss=loss)
-
-    @classmethod
     def of_method(cls, method: Method) -> "NeuronConfig":
         """The config behind a method's name.
 
         Raises:
           InputError: an unknown name.
         """
-        methods = {"tap": cls, "tap_published": cls.as_published, "taylor": cls.taylor}
+        methods = {"tap": cls, "tap_published": cls.as_published}
         if method not in methods:
             raise InputError(f"method is {method!r}, expected one of {', '.join(methods)}")
         return methods[method]()
@@ -169,7 +163,7 @@ def neuron_importance(
       batches: image batches (b, s, s, ch), or pairs (images, labels), or dicts with "image" and,
         where the loss asks for it, "label"; a "mask" key drops padding rows. Of several processes,
         each brings its own: process p of P every P-th of all batches, from the p-th on.
-      method: "tap" (composite, quirks mended), "tap_published", or "taylor".
+      method: "tap" (quirks mended) or "tap_published".
       config: overrides what `method` stands for.
       seed: for the classes that loss "kl" samples.
       mesh: devices of this process that share the batches; by default all.

@@ -104,7 +104,7 @@ def test_any_criterion_of_the_registry_can_rank_the_units():
     assert len({unit.key for unit in found}) == len(CRITERIA)
     base = tiny().prune
     for unit, name in zip(found, CRITERIA, strict=True):
-        neurons, own = unit.config.prune.neurons, name in ("tap", "tap_published", "taylor")
+        neurons, own = unit.config.prune.neurons, name in ("tap", "tap_published")
         assert neurons.max_batches == base.neurons.max_batches
         assert unit.config.prune.criterion == (None if own else name)
         assert unit.config.prune.layers == base.layers and (own or neurons == base.neurons)

@@ -299,9 +299,11 @@ def test_entropy_taylor_needs_no_labels(one_block, batches):
     assert_scores_close(found, expected, rtol=1e-3)
 
 
-def test_taylor_is_neuron_importance_before_scaling(tiny_model, batches):
+def test_taylor_is_the_composites_gradient_before_scaling(tiny_model, batches):
     found = scores_of(tiny_model, batches, "taylor", seed=5)
-    scaled = neuron_importance(tiny_model, batches, "taylor", seed=5, mesh=ONE)
+    only = TermWeights(relevance=0.0, redundancy=0.0, activation=0.0, gradient=1.0)
+    config = NeuronConfig(mlp=only, attn=only)
+    scaled = neuron_importance(tiny_model, batches, config=config, seed=5, mesh=ONE)
     for group in groups_of(tiny_model):
         if group.kind != "head":
             np.testing.assert_allclose(min_max(found[group.key]), scaled[group.key], atol=1e-4)
@@ -313,6 +315,12 @@ def test_taylor_is_neuron_importance_before_scaling(tiny_model, batches):
     found = scores_of(tiny_model, batches[:1], "taylor", seed=5)
     expected = np.square(np.float64(gates["blocks_1"]["vo"])).mean(axis=0) / 2
     np.testing.assert_allclose(found["blocks_1/vo"], expected, rtol=1e-3)
+
+
+def test_programs_mean_by_taylor_what_the_registry_does(tiny_model, batches):
+    config = dataclasses.replace(PruneConfig(), **PruneConfig().ranked_by("taylor"))
+    found = score_units(tiny_model, batches, config, 5)
+    assert_scores_close(found, scores_of(tiny_model, batches, "taylor", seed=5))
 
 
 @functools.cache
