@@ -145,7 +145,7 @@ def unit_importance(
 
     Raises:
       InputError: an unknown criterion, a backbone without prunable units, no batches, labels
-        missing, or parameters, activations or gradients that are not finite.
+        missing or unknown, or parameters, activations or gradients that are not finite.
 
     Source: see each criterion.
     """

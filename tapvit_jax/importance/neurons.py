@@ -173,8 +173,9 @@ def neuron_importance(
       "blocks_i/head" (h,), the mean of the head's value dims.
 
     Raises:
-      InputError: no batch of two images or more, labels missing for loss "label", coupled scores
-        of unequal query-key and value dims, or activations or gradients that are not finite.
+      InputError: no batch of two images or more, labels missing or beyond the network's classes
+        for loss "label", coupled scores of unequal query-key and value dims, or activations or
+        gradients that are not finite.
 
     Source: TAP-ViTs (arXiv 2601.02437), with the gradient term and the fixes ours.
     """

@@ -94,12 +94,14 @@ def sum_over_batches(
       The sums in float64, the same in every process.
 
     Raises:
-      InputError: no batch with enough images in any process, or labels missing.
+      InputError: no batch with enough images in any process, or labels missing or beyond the
+        network's classes.
 
     Source: ours.
     """
     key = jax.random.key(seed)
-    usable = _usable_batches(batches, max_batches, needs_labels, fewest)
+    classes = model.config.num_classes if needs_labels else None
+    usable = _usable_batches(batches, max_batches, classes, fewest)
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     first = list(itertools.islice(usable, len(devices)))
     mesh = data_mesh(devices[: max(1, len(first))])
@@ -122,23 +124,29 @@ def sum_over_batches(
 
 
 def _usable_batches(
-    batches: Iterable[Any], max_batches: int, needs_labels: bool, fewest: int
+    batches: Iterable[Any], max_batches: int, classes: int | None, fewest: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number among the batches of all processes, images and labels of every batch that counts."""
+    """Number among the batches of all processes, images and labels of every batch that counts.
+
+    Labels of so many classes are needed; None is no labels.
+    """
     index, processes = distributed.process_index(), distributed.process_count()
     for i, batch in enumerate(itertools.islice(batches, distributed.own_count(max_batches))):
         images, labels = unpack_batch(batch)
         if len(images) < fewest:
             continue
-        if needs_labels and not _labelled(labels):
-            raise InputError("these scores need labels, found a batch with images that have none")
+        if classes is not None:
+            _check_labels(labels, classes)
         labels = np.zeros(len(images), np.int32) if labels is None else labels
         yield index + i * processes, images, labels
 
 
-def _labelled(labels: Int[np.ndarray, "b"] | None) -> bool:
-    """Whether every image has a label; -1 stands for none."""
-    return labels is not None and bool((np.asarray(labels) >= 0).all())
+def _check_labels(labels: Int[np.ndarray, "b"] | None, classes: int) -> None:
+    """Refuse images without a label, for which -1 stands, and labels of classes there are none."""
+    if labels is None or (np.asarray(labels) < 0).any():
+        raise InputError("these scores need labels, found a batch with images that have none")
+    if (highest := np.max(labels)) >= classes:
+        raise InputError(f"label {highest}, expected 0 to {classes - 1}, the network's classes")
 
 
 def _group_batches(batches: Iterable[tuple[int, Any, Any]], most: int) -> Iterator[list[tuple]]:

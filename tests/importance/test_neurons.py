@@ -461,6 +461,20 @@ def test_missing_labels_are_refused(tiny_model, images, labels):
             neuron_importance(tiny_model, [batch], config=config)
 
 
+def test_labels_beyond_the_classes_are_refused(tiny_model, images, labels):
+    found = np.where(labels == 2, 9, labels)
+    with pytest.raises(InputError, match="label 9, expected 0 to 4"):
+        neuron_importance(
+            tiny_model, [(images, found)], config=dataclasses.replace(GRADIENT, loss="label")
+        )
+    # Where no label is looked at, any will do.
+    first, other = (
+        neuron_importance(tiny_model, [(images, given)], config=GRADIENT)
+        for given in (found, labels)
+    )
+    np.testing.assert_array_equal(first["blocks_0/mlp"], other["blocks_0/mlp"])
+
+
 def test_an_unknown_method_is_refused(tiny_model, images):
     # Criteria of the registry are no methods of the composite.
     for name in ("magic", "taylor"):
