@@ -90,6 +90,16 @@ def _refuse(problems: list[str]) -> None:
         raise InputError("; ".join(problems[:_MOST_PROBLEMS] + rest))
 
 
+def check_kind(config: Any, kind: type) -> None:
+    """Refuse a config of another kind.
+
+    Raises:
+      InputError: names both kinds.
+    """
+    if not isinstance(config, kind):
+        raise InputError(f"config is a {type(config).__name__}, expected a {kind.__name__}")
+
+
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."

@@ -46,7 +46,7 @@ from tapvit_jax.models.backbone import TransformerConfig, block_params, check_pr
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.units import UnitGroup, check_unit_scores, unit_key, unit_table
-from tapvit_jax.structs import check_fields
+from tapvit_jax.structs import check_fields, check_kind
 
 Needs = Literal["parameters", "activations", "gradients", "forward"]
 
@@ -144,14 +144,16 @@ def unit_importance(
       what deleting the whole head does.
 
     Raises:
-      InputError: an unknown criterion, a backbone without prunable units, no batches, labels
-        missing or unknown, or parameters, activations or gradients that are not finite.
+      InputError: an unknown criterion, a config of another kind, a backbone without prunable
+        units, no batches, labels missing or beyond the network's classes, or parameters,
+        activations or gradients that are not finite.
 
     Source: see each criterion.
     """
     check_prunable(model.config)
-    score = criterion(method).score
-    scores = score(model, batches, seed, config=config or CriterionConfig(), mesh=mesh)
+    config = CriterionConfig() if config is None else config
+    check_kind(config, CriterionConfig)
+    scores = criterion(method).score(model, batches, seed, config=config, mesh=mesh)
     scores = _with_heads(model.config, scores)
     check_unit_scores(model.config, scores)
     return scores

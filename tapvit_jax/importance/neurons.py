@@ -36,7 +36,7 @@ from tapvit_jax.models.layers import Taps
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.units import check_unit_scores, unit_key
-from tapvit_jax.structs import check_fields
+from tapvit_jax.structs import check_fields, check_kind
 
 Scores = dict[str, Float[np.ndarray, "..."]]
 """Scores by group key of the unit table; higher means keep."""
@@ -173,14 +173,15 @@ def neuron_importance(
       "blocks_i/head" (h,), the mean of the head's value dims.
 
     Raises:
-      InputError: no batch of two images or more, labels missing or beyond the network's classes
-        for loss "label", coupled scores of unequal query-key and value dims, or activations or
-        gradients that are not finite.
+      InputError: a config of another kind, no batch of two images or more, labels missing or
+        beyond the network's classes for loss "label", coupled scores of unequal query-key and value
+        dims, or activations or gradients that are not finite.
 
     Source: TAP-ViTs (arXiv 2601.02437), with the gradient term and the fixes ours.
     """
     check_prunable(model.config)
-    config = config or NeuronConfig.of_method(method)
+    config = NeuronConfig.of_method(method) if config is None else config
+    check_kind(config, NeuronConfig)
     if config.couple_qk_vo:
         _check_coupling(model.config)
     found = sum_over_batches(

@@ -666,6 +666,13 @@ def test_an_unknown_criterion_is_refused(one_block, images):
         scores_of(one_block, [images], "magic")
 
 
+def test_configs_of_another_kind_are_refused(one_block, images):
+    with pytest.raises(InputError, match="config is a NeuronConfig, expected a CriterionConfig"):
+        scores_of(one_block, [images], "tap", config=NeuronConfig())
+    with pytest.raises(InputError, match="config is a CriterionConfig, expected a NeuronConfig"):
+        neuron_importance(one_block, [images], config=CriterionConfig())
+
+
 @pytest.mark.parametrize("field", ["max_batches", "max_images", "chunk"])
 def test_useless_limits_are_refused(field):
     with pytest.raises(InputError, match=f"{field} is 0"):
