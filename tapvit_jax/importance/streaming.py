@@ -52,9 +52,18 @@ class Statistic(NamedTuple):
     sums: Callable[[Sums], Sums] = as_found
 
 
+_FORMS = 'images (b, s, s, ch), a pair (images, labels), or a dict with "image"'
+
+
 def unpack_batch(batch: Any) -> tuple[Float[np.ndarray, "b s s ch"], Int[np.ndarray, "b"] | None]:
-    """Split a batch (array, pair, or dict with an optional padding mask) into images and labels."""
+    """Split a batch (array, pair, or dict with an optional padding mask) into images and labels.
+
+    Raises:
+      InputError: any other form.
+    """
     if isinstance(batch, Mapping):
+        if "image" not in batch:
+            raise InputError(f"batch is a dict of {', '.join(map(str, batch))}, expected {_FORMS}")
         images, labels = batch["image"], batch.get("label")
         if "mask" in batch:
             real = np.asarray(batch["mask"]) > 0
@@ -63,7 +72,14 @@ def unpack_batch(batch: Any) -> tuple[Float[np.ndarray, "b s s ch"], Int[np.ndar
                 labels = None if labels is None else labels[real]
         return images, labels
     if isinstance(batch, tuple | list):
+        if len(batch) != 2:
+            raise InputError(
+                f"batch is a {type(batch).__name__} of {len(batch)}, expected {_FORMS}"
+            )
         return batch[0], batch[1]
+    if np.ndim(batch) != 4:
+        found = f"{type(batch).__name__} of {np.ndim(batch)} axes"
+        raise InputError(f"batch is a {found}, expected {_FORMS}")
     return batch, None
 
 

@@ -387,6 +387,22 @@ def test_batches_come_as_arrays_pairs_and_dicts(images, labels):
     np.testing.assert_array_equal(found[1], labels[[0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"images": 0, "label": 0}, "batch is a dict of images, label, expected images .*, a pair"),
+        ((np.zeros((2, 8, 8, 3)),), "batch is a tuple of 1, expected images"),
+        ([np.zeros((8, 8, 3))] * 3, "batch is a list of 3, expected images"),
+        (np.zeros((8, 8, 3)), "batch is a ndarray of 3 axes, expected images"),
+        (None, "batch is a NoneType of 0 axes, expected images"),
+    ],
+    ids=["dict", "single", "list", "image", "none"],
+)
+def test_batches_of_other_forms_are_refused(batch, message):
+    with pytest.raises(InputError, match=message):
+        unpack_batch(batch)
+
+
 def test_no_batch_beyond_max_batches_is_read(tiny_config, images, monkeypatch):
     def terms(model_config, config, params, images, labels, key):
         return {"blocks_0/mlp": {"activation": jnp.asarray(images[:2, 0, 0, :3].sum(axis=0))}}
