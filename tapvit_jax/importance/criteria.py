@@ -144,15 +144,17 @@ def unit_importance(
       what deleting the whole head does.
 
     Raises:
-      InputError: an unknown criterion, a config of another kind, a backbone without prunable
-        units, no batches, labels missing or beyond the network's classes, or parameters,
-        activations or gradients that are not finite.
+      InputError: an unknown criterion, a negative seed, a config of another kind, a backbone
+        without prunable units, no batches, labels missing or beyond the network's classes, or
+        parameters, activations or gradients that are not finite.
 
     Source: see each criterion.
     """
     check_prunable(model.config)
     config = CriterionConfig() if config is None else config
     check_kind(config, CriterionConfig)
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected 0 or more")
     scores = criterion(method).score(model, batches, seed, config=config, mesh=mesh)
     scores = _with_heads(model.config, scores)
     check_unit_scores(model.config, scores)

@@ -55,10 +55,13 @@ def deletion_divergences(
       Scores of kinds mlp, qk, vo and head by group key.
 
     Raises:
-      InputError: no batch with images in any process.
+      InputError: no batch with images in any process, or useless limits.
 
     Source: UP-ViTs (arXiv 2111.15127); shared prefixes and chunks are ours.
     """
+    if max_images < 1 or chunk < 1:
+        found = f"max_images is {max_images} and chunk {chunk}"
+        raise InputError(f"{found}, expected 1 or more")
     groups = [group for group in unit_table(model.config) if group.shape]
     devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
     sums = {group.key: np.zeros(group.size) for group in groups}

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from tapvit_jax.errors import InputError
 from tapvit_jax.importance.neurons import Scores
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.moments import merge_all
@@ -44,10 +45,12 @@ def residual_importance(
       per pair of tokens.
 
     Raises:
-      InputError: no images, or activations that are not finite.
+      InputError: no images, activations that are not finite, or negative rounds.
 
     Source: ours; optimal brain surgeon (Hassibi and Stork, 1993) for whole units.
     """
+    if rounds < 0:
+        raise InputError(f"rounds is {rounds}, expected 0 or more")
     streams = Streams(model, batches, mesh)
     scores: Scores = {}
     for i in range(len(model.config.blocks)):

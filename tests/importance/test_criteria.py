@@ -666,6 +666,17 @@ def test_an_unknown_criterion_is_refused(one_block, images):
         scores_of(one_block, [images], "magic")
 
 
+@pytest.mark.parametrize("field", ["max_images", "chunk"])
+def test_useless_limits_on_deletions_are_refused(one_block, field):
+    with pytest.raises(InputError, match=f"{field}.* 0.*, expected 1 or more"):
+        deletion_divergences(one_block, [], **{field: 0})
+
+
+def test_negative_seeds_are_refused(one_block):
+    with pytest.raises(InputError, match="seed is -1, expected 0 or more"):
+        scores_of(one_block, [], "random", seed=-1)
+
+
 def test_configs_of_another_kind_are_refused(one_block, images):
     with pytest.raises(InputError, match="config is a NeuronConfig, expected a CriterionConfig"):
         scores_of(one_block, [images], "tap", config=NeuronConfig())

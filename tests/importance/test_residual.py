@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tapvit_jax.errors import InputError
 from tapvit_jax.importance import residual
 from tapvit_jax.importance.criteria import unit_importance
 from tapvit_jax.importance.residual import eliminate, residual_importance
@@ -95,6 +96,11 @@ def test_scores_of_a_model(request, images, backbone):
     scores = found["blocks_0/mlp"]
     # Of two units that always agree one is free.
     assert min(scores[3], scores[5]) < 1e-2 * max(scores[3], scores[5])
+
+
+def test_negative_rounds_are_refused(tiny_model):
+    with pytest.raises(InputError, match="rounds is -1, expected 0 or more"):
+        residual_importance(tiny_model, [], rounds=-1)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "qk", "vo"])
