@@ -1,7 +1,8 @@
 """What the output loses when a single unit is deleted, for every unit of every block.
 
 All deletions of a block share its input, which one pass of the dense model provides, and run only
-the blocks behind it, a chunk of units at a time. Blocks of equal widths share one compiled program.
+the blocks behind it, a chunk of units at a time. Blocks of equal widths share one compiled program,
+but for the last one of a ViT that classifies its class token, which runs for that token alone.
 """
 
 import functools
@@ -17,17 +18,18 @@ from jaxtyping import Array, Float
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.neurons import Scores
+from tapvit_jax.importance.probes import divergence_sums, log_probabilities, run_block
 from tapvit_jax.importance.streaming import unpack_batch
 from tapvit_jax.models.backbone import (
     TransformerConfig,
     apply_block,
     block_params,
-    classify,
-    embed,
+    classified_tokens,
 )
 from tapvit_jax.models.layers import BlockSpec, Gates
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
+from tapvit_jax.prune.streams import embed_images
 from tapvit_jax.prune.units import Kind, UnitGroup, unit_table
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 
@@ -75,12 +77,14 @@ def deletion_divergences(
         mesh, params = placed
         rows, real = shard_rows(images, mesh)
         weights, _ = shard_rows(np.ones(real, np.float32), mesh)
-        waiting.append(_batch_divergences(model.config, groups, params, rows, weights, chunk))
+        waiting.append(
+            _batch_divergences(model.config, groups, params, rows, weights, chunk, mesh.size)
+        )
         count += real
     for found in jax.device_get(waiting):
         for key, parts in found.items():
-            joined = np.concatenate(parts) if parts else np.zeros(0)
-            sums[key] += np.float64(joined[: sums[key].size])
+            joined = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0))
+            sums[key] += np.float64(joined[:, : sums[key].size]).sum(axis=0)
     sums, total = distributed.sum_over_processes((sums, np.float64(count)))
     if total == 0:
         raise InputError("unit importance needs at least one batch with images")
@@ -109,40 +113,28 @@ def _batch_divergences(
     images: Float[Array, "b s s ch"],
     weights: Float[Array, "b"],
     chunk: int,
-) -> dict[str, list[Float[Array, "chunk"]]]:
-    """Sum over a batch's images of every unit's divergence, in chunks that stay on the device."""
+    devices: int,
+) -> dict[str, list[Float[Array, "devices chunk"]]]:
+    """Sum over each device's images of every unit's divergence, in chunks that stay there."""
     specs = [config.block_spec(i) for i in range(len(config.blocks))]
     parts = [block_params(params, i) for i in range(len(specs))]
-    inputs = [_embed(config, params, images)]
-    for spec, part in zip(specs, parts, strict=True):
-        inputs.append(_run_block(spec, part, inputs[-1]))
-    original = _log_probabilities(config, params, inputs[-1])
+    ends = [classified_tokens(config, i) for i in range(len(specs))]
+    inputs = [embed_images(config, params, images)]
+    for spec, part, end in zip(specs, parts, ends, strict=True):
+        inputs.append(run_block(spec, part, inputs[-1], end))
+    original = log_probabilities(config, params, inputs[-1])
     found: dict[str, list[Array]] = {group.key: [] for group in groups}
     for group in groups:
         i = group.block
         width = min(chunk, group.size)
         for start in range(0, group.size, chunk):
-            x = _without_units(specs[i], group.kind, width, parts[i], inputs[i], start)
-            for spec, part in zip(specs[i + 1 :], parts[i + 1 :], strict=True):
-                x = _run_block(spec, part, x)
-            deleted = _log_probabilities(config, params, x)
-            found[group.key].append(_divergence(original, deleted, weights))
+            x = _without_units(specs[i], group.kind, width, ends[i], parts[i], inputs[i], start)
+            for j in range(i + 1, len(specs)):
+                x = run_block(specs[j], parts[j], x, ends[j])
+            deleted = log_probabilities(config, params, x)
+            sums = divergence_sums("forward", devices, original, deleted, weights)
+            found[group.key].append(sums)
     return found
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(config: TransformerConfig, params: Params, images: Array) -> Array:
-    return embed(config, params, images)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_block(spec: BlockSpec, params: Params, x: Array) -> Array:
-    return apply_block(spec, params, x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _log_probabilities(config: TransformerConfig, params: Params, x: Array) -> Array:
-    return jax.nn.log_softmax(classify(config, params, x), axis=-1)
 
 
 def _gate_shape(spec: BlockSpec, kind: Kind) -> tuple[int, ...]:
@@ -155,10 +147,16 @@ def _gate_shape(spec: BlockSpec, kind: Kind) -> tuple[int, ...]:
     }[kind]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _without_units(
-    spec: BlockSpec, kind: Kind, chunk: int, params: Params, x: Float[Array, "b n d"], start: Array
-) -> Float[Array, "bc n d"]:
+    spec: BlockSpec,
+    kind: Kind,
+    chunk: int,
+    outputs: int | None,
+    params: Params,
+    x: Float[Array, "b n d"],
+    start: Array,
+) -> Float[Array, "bc m d"]:
     """One block without unit start, start + 1, ...; an image's copies lie together.
 
     What comes before the gates runs once. Numbers beyond the last unit delete nothing.
@@ -169,17 +167,7 @@ def _without_units(
     def without(unit: Array) -> Array:
         # The gate's image axis has size one and broadcasts.
         gate: Gates = {kind: (jnp.arange(size) != unit).astype(jnp.float32).reshape(1, *shape)}
-        return apply_block(spec, params, x, gate)
+        return apply_block(spec, params, x, gate, outputs)
 
     out = jax.vmap(without, out_axes=1)(start + jnp.arange(chunk))
     return out.reshape(-1, *out.shape[2:])
-
-
-@jax.jit
-def _divergence(
-    original: Float[Array, "b c"], deleted: Float[Array, "bu c"], weights: Float[Array, "b"]
-) -> Float[Array, "u"]:
-    b, c = original.shape
-    deleted, original = deleted.reshape(b, -1, c), original[:, None]
-    divergence = (jnp.exp(original) * (original - deleted)).sum(axis=2)
-    return (divergence * weights[:, None]).sum(axis=0)

@@ -24,6 +24,12 @@ from jaxtyping import Array, Float
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance.neurons import Scores
+from tapvit_jax.importance.probes import (
+    Direction,
+    divergence_sums,
+    log_probabilities,
+    run_block,
+)
 from tapvit_jax.importance.streaming import unpack_batch
 from tapvit_jax.models.backbone import (
     TransformerConfig,
@@ -31,7 +37,6 @@ from tapvit_jax.models.backbone import (
     block_params,
     check_prunable,
     classified_tokens,
-    classify,
 )
 from tapvit_jax.models.layers import BlockConfig, BlockSpec, Gates
 from tapvit_jax.models.params import Params
@@ -75,7 +80,7 @@ class LayerConfig:
     """
 
     sparsity: tuple[float, ...] = (0.5, 0.7, 0.9)
-    direction: Literal["forward", "reverse"] = "forward"
+    direction: Direction = "forward"
     attention: Literal["dims", "heads"] = "dims"
     recovery: Literal["none", "ridge"] = "none"
     batch_quirk: bool = False
@@ -292,8 +297,8 @@ def _probe_batch(
     ends = [classified_tokens(model_config, i) for i in range(len(specs))]
     inputs = [embed_images(model_config, params, images)]
     for i, spec in enumerate(specs):
-        inputs.append(_run_block(spec, block_params(params, i), inputs[-1], ends[i]))
-    original = _log_probabilities(model_config, params, inputs[-1])
+        inputs.append(run_block(spec, block_params(params, i), inputs[-1], ends[i]))
+    original = log_probabilities(model_config, params, inputs[-1])
     sums = []
     for i, spec in enumerate(specs):
         if not gates[i]:
@@ -301,9 +306,9 @@ def _probe_batch(
             continue
         x = _gated_block(spec, block_params(params, i), inputs[i], gates[i], ends[i])
         for j in range(i + 1, len(specs)):
-            x = _run_block(specs[j], block_params(params, j), x, ends[j])
-        pruned = _log_probabilities(model_config, params, x)
-        sums.append(_divergence(config.direction, devices, original, pruned, real))
+            x = run_block(specs[j], block_params(params, j), x, ends[j])
+        pruned = log_probabilities(model_config, params, x)
+        sums.append(divergence_sums(config.direction, devices, original, pruned, real))
     return sums
 
 
@@ -324,8 +329,8 @@ def _recovered_importance(
     probed = distributed.own_count(config.max_batches)
     for x, _ in itertools.islice(streams.dense_batches(), probed):
         for i, spec in enumerate(specs):
-            x = _run_block(spec, block_params(params, i), x, ends[i])
-        originals.append(_log_probabilities(model.config, params, x))
+            x = run_block(spec, block_params(params, i), x, ends[i])
+        originals.append(log_probabilities(model.config, params, x))
     shape = (len(config.sparsity), len(specs))
     scores = {kind: np.zeros(shape) for kind in ("mlp", "qk", "vo")}
     for i, spec in enumerate(specs):
@@ -339,9 +344,9 @@ def _recovered_importance(
         for (x, real), original in zip(streams.dense_batches(), originals, strict=False):
             x = _changed_block(spec, block_params(params, i), x, placed, ends[i])
             for j in range(i + 1, len(specs)):
-                x = _run_block(specs[j], block_params(params, j), x, ends[j])
-            pruned = _log_probabilities(model.config, params, x)
-            found = _divergence(config.direction, devices, original, pruned, real), real.sum()
+                x = run_block(specs[j], block_params(params, j), x, ends[j])
+            pruned = log_probabilities(model.config, params, x)
+            found = divergence_sums(config.direction, devices, original, pruned, real), real.sum()
             total = jax.tree.map(jnp.add, total, found)
         sums, count = jax.device_get(total)
         own_sums = np.asarray(sums, np.float64).sum(axis=0), float(count)
@@ -422,11 +427,6 @@ def _changed(params: Params, change: Params) -> Params:
     return params | {name: _changed(params[name], part) for name, part in change.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _run_block(spec: BlockSpec, params: Params, x: Array, outputs: int | None) -> Array:
-    return apply_block(spec, params, x, outputs=outputs)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _gated_block(
     spec: BlockSpec,
@@ -449,27 +449,3 @@ def _gated_block(
     found = [jax.vmap(probe, out_axes=1)(branch) for _, branch in sorted(gates.items())[::-1]]
     out = jnp.concatenate(found, axis=1)
     return out.reshape(-1, *out.shape[2:])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _log_probabilities(config: TransformerConfig, params: Params, x: Array) -> Array:
-    return jax.nn.log_softmax(classify(config, params, x), axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _divergence(
-    direction: str,
-    devices: int,
-    original: Float[Array, "b c"],
-    pruned: Float[Array, "bv c"],
-    real: Float[Array, "b"],
-) -> Float[Array, "devices v"]:
-    b, c = original.shape
-    pruned, original = pruned.reshape(b, -1, c), original[:, None]
-    if direction == "forward":
-        kl = jnp.exp(original) * (original - pruned)
-    else:
-        kl = jnp.exp(pruned) * (pruned - original)
-    per_image = kl.sum(axis=2) * real[:, None]
-    # Devices are added up at the end: nothing travels between them before.
-    return per_image.reshape(devices, b // devices, -1).sum(axis=1)

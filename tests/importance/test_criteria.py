@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.importance import statistics
+from tapvit_jax.importance import deletion, statistics
 from tapvit_jax.importance.criteria import (
     CRITERIA,
     CriterionConfig,
@@ -424,6 +424,17 @@ def test_single_channel_kl_deletes_one_unit_at_a_time(request, batches, backbone
     for key, values in expected.items():
         np.testing.assert_allclose(found[key], values, rtol=1e-2, atol=1e-6, err_msg=key)
         assert values.max() > 1e-4
+
+
+def test_deletions_run_the_last_block_for_the_class_token_alone(one_block, images):
+    def flops(pool):
+        model = with_blocks(one_block.config, *one_block.config.blocks, pool=pool)
+        given = model.config, groups_of(model)
+        run = functools.partial(deletion._batch_divergences, *given, chunk=32, devices=1)
+        program = jax.jit(run).lower(model.params, images, np.ones(len(images))).compile()
+        return program.cost_analysis()["flops"]
+
+    assert flops("cls") < 0.8 * flops("mean")
 
 
 def test_single_channel_kl_reads_no_more_than_it_needs(one_block, images):

@@ -281,7 +281,7 @@ def test_probes_share_the_dense_prefix(tiny_model, images, units, monkeypatch):
 
         monkeypatch.setattr(layers, name, run)
 
-    counted("_run_block")
+    counted("run_block")
     counted("_gated_block")
     layer_importance(tiny_model, [images], units, (0.3, 0.75))
     depth, probes = len(tiny_model.config.blocks), 2
