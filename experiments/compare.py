@@ -35,7 +35,15 @@ from experiments.cells import (
 from experiments.config import ExperimentConfig, NamedFiles, identity
 from experiments.hardware import hardware
 from experiments.job import Job, Pruned
-from experiments.methods import DEFAULT_METHODS, PEER, RECOVERIES, SETS, find_methods, image_sets
+from experiments.methods import (
+    DEFAULT_METHODS,
+    PEER,
+    PRIOR_ONLY,
+    RECOVERIES,
+    SETS,
+    find_methods,
+    image_sets,
+)
 from experiments.peers import PEERS, available
 from experiments.preparation import UNITS, Found, ImageSets
 from tapvit_jax import distributed
@@ -250,7 +258,8 @@ class Comparison:
         method, budget = self.grid.methods[cell.method], parse_budget(cell.budget)
         title = f"{cell.method}, {cell.set}"
         if method.widths == PEER:
-            return None, job.peer(title, sets.metric, method.criterion, budget)
+            small = job.peer(title, sets.metric, method.criterion, budget)
+            return None, job.with_prior(small, sets, RECOVERIES[method.recover])
         prune = method.prune(job.config.prune)
         # Before any work: a budget that cannot be met is refused now.
         check_budget(job.dense_config, budget, prune.allocate, job.latency_for(budget))
@@ -346,7 +355,7 @@ def _peer_names(wanted: bool, methods: Sequence[str]) -> tuple[str, ...]:
     Raises:
       InputError: they are not installed.
     """
-    if not wanted and not set(methods) & set(PEERS):
+    if not wanted and not {name.removesuffix(f"_{PRIOR_ONLY}") for name in methods} & set(PEERS):
         return ()
     if not available():
         raise InputError("--peers: torch-pruning is not installed; `make peers` does it")

@@ -48,7 +48,7 @@ from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks
-from tapvit_jax.prune.recover import RecoverConfig, recover
+from tapvit_jax.prune.recover import RecoverConfig, move_prior, recover
 from tapvit_jax.prune.reshape import reshape
 from tapvit_jax.stages import from_main
 from tapvit_jax.structs import to_plain
@@ -287,6 +287,14 @@ class Job(Preparation):
         found = self._stage("peer", f"{title}: prune", UNITS["peer"], inputs, compute)
         config = backbone.read_config(found.meta["family"], found.meta["config"], "peer")
         return Found(found.key, self.dense.replace(config=config, params=to_params(found.arrays)))
+
+    def with_prior(self, model: Found, sets: ImageSets, options: RecoverConfig) -> Found:
+        """A model under the classes' prior, if these options move it, and not changed otherwise."""
+        if not options.moves_prior:
+            return model
+        prior = self.class_prior(sets, options.prior)
+        key = content_hash({"model": model.key, "prior": prior.key})
+        return Found(key, move_prior(model.value, prior.value))
 
     def recover(
         self,

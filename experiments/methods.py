@@ -39,11 +39,13 @@ _COUNTS = ("metric_count", "finetune_count")
 _CHANGEABLE = {SELECTED: None, "random": _COUNTS, "pool": (), ORACLE: _COUNTS}
 
 PEER = "peer"
+PRIOR_ONLY = "prior_only"
 RECOVERIES = {
     "none": RecoverConfig("none"),
     "mean": RecoverConfig("mean"),
     "prior": RecoverConfig(prior="mixture"),
     "metric_prior": RecoverConfig(prior="metric"),
+    PRIOR_ONLY: RecoverConfig("prior", prior="mixture"),
     "ridge": RecoverConfig(),
     "parallel": RecoverConfig(order="parallel"),
     "kept": RecoverConfig(attention="kept"),
@@ -54,7 +56,8 @@ RECOVERIES = {
 """Closed-form recoveries by name.
 
 Ours is "prior", with the classes' prior from the mixture; "metric_prior" has it from the dense
-model's predictions on the metric set, "ridge" has none. "corp" is all that CORP does; "nuwa" has
+model's predictions on the metric set, "ridge" has none, "prior_only" has nothing else and goes
+behind external peers as well. "corp" is all that CORP does; "nuwa" has
 NuWa's subspaces and least squares, but also solves for attention's projection; others lie between.
 """
 
@@ -184,7 +187,8 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
     """The methods of these names, each once, in their order.
 
     Args:
-      names: keys of `METHODS`, with changes or without, or external peers.
+      names: keys of `METHODS`, with changes or without, or external peers, with "_prior_only" or
+        without.
       peers: names that are external peers.
 
     Raises:
@@ -193,8 +197,9 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
     peers, found = tuple(peers), {}
     for name in names:
         base, changes = split_changes(name)
-        if name in peers:
-            found[name] = Method(name, PEER)
+        peer = name.removesuffix(f"_{PRIOR_ONLY}")
+        if peer in peers:
+            found[name] = Method(peer, PEER, "none" if peer == name else PRIOR_ONLY)
         elif base in METHODS:
             found[name] = dataclasses.replace(METHODS[base], changes=changes)
             found[name].prune(PruneConfig())

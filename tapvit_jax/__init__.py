@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from tapvit_jax.prune.cost import Cost, cost
     from tapvit_jax.prune.latency import LatencyModel, fit_latency
     from tapvit_jax.prune.mask import Plan, apply_masks
-    from tapvit_jax.prune.recover import RecoverConfig, recover
+    from tapvit_jax.prune.recover import RecoverConfig, move_prior, recover
     from tapvit_jax.prune.reshape import reshape
     from tapvit_jax.train.classes import likely_classes, prior_weights
     from tapvit_jax.train.evaluate import Teacher, predict
@@ -95,7 +95,7 @@ _HOMES = {
     "prune.cost": "Cost cost",
     "prune.latency": "LatencyModel fit_latency",
     "prune.mask": "Plan apply_masks",
-    "prune.recover": "RecoverConfig recover",
+    "prune.recover": "RecoverConfig move_prior recover",
     "prune.reshape": "reshape",
     "train.classes": "likely_classes prior_weights",
     "train.evaluate": "Teacher predict",
@@ -152,6 +152,7 @@ __all__ = [
     "log_likelihood",
     "measure_latency_model",
     "mixture_shares",
+    "move_prior",
     "neuron_importance",
     "open_source",
     "plan_masks",

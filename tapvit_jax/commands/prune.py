@@ -97,7 +97,8 @@ def register(command: Command) -> None:
         choices=get_args(RecoverMethod),
         default="ridge",
         help="closed-form recovery before any fine-tuning: least squares in the layers behind what "
-        "is pruned (ridge, the default), its mean folded into their biases (mean), or none",
+        "is pruned (ridge, the default), its mean folded into their biases (mean), the device's "
+        "prior alone (prior), or none",
     )
     c.add_argument(
         "--prior",

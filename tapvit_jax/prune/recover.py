@@ -28,7 +28,7 @@ from tapvit_jax.prune.streams import Streams
 from tapvit_jax.structs import check_fields, to_plain
 from tapvit_jax.train.classes import prior_weights
 
-Method = Literal["none", "mean", "ridge"]
+Method = Literal["none", "prior", "mean", "ridge"]
 
 # Beyond this share of an MLP's units, products with all of them cost less than a target more.
 _MOSTLY_KEPT = 0.75
@@ -42,7 +42,8 @@ class RecoverConfig:
 
     Attributes:
       method: "ridge" solves the layer behind every pruned group; "mean" only folds what pruned
-        units contribute on average into its bias (VBP, arXiv 2507.12988); "none" does nothing.
+        units contribute on average into its bias (VBP, arXiv 2507.12988); "prior" only moves the
+        classes' prior; "none" does nothing.
       order: "sequential" goes block by block on the already recovered prefix and aims at the dense
         model's residual stream, so that later blocks repair what earlier ones lost; "parallel" lets
         all blocks see the dense model's activations, as CORP does (arXiv 2602.05243), but for what
@@ -128,7 +129,8 @@ def recover(
     masked = apply_masks(model, plan)
     whole = all(mask.all() for mask in plan.keep.values())
     shifts = config.moves_prior and not model.prior
-    if config.method == "none" or (whole and not shifts):
+    recovers = config.method in ("mean", "ridge") and not whole
+    if not (recovers or shifts):
         return masked
     streams = Streams(model, batches, mesh)
     params = jax.tree.map(np.asarray, masked.params)
@@ -139,7 +141,7 @@ def recover(
             key.partition("/")[2]: m for key, m in plan.keep.items() if key.startswith(f"{name}/")
         }
         untouched = untouched and all(mask.all() for mask in keep.values())
-        if untouched:
+        if untouched or not recovers:
             streams.skip(i)
         else:
             part = _recover_block(streams, i, params.get(name, {}), keep, config)
@@ -148,17 +150,38 @@ def recover(
         on_share(1.0 / len(model.config.blocks))
     # In parallel, the classifier is left to what it has always seen.
     solvable = config.order == "sequential" and not getattr(model.config, "distilled", False)
-    if config.head and config.method == "ridge" and solvable and not whole:
+    if config.head and config.method == "ridge" and recovers and solvable:
         params = params | {"head": _solve_head(model, streams.head_moments())}
-    if shifts:
-        weights = prior_weights(*streams.class_shares()) if prior is None else prior
-        params = params | _shifted_heads(params, weights)
     done = config if shifts else dataclasses.replace(config, prior="dense")
-    return model.replace(
+    found = model.replace(
         params=jax.tree.map(jnp.asarray, params),
-        prior=model.prior or shifts,
         history={**model.history, "recovered": to_plain(done)},
     )
+    if not shifts:
+        return found
+    return move_prior(found, prior_weights(*streams.class_shares()) if prior is None else prior)
+
+
+def move_prior(model: Model, weights: Float[np.ndarray, "c"]) -> Model:
+    """Move the classifier's bias to the classes that a device sees: b + log w, once.
+
+    Args:
+      model: dense or pruned; a distilled one has two classifiers.
+      weights: of the classes, see `prior_weights`.
+
+    Raises:
+      InputError: a model that has a device's prior, or weights that are not above 0 and finite, one
+        a class.
+
+    Source: label shift (Saerens et al., 2002).
+    """
+    if model.prior:
+        raise InputError(f"{model.name}: has a device's prior already, which counts once")
+    _check_weights(weights, model.config.num_classes)
+    shift = np.log(weights).astype(np.float32)
+    heads = {n: model.params[n] for n in ("head", "head_dist") if n in model.params}
+    moved = {name: head | {"bias": head["bias"] + shift} for name, head in heads.items()}
+    return model.replace(params={**model.params, **moved}, prior=True)
 
 
 def _check_prior(model: Model, config: RecoverConfig, prior: Float[np.ndarray, "c"] | None) -> None:
@@ -168,18 +191,15 @@ def _check_prior(model: Model, config: RecoverConfig, prior: Float[np.ndarray, "
         return
     if not config.moves_prior:
         raise InputError("prior: nothing uses it, expected config.prior 'mixture' or 'metric'")
-    weights, count = np.asarray(prior), model.config.num_classes
+    _check_weights(prior, model.config.num_classes)
+
+
+def _check_weights(prior: Float[np.ndarray, "c"], count: int) -> None:
+    weights = np.asarray(prior)
     if weights.shape != (count,):
         raise InputError(f"prior has shape {weights.shape}, expected ({count},)")
     if not (np.isfinite(weights) & (weights > 0)).all():
         raise InputError("prior holds no weights, expected finite ones above 0")
-
-
-def _shifted_heads(params: Params, weights: Float[np.ndarray, "c"]) -> Params:
-    """The classifiers, of which a distilled model has two, with log w in their biases."""
-    heads = {name: params[name] for name in ("head", "head_dist") if name in params}
-    shift = np.log(weights).astype(np.float32)
-    return {name: head | {"bias": head["bias"] + shift} for name, head in heads.items()}
 
 
 def _recover_block(

@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import itertools
 import json
 import types
 
@@ -491,7 +492,8 @@ def test_peers_are_cells_like_others(finished, monkeypatch):
         return types.SimpleNamespace(model=reshape(model, plan))
 
     monkeypatch.setattr("experiments.peers.torch_pruning", torch_pruning)
-    methods = find_methods(("tp_l2_whole", "tp_random"), PEERS)
+    methods = find_methods(("tp_l2_whole", "tp_random", "tp_random_prior_only"), PEERS)
+    assert methods["tp_random_prior_only"] == Method("tp_random", PEER, "prior_only")
     own = dataclasses.replace(grid(**_ONE, epochs=(0, 1)), methods=methods)
     found = Comparison(tiny(), own, finished[0].workdir, quiet=True)
     failed = found.run()
@@ -499,9 +501,17 @@ def test_peers_are_cells_like_others(finished, monkeypatch):
     assert len(failed) == 2 and all("exceeds the budget" in reason for reason in failed.values())
     assert calls == [("l2", "whole", 0, 32, 32), ("random", "cut", 0, 32, 32)]
     rows = found.results(failed)["rows"]
-    assert [(row["method"], row["epochs"]) for row in rows] == [("tp_random", 0), ("tp_random", 1)]
-    assert rows[0]["macs"] == rows[1]["macs"] <= 0.6 * rows[0]["dense_macs"]
-    assert counts(found) == {"peer": 2, "recover": 1, "evaluate": 2}
+    names = ("tp_random", "tp_random_prior_only")
+    assert {(row["method"], row["epochs"]) for row in rows} == set(itertools.product(names, (0, 1)))
+    assert len({row["macs"] for row in rows}) == 1
+    assert rows[0]["macs"] <= 0.6 * rows[0]["dense_macs"]
+    # The small model is the same, its bias and its fine-tuning are not.
+    computed = counts(found)
+    assert {name: computed[name] for name in ("peer", "recover", "evaluate")} == {
+        "peer": 2,
+        "recover": 2,
+        "evaluate": 4,
+    }
 
 
 # Tables.

@@ -19,6 +19,7 @@ from tapvit_jax.prune.moments import Moments
 from tapvit_jax.prune.recover import (
     RecoverConfig,
     kept_moments,
+    move_prior,
     recover,
     solve_mlp,
     solve_queries_keys,
@@ -575,6 +576,24 @@ def test_the_prior_of_a_mixture_only_moves_the_biases(case):
             twice = recovered(found, everything, [images], config=again, prior=given)
             assert_same(twice.params, found.params)
             assert twice.prior
+
+
+def test_the_prior_alone_leaves_what_is_pruned_as_it_is(case):
+    model, plan, images = case
+    weights = np.linspace(0.5, 2.0, model.config.num_classes)
+    masked = apply_masks(model, plan)
+    options = RecoverConfig("prior", prior="mixture")
+    found = recovered(model, plan, [images], config=options, prior=weights)
+    assert found.prior and not masked.prior
+    np.testing.assert_allclose(
+        found.apply(images), masked.apply(images) + np.log(weights), rtol=1e-6, atol=1e-6
+    )
+    assert_same(move_prior(masked, weights).params, found.params)
+    with pytest.raises(InputError, match="counts once"):
+        move_prior(found, weights)
+    plain = recovered(model, plan, [images], config=RecoverConfig("prior"))
+    assert not plain.prior
+    assert_same(plain.params, masked.params)
 
 
 @pytest.mark.parametrize(
