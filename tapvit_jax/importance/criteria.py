@@ -1,9 +1,10 @@
 """All criteria that units can be ranked by, in one registry, each with its source.
 
 `unit_importance` computes any of them; `CRITERIA` lists them. Scores have one meaning everywhere:
-higher means keep. Those of the composite family (tap, tap_published, relevance, redundancy,
-activation) are scaled to [0, 1] in every layer; all others are left in their own unit, so that they
-can also be compared between layers (see `prune.ranking`).
+higher means keep. Those of the composite family (tap, relevance, redundancy, activation) lie in
+[0, 1], their terms scaled to it in every layer; tap_published scales them in every batch, and its
+scores are sums over batches. All others are left in their own unit, so that they can also be
+compared between layers (see `prune.ranking`).
 """
 
 import dataclasses
