@@ -58,6 +58,11 @@ def realistic(params, seed=0):
     return jax.tree_util.tree_map_with_path(draw, params)
 
 
+def param_count(config):
+    """Parameters of a model as it is really built."""
+    return sum(leaf.size for leaf in jax.tree.leaves(backbone.param_shapes(config)))
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     return vit.vit_config(

@@ -166,10 +166,7 @@ def map_images(function: Callable[[int], Any], indices: Sequence[int]) -> Iterat
 
 
 def find_corrupt(
-    source: ImageSource,
-    indices: Int[np.ndarray, "n"],
-    preprocess: Preprocess,
-    on_image: Callable[[], None] | None = None,
+    source: ImageSource, indices: Int[np.ndarray, "n"], preprocess: Preprocess
 ) -> list[tuple[int, str]]:
     """Read every image and return the indices and messages of those that cannot be read.
 
@@ -185,10 +182,4 @@ def find_corrupt(
             return index, str(error)
         return None
 
-    bad = []
-    for found in map_images(attempt, indices.tolist()):
-        if on_image is not None:
-            on_image()
-        if found is not None:
-            bad.append(found)
-    return bad
+    return [found for found in map_images(attempt, indices.tolist()) if found is not None]

@@ -6,7 +6,6 @@ changes that, to reproduce what was published.
 """
 
 import dataclasses
-import itertools
 from typing import Literal
 
 import numpy as np
@@ -284,13 +283,3 @@ def _splittable(share: np.ndarray, config: PartitionConfig) -> bool:
     # Both private parts must get an image when the share is cut class by class.
     rare = min(config.private_test_fraction, 1.0 - config.private_test_fraction)
     return len(share) >= max(_LEAST_PRIVATE, np.ceil(1.0 / rare))
-
-
-def overlapping(partition: Partition) -> list[tuple[str, str]]:
-    """Names of the parts that share an image; empty, unless something is broken."""
-    parts = partition.parts()
-    return [
-        (a, b)
-        for a, b in itertools.combinations(parts, 2)
-        if np.intersect1d(parts[a], parts[b]).size
-    ]

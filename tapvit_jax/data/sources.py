@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from tapvit_jax.data.base import UNLABELLED, ImageSource, align_classes, check_indices
-from tapvit_jax.data.base import find_corrupt as find_corrupt
 from tapvit_jax.data.cifar import CifarSource, is_cifar
 from tapvit_jax.data.folders import FolderSource, TinyImageNetSource
 from tapvit_jax.data.preprocess import Preprocess

@@ -5,10 +5,8 @@ c classes.
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -208,12 +206,6 @@ def init(config: ResNetConfig, key: Array) -> Params:
     """Draw fresh parameters (He)."""
     # They are the same for images of any size, and this one is quick.
     return ResNet(config).init(key, jnp.zeros((1, 1, 1, config.in_channels)))["params"]
-
-
-@functools.lru_cache(maxsize=16)
-def param_shapes(config: ResNetConfig) -> Params:
-    """Shapes and dtypes of the parameter tree. Treat the result as frozen."""
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
 def apply(

@@ -4,12 +4,8 @@ import dataclasses
 import functools
 from typing import Protocol
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from tapvit_jax.models import resnet
-from tapvit_jax.models.backbone import Config, TransformerConfig, apply, param_shapes
+from tapvit_jax.models.backbone import Config, TransformerConfig
 from tapvit_jax.models.layers import BlockSpec
 from tapvit_jax.models.resnet import ResNetConfig
 from tapvit_jax.models.swin import SwinConfig
@@ -138,63 +134,3 @@ def _with_bytes(params: int, macs: int, encoder_params: int, peak: int) -> Cost:
         model_bytes=FLOAT32_BYTES * params,
         activation_bytes=FLOAT32_BYTES * peak,
     )
-
-
-def param_count(config: Config) -> int:
-    """Parameters of the model as it is really built: the sum over its parameter tree."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(config)))
-
-
-def elementwise_flops(config: TransformerConfig) -> int:
-    """Operations outside the matrix products, counted as XLA counts them (one an element).
-
-    LayerNorm takes 7 an element, softmax 4 an attention weight (max, subtraction, sum, division;
-    the exponential is a transcendental, not a flop), scaling, a bias and a residual sum 1. GELU is
-    asked of XLA, whose polynomial for erf changes between versions.
-    """
-    gelu, norm = _gelu_flops(), 7
-    patches = (config.image_size // config.patch_size) ** 2
-    total = patches * config.embed_dim  # bias of the patches
-    if isinstance(config, SwinConfig):
-        total += norm * patches * config.embed_dim
-        total += (norm + 1) * config.block_spec(len(config.blocks) - 1).tokens * config.pooled_dim
-    else:
-        total += config.num_positions * config.embed_dim
-        total += norm * config.embed_dim * max(config.num_prefix_tokens, 1)
-    for i in range(len(config.blocks)):
-        spec = config.block_spec(i)
-        widths, n, d = spec.widths, spec.tokens, spec.embed_dim
-        scale = int(spec.layer_scale)
-        if spec.merge:
-            total += norm * n * 2 * d
-        if widths.attn:
-            qk, v = widths.num_heads * widths.qk_dim, widths.num_heads * widths.v_dim
-            logit = 4 + int(spec.window > 0) + int(spec.shift > 0)
-            total += n * ((norm + 2 + scale) * d + 3 * qk + v)
-            total += logit * widths.num_heads * n * spec.attended
-        if widths.mlp:
-            total += n * ((norm + 2 + scale) * d + (gelu + 1) * widths.mlp_dim)
-    return round(total)
-
-
-@functools.lru_cache(maxsize=1)
-def _gelu_flops() -> float:
-    size = 1024
-    lowered = jax.jit(functools.partial(jax.nn.gelu, approximate=False)).lower(
-        jax.ShapeDtypeStruct((size,), jnp.float32)
-    )
-    return lowered.cost_analysis()["flops"] / size
-
-
-def flops(config: TransformerConfig) -> int:
-    """Floating-point operations of one image's forward pass: 2 MACs plus the elementwise part."""
-    return 2 * cost(config).macs + elementwise_flops(config)
-
-
-def xla_flops(config: Config) -> int:
-    """Operations that XLA itself counts in the lowered forward pass of one image."""
-    shape = (1, config.image_size, config.image_size, config.in_channels)
-    lowered = jax.jit(functools.partial(apply, config)).lower(
-        param_shapes(config), jax.ShapeDtypeStruct(shape, jnp.float32)
-    )
-    return int(lowered.cost_analysis()["flops"])

@@ -61,12 +61,6 @@ class Moments(NamedTuple):
         return self._replace(mean_y=self.mean_x @ weights, xy=self.xx @ weights)
 
 
-def no_moments(features: int, targets: int) -> Moments:
-    """The moments of no rows."""
-    shapes = ((), (features,), (targets,), (features, features), (features, targets))
-    return Moments(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
-
-
 def row_moments(
     x: Float[Array, "r f"], y: Float[Array, "r t"], weights: Float[Array, "r"]
 ) -> Moments:

@@ -25,7 +25,6 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig, check_prunable
 from tapvit_jax.models.layers import BlockSpec
 from tapvit_jax.models.params import Path
-from tapvit_jax.models.swin import SwinConfig
 
 Kind = Literal["mlp", "qk", "vo", "head", "attn_branch", "mlp_branch"]
 
@@ -177,24 +176,3 @@ def check_unit_scores(
             )
         scores[group.key] = found
     return scores
-
-
-def fixed_paths(config: TransformerConfig) -> frozenset[Path]:
-    """Parameters that no unit covers: the residual width and the classes stay as they are."""
-    paths = {("patch_embed", "kernel"), ("patch_embed", "bias")}
-    if isinstance(config, SwinConfig):
-        for layer in ("patch_norm", "norm"):
-            paths |= {(layer, name) for name in ("scale", "bias")}
-        for i in range(len(config.blocks)):
-            if config.block_spec(i).merge:
-                merge = (f"blocks_{i}", "merge")
-                paths |= {(*merge, "norm", name) for name in ("scale", "bias")}
-                paths.add((*merge, "reduction", "kernel"))
-        return frozenset(paths | {("head", name) for name in ("kernel", "bias")})
-    paths.add(("pos_embed",))
-    paths |= {("cls_token",)} if config.class_token else set()
-    paths |= {("dist_token",)} if config.distilled else set()
-    heads = ("head", "head_dist") if config.distilled else ("head",)
-    paths |= {(head, name) for head in heads for name in ("kernel", "bias")}
-    paths |= {(config.final_norm, name) for name in ("scale", "bias")}
-    return frozenset(paths)

@@ -3,8 +3,9 @@ import pickle
 import numpy as np
 import pytest
 
+from tapvit_jax.data.base import find_corrupt
 from tapvit_jax.data.cifar import CifarSource
-from tapvit_jax.data.sources import Preprocess, find_corrupt, open_source
+from tapvit_jax.data.sources import Preprocess, open_source
 from tapvit_jax.errors import InputError
 
 PLAIN = Preprocess(32, mean=(0, 0, 0), std=(1, 1, 1))

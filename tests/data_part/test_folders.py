@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from tapvit_jax.data import folders, preprocess
+from tapvit_jax.data.base import find_corrupt
 from tapvit_jax.data.sources import (
     DigitsSource,
     FolderSource,
     Preprocess,
     TinyImageNetSource,
-    find_corrupt,
     open_source,
 )
 from tapvit_jax.errors import InputError

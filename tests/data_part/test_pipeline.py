@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapvit_jax.data import base
+from tapvit_jax.data.base import find_corrupt
 from tapvit_jax.data.pipeline import batches, load_all
-from tapvit_jax.data.sources import DigitsSource, MemorySource, Preprocess, find_corrupt
+from tapvit_jax.data.sources import DigitsSource, MemorySource, Preprocess
 from tapvit_jax.errors import InputError
 
 PRE = Preprocess(4, channels=1, mean=(0.0,), std=(1.0,))

@@ -11,12 +11,12 @@ from sklearn.datasets import load_digits
 from tapvit_jax import structs
 from tapvit_jax.data import sources
 from tapvit_jax.data import tfds as tfds_module
+from tapvit_jax.data.base import find_corrupt
 from tapvit_jax.data.sources import (
     DigitsSource,
     FolderSource,
     Preprocess,
     TfdsSource,
-    find_corrupt,
     open_source,
 )
 from tapvit_jax.errors import InputError

@@ -12,6 +12,7 @@ import pytest
 from tapvit_jax.convert.resnet import IGNORED_SUFFIXES, extra, rules
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import resnet
+from tapvit_jax.models.backbone import param_shapes
 from tapvit_jax.models.params import check_params, flatten, unflatten
 from tapvit_jax.models.resnet import BatchNorm, ResNetConfig
 from tests.peers.make_fixtures_resnet import CONFIGS, DATA, images, timm_tensor
@@ -84,7 +85,7 @@ def test_every_tensor_of_timm_has_its_place(name):
     assert extra(config).keys() == ignored
     for array in extra(config).values():
         assert (array.shape, array.dtype, int(array)) == ((), np.int64, 0)
-    check_params(resnet.param_shapes(config), make_params(name))
+    check_params(param_shapes(config), make_params(name))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -103,7 +104,7 @@ def test_published_counts(name):
     assert found[0] == params
     assert found[1] == pytest.approx(giga_macs * 1e9, abs=0.05e9)
     assert config.embed_dim == config.pooled_dim == (2048 if config.bottleneck else 512)
-    leaves = flatten(resnet.param_shapes(config))
+    leaves = flatten(param_shapes(config))
     learned = [leaf.size for path, leaf in leaves.items() if path[-1] not in ("mean", "var")]
     assert sum(learned) == params
 
@@ -117,7 +118,7 @@ def taps_inside(side, outputs, size, stride, pad):
 def traced_macs(config):
     """MACs of the traced program, once with padding and once without it, as XLA counts."""
     traced = jax.make_jaxpr(functools.partial(resnet.apply, config))(
-        resnet.param_shapes(config), image_struct(config)
+        param_shapes(config), image_struct(config)
     )
     padded = inside = 0
     for equation in traced.eqns:
@@ -148,7 +149,7 @@ def test_macs_are_those_of_the_program(config):
 def test_xla_counts_the_same_but_for_padding(name):
     config = full_config(name)
     _, inside = traced_macs(config)
-    lowered = jitted(resnet.apply, config).lower(resnet.param_shapes(config), image_struct(config))
+    lowered = jitted(resnet.apply, config).lower(param_shapes(config), image_struct(config))
     # Norms, ReLUs, sums and pooling make up the rest.
     excess = lowered.cost_analysis()["flops"] / 2 / inside - 1
     assert 0 < excess < 0.01
@@ -178,7 +179,7 @@ def test_lower_precision_stays_close(dtype, tolerance):
 def test_fresh_blocks_start_as_identities():
     config = dataclasses.replace(CONFIGS["basic"], depths=(2,))
     params = resnet.init(config, jax.random.key(0))
-    check_params(resnet.param_shapes(config), params)
+    check_params(param_shapes(config), params)
     np.testing.assert_array_equal(params["layer1_1"]["bn1"]["scale"], 1)
     shallow = dataclasses.replace(config, depths=(1,))
     # The last block adds nothing: the scale does not grow with the depth.

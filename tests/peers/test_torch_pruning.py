@@ -16,8 +16,8 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.budget import Budget, within
-from tapvit_jax.prune.cost import cost, param_count
-from tests.conftest import realistic
+from tapvit_jax.prune.cost import cost
+from tests.conftest import param_count, realistic
 
 needs_peers = pytest.mark.skipif(not available(), reason="needs requirements-peers.txt")
 

@@ -14,13 +14,14 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import check_params, flatten
 from tapvit_jax.models.registry import Model
+from tapvit_jax.models.swin import SwinConfig
 from tapvit_jax.models.vit import vit_config
 from tapvit_jax.pipeline import reshape_checked
-from tapvit_jax.prune.cost import cost, param_count
+from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape, reshape_tree, reshaped_config
-from tapvit_jax.prune.units import fixed_paths, unit_key, unit_table
-from tests.conftest import realistic, tiny_swin
+from tapvit_jax.prune.units import unit_key, unit_table
+from tests.conftest import param_count, realistic, tiny_swin
 
 CONFIGS = {
     "plain": {},
@@ -125,6 +126,27 @@ def test_gradients_of_masked_equal_those_of_reshaped(tiny_config, images, seed, 
     assert gathered.keys() == gradient.keys()
     for path, leaf in gradient.items():
         np.testing.assert_allclose(gathered[path], leaf, atol=1e-5, err_msg="/".join(path))
+
+
+def fixed_paths(config):
+    """Parameters that no unit covers: the residual width and the classes stay as they are."""
+    paths = {("patch_embed", "kernel"), ("patch_embed", "bias")}
+    if isinstance(config, SwinConfig):
+        for layer in ("patch_norm", "norm"):
+            paths |= {(layer, name) for name in ("scale", "bias")}
+        for i in range(len(config.blocks)):
+            if config.block_spec(i).merge:
+                merge = (f"blocks_{i}", "merge")
+                paths |= {(*merge, "norm", name) for name in ("scale", "bias")}
+                paths.add((*merge, "reduction", "kernel"))
+        return paths | {("head", name) for name in ("kernel", "bias")}
+    paths.add(("pos_embed",))
+    paths |= {("cls_token",)} if config.class_token else set()
+    paths |= {("dist_token",)} if config.distilled else set()
+    heads = ("head", "head_dist") if config.distilled else ("head",)
+    paths |= {(head, name) for head in heads for name in ("kernel", "bias")}
+    paths |= {(config.final_norm, name) for name in ("scale", "bias")}
+    return paths
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
