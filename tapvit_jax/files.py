@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -18,11 +19,6 @@ import safetensors
 import safetensors.numpy
 
 from tapvit_jax.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # What a full or failing disk says, whoever happens to write at that moment.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -257,10 +253,9 @@ def _acquire(path: Path, wait: bool, on_wait: Callable[[], None]) -> tuple[bool 
         except OSError as error:
             raise _cannot_write(path, error.strerror) from error
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(handle, path):
-                return None if fcntl is None else True, handle
+                return True, handle
             os.close(handle)
             continue
         except OSError as error:
