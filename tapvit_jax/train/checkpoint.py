@@ -48,9 +48,6 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path | Scratch, identity: dict[str, Any]):
-        # Orbax tells every step of its work, and errors with their call stacks before it raises
-        # them; users want the progress line, and one line for an error.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._lent = isinstance(directory, Scratch)
         self._directory = (directory.path if self._lent else directory).resolve()
         # Another version may take other steps from the same state.
@@ -61,7 +58,8 @@ class Checkpoints:
                 for left in self._directory.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(left)
         distributed.barrier()
-        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        with _quiet():
+            self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -78,7 +76,8 @@ class Checkpoints:
         target = self._path(step)
         entries = _entries(state)
         with self._disk_errors():
-            self._orbax.save(target, args=ocp.args.StandardSave(entries), force=True)
+            with _quiet():
+                self._orbax.save(target, args=ocp.args.StandardSave(entries), force=True)
             if distributed.is_main():
                 note = {
                     "layout": _LAYOUT,
@@ -129,7 +128,8 @@ class Checkpoints:
 
     def close(self, delete: bool = False) -> None:
         """Release the directory; `delete` removes it once the run's result is stored elsewhere."""
-        self._orbax.close()
+        with _quiet():
+            self._orbax.close()
         if delete:
             distributed.barrier()
             if distributed.is_main():
@@ -168,7 +168,8 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, entries)
         found, reason = None, None
         try:
-            found = self._orbax.restore(target, args=ocp.args.StandardRestore(abstract))
+            with _quiet():
+                found = self._orbax.restore(target, args=ocp.args.StandardRestore(abstract))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = f"it cannot be read ({_first_line(error)})"
         if distributed.sum_over_processes(np.array(float(reason is not None)))[()]:
@@ -191,6 +192,19 @@ class Checkpoints:
             raise WriteError(
                 f"{self._directory}: cannot hold checkpoints ({_first_line(error)})"
             ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Orbax tells every step of its work, and errors with their call stacks before it raises them;
+    # users want the progress line, and one line for an error.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

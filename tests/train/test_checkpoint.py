@@ -101,6 +101,17 @@ def test_a_run_whose_images_a_worker_reads_goes_on_within_an_epoch(tmp_path, mon
     assert read == [2, 4, 2, 2] and len(taken) == 4 + 2
 
 
+def test_orbax_is_silent_and_others_are_heard_afterwards(tmp_path, caplog):
+    logger = logging.getLogger("absl")
+    with caplog.at_level(logging.INFO, "absl"):
+        with Checkpoints(tmp_path / "run", {}) as states:
+            state = {"x": np.ones(3, np.float32)}
+            states.save(1, state, {})
+            assert states.restore(state) is not None
+        assert logger.level == logging.INFO
+    assert not [record for record in caplog.records if record.name == "absl"]
+
+
 def test_a_run_goes_on_with_other_checkpoints(tmp_path, monkeypatch, undisturbed):
     kill_before(monkeypatch, tmp_path / "run", 5)
     finer = dataclasses.replace(STEPS, checkpoint_epochs=1, checkpoint_steps=1)
