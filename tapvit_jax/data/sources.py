@@ -115,12 +115,12 @@ class DigitsSource(ImageSource):
         return preprocess.array(Image.fromarray(self._images[index]))
 
     def fingerprint(self) -> str:
-        """Hash of the pixels."""
-        return hashlib.sha256(self._images.tobytes()).hexdigest()
+        """Hash of all pixels and labels."""
+        return hashlib.sha256(self._images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def images_fingerprint(self) -> str:
-        """Hash of the pixels."""
-        return self.fingerprint()
+        """Hash of all pixels."""
+        return hashlib.sha256(self._images.tobytes()).hexdigest()
 
 
 def open_source(spec: str | os.PathLike, class_names: Sequence[str] | None = None) -> ImageSource:

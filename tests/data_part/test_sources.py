@@ -141,6 +141,8 @@ def test_digits_follow_the_models_classes():
     source = DigitsSource(swapped)
     assert source.class_names == swapped
     np.testing.assert_array_equal(source.labels[:3], [1, 0, 2])
+    assert source.fingerprint() != DigitsSource().fingerprint()
+    assert source.images_fingerprint() == DigitsSource().images_fingerprint()
     with pytest.raises(InputError, match="digits: labels out of range: 8, 9 are not"):
         DigitsSource(tuple("01234567"))
 
