@@ -124,8 +124,10 @@ def test_the_prior_is_the_mixtures_the_images_or_the_dense_models(work, tmp_path
         prune(work, tmp_path / "none", "--selection", "any.json", "--prior", "mixture")
     with pytest.raises(tap.InputError, match="--features needs --payload"):
         prune(work, tmp_path / "none", "--selection", "any.json", "--features", tmp_path / "f")
-    with pytest.raises(tap.InputError, match="--finetune-count needs --payload"):
-        prune(work, tmp_path / "none", "--selection", "any.json", "--finetune-count", "100")
+    # Also where it asks for what is the default.
+    for option, value in (("--finetune-count", "100"), ("--count", "640")):
+        with pytest.raises(tap.InputError, match=f"{option} needs --payload"):
+            prune(work, tmp_path / "none", "--selection", "any.json", option, value)
     with pytest.raises(tap.InputError, match="--device is of a --selection file"):
         prune(work, tmp_path / "none", "--payload", work / "device.gmm", "--device", "0")
     with pytest.raises(tap.InputError, match="--payload, found neither"):
@@ -346,6 +348,16 @@ def test_a_folder_with_other_contents_is_refused_before_any_work(work, tmp_path)
     with pytest.raises(tap.InputError, match="below a file"):
         prune(work, tmp_path / "thesis.tex" / "small", pool="nowhere")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("option", ["--count", "--finetune-count"])
+def test_no_images_are_refused_before_any_work(work, tmp_path, option):
+    payload = ("--payload", work / "device.gmm", "--pool", "nowhere", option, "0")
+    with pytest.raises(tap.InputError, match=f"{option} is 0, expected 1 or more"):
+        call("select", "--extractor", "nowhere", *payload, "--out", tmp_path / "s.json")
+    with pytest.raises(tap.InputError, match=f"{option} is 0, expected 1 or more"):
+        call("prune", "--model", "nowhere", "--budget", "macs=0.5", *payload, "--out",
+             tmp_path / "small")  # fmt: skip
 
 
 def test_a_selection_of_another_pool_is_refused(work, tmp_path):

@@ -36,7 +36,7 @@ from tapvit_jax.proxy.features import (
 from tapvit_jax.proxy.gmm import CovarianceType, Gmm, GmmConfig, fit_report
 from tapvit_jax.proxy.pool_features import pool_features
 from tapvit_jax.proxy.select import Method as SelectMethod
-from tapvit_jax.proxy.select import select
+from tapvit_jax.proxy.select import SelectConfig, select
 from tapvit_jax.train.finetune import TrainConfig, TrainData, train
 
 SELECTION_FORMAT = "tapvit-selection"
@@ -45,7 +45,11 @@ SELECTION_VERSION = 1
 DEFAULT_EXTRACTOR = ExtractorConfig(kind="pooled", dim=16)
 """Follows from the model and the pool alone, so that both sides can build it."""
 
-CHOICE = {"count": 640, "finetune_count": 6400, "select_method": "importance", "features": None}
+CHOICE = {
+    "count": SelectConfig.metric_count,
+    "finetune_count": SelectConfig.finetune_count,
+    "select_method": SelectConfig.method,
+}
 """How images are chosen unless the options say otherwise."""
 
 
@@ -87,17 +91,20 @@ def register(command: Command) -> None:
 
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
-    """Add how many public images are chosen, and how."""
-    parser.set_defaults(**CHOICE)
-    parser.add_argument("--count", type=int, help="images in the metric dataset, 640 by default")
+    """Add how many public images are chosen, and how; `fill_in_choice` gives the defaults."""
+    parser.add_argument(
+        "--count", type=int, help=f"images in the metric dataset, {CHOICE['count']} by default"
+    )
     parser.add_argument(
         "--finetune-count",
         type=int,
-        help="images in the fine-tuning set, 6400 by default; never fewer than --count, never more "
-        "than the pool has",
+        help=f"images in the fine-tuning set, {CHOICE['finetune_count']} by default; never fewer "
+        "than --count, never more than the pool has",
     )
     parser.add_argument(
-        "--select-method", choices=get_args(SelectMethod), help="importance by default"
+        "--select-method",
+        choices=get_args(SelectMethod),
+        help=f"{CHOICE['select_method']} by default",
     )
     parser.add_argument(
         "--features",
@@ -106,6 +113,21 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "no later command computes them; they need not fit into memory",
     )
     parser.add_argument("--seed", type=seed, default=0)
+
+
+def fill_in_choice(args: argparse.Namespace) -> None:
+    """Give the options of a choice that are not given their defaults, and check them.
+
+    Raises:
+      InputError: a count below one.
+    """
+    for name, usual in CHOICE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
+    for name in ("count", "finetune_count"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is {getattr(args, name)}, expected 1 or more")
 
 
 def build(args: argparse.Namespace) -> None:
@@ -177,6 +199,7 @@ def device_fit(args: argparse.Namespace) -> None:
 
 def choose(args: argparse.Namespace) -> None:
     """Choose every device's metric dataset and fine-tuning set from the public pool."""
+    fill_in_choice(args)
     extractor = Extractor.load(args.extractor)
     gmms = [load_payload(path, extractor) for path in args.payload]
     pool = open_images(

@@ -26,6 +26,7 @@ from tapvit_jax.commands.devices import (
     CHOICE,
     DEFAULT_EXTRACTOR,
     add_selection_options,
+    fill_in_choice,
     load_payload,
     read_selection,
     select_images,
@@ -250,18 +251,23 @@ def prune(args: argparse.Namespace) -> None:
 
 
 def _check_choice(args: argparse.Namespace) -> None:
-    """Refuse options that would do nothing beside a selection file or a payload."""
+    """Refuse options that would do nothing beside a selection file or a payload.
+
+    Raises:
+      InputError: such an option, or a count below one.
+    """
     if (args.selection is None) == (args.payload is None):
         found = "neither" if args.payload is None else "both"
         raise InputError(f"prune needs either --selection or --payload, found {found}")
     if args.payload is not None:
         if args.device is not None:
             raise InputError("--device is of a --selection file, a --payload is one device's")
+        fill_in_choice(args)
         return
     if args.prior == "mixture":
         raise InputError("--prior mixture needs --payload, a selection file holds no mixture")
-    for name, usual in ({"extractor": None} | CHOICE).items():
-        if getattr(args, name) != usual:
+    for name in ("extractor", "features", *CHOICE):
+        if getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise InputError(f"--{option} needs --payload, in a selection file the choice is made")
 
