@@ -209,6 +209,7 @@ class Sweep:
         self._quiet = quiet or not distributed.is_main()
         self._files = NamedFiles()
         self._job: tuple[str, Job] | None = None
+        self._failed_before: dict[int, int | None] = {}
         self._table = joined.LiveTable(*self._columns())
 
     def run(self, numbers: Sequence[int] | None = None) -> dict[int, str]:
@@ -234,6 +235,7 @@ class Sweep:
         total = sum(map(_weight, chosen)) + sum(map(_shared_weight, shared.values()))
         self.progress = Progress(total, self._quiet, lines=False)
         self._print(self._table.head())
+        self._failed_before = {unit.number: self._failed_at(unit) for unit in chosen}
         failed: dict[int, str] = {}
         # Units that others work on come last: by then they are done, or their worker is gone.
         waiting = [unit for unit in chosen if not self._attempt(unit, failed, wait=False)]
@@ -329,15 +331,21 @@ class Sweep:
             return "busy"
         if self._result(unit, say=True) is not None:
             return "done"
-        failure = self._path(unit, ".failed.json")
-        if wait and failure.exists():
-            # The other worker has just tried.
+        if self._failed_at(unit) not in (None, self._failed_before.get(unit.number)):
+            # Another worker has tried since this one began.
             return "failed"
+        failure = self._path(unit, ".failed.json")
         failure.unlink(missing_ok=True)
         if locked:
             remove_leftovers(self._path(unit, ".json"))
             remove_leftovers(failure)
         return "compute"
+
+    def _failed_at(self, unit: Unit) -> int | None:
+        try:
+            return self._path(unit, ".failed.json").stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     def _compute(self, unit: Unit) -> None:
         try:

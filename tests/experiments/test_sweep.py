@@ -436,6 +436,26 @@ def test_a_unit_that_another_worker_holds_is_left_to_it(finished):
     assert sweep._attempt(unit, {}, wait=False)
 
 
+def test_a_failed_unit_is_tried_once_by_workers_of_one_time_and_again_later(tmp_path, monkeypatch):
+    overrides = [IMPOSSIBLE, IMPOSSIBLE | {"device": 0}]
+    one, other = (Sweep(tiny(), overrides, tmp_path / "work", quiet=True) for _ in "ab")
+    tried = []
+
+    def refuse(self, unit):
+        tried.append((self is one, unit.number))
+        if len(tried) == 1:
+            # While the first worker is at the first unit, another takes the second.
+            assert list(other.run([1])) == [1]
+        raise InputError("too small")
+
+    monkeypatch.setattr(Sweep, "_row", refuse)
+    for _ in range(2):
+        assert one.run() == {0: "too small", 1: "too small"}
+        assert tried == [(True, 0), (False, 1)]
+        # A later start tries both again.
+        tried.clear()
+
+
 def test_a_full_disk_stops_the_sweep_and_loses_nothing(finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished[1].workdir, tmp_path / "work")
     before = rows(workdir)["units"]
