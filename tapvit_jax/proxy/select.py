@@ -35,6 +35,8 @@ Method = Literal["top", "quota", "importance"]
 # Enough rows to fit the pool's density, and to estimate a distance, in seconds.
 _POOL_FIT_ROWS = 20_000
 _DISTANCE_ROWS = 2048
+# Reciprocals of larger ones are no normal float32 numbers: densities would be NaN.
+_LARGEST_VARIANCE = 1e37
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,9 @@ def select(
 
     Raises:
       InputError: a count below one or above the pool's size, `finetune_count` below `count`, an
-        unknown method, a bad seed or task_share, features that hold NaN or infinity, or
-        mixtures of other dimensions.
+        unknown method, a bad seed or task_share, features that hold NaN or infinity or, for
+        `importance`, are too large or small for variances in float32, or mixtures of other
+        dimensions.
 
     Source: TAP-ViTs, section 3 (`top`); Efraimidis and Spirakis 2006 (sampling by random keys);
     Hesterberg 1995 (weights bounded by a defensive mixture); `quota` is ours.
@@ -213,7 +216,17 @@ def _pool_density(pool_gmm: Gmm | None, pool: Float[np.ndarray, "p d"], seed: in
     if (picked == picked[0]).all():
         return None
     config = GmmConfig(components=(1, 2, 4, 8, 16, 32), min_members=1, restarts=1, seed=seed)
-    return Gmm.fit(picked, config)
+    try:
+        fitted = Gmm.fit(picked, config)
+        if fitted.covariances.max() > _LARGEST_VARIANCE:
+            raise InputError(f"a variance of {fitted.covariances.max():.1e}")
+    except InputError as error:
+        # All that is left to fail: variances that float32 does not hold.
+        raise InputError(
+            f"{pool_name(pool)}: values up to {np.abs(picked).max():.1e} in size, expected ones of "
+            "which float32 holds the variances, as method importance needs (top and quota do not)"
+        ) from error
+    return fitted
 
 
 def _quotas(

@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import numpy as np
@@ -279,6 +280,16 @@ def test_config():
     ):
         with pytest.raises(InputError, match=message):
             SelectConfig(**changes)
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e19, 1e25])
+def test_features_of_which_float32_holds_no_variances_are_named(size):
+    features = labelled_pool(50)[0] * np.float32(size)
+    for method in ("top", "quota"):
+        assert select([mixture([1.0])], features, 5, method=method).shape == (1, 5)
+    largest = re.escape(f"{np.abs(features).max():.1e}")
+    with pytest.raises(InputError, match=f"^features: values up to {largest} in size, expected"):
+        select([mixture([1.0])], features, 5, method="importance")
 
 
 def test_the_report_tells_a_good_choice_from_a_poor_one():
