@@ -26,6 +26,9 @@ from tapvit_jax.files import content_hash
 
 T = TypeVar("T")
 
+# How JAX says that nothing around it names a job.
+_NO_JOB = "coordinator_address should be defined"
+
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -34,7 +37,8 @@ def initialize() -> None:
 
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name the
     job by hand. Without them the job is found by JAX on Cloud TPU, under `srun` and under Open
-    MPI's `mpirun`. TAPVIT_DISTRIBUTED=0 keeps a process on its own wherever it runs.
+    MPI's `mpirun`; where there is none, this process is one of its own. TAPVIT_DISTRIBUTED=0 keeps
+    a process on its own wherever it runs.
 
     Raises:
       InputError: some of the three variables are missing or not numbers, or the others cannot be
@@ -45,13 +49,18 @@ def initialize() -> None:
     arguments: dict[str, Any] = {}
     if any(os.environ.get(name) for name in _BY_HAND):
         arguments = _job_by_hand()
-    elif not _is_managed():
+    elif not _has_tasks() and util.find_spec("libtpu") is None:
         return
     try:
         jax.distributed.initialize(**arguments)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot join the other processes: {reason}") from error
+        if _NO_JOB in reason and not _has_tasks():
+            # libtpu is installed, but this is no TPU machine.
+            return
+        raise InputError(
+            f"cannot join the other processes: {reason} (TAPVIT_DISTRIBUTED=0 does without them)"
+        ) from error
 
 
 def _job_by_hand() -> dict[str, Any]:
@@ -73,10 +82,10 @@ def _job_by_hand() -> dict[str, Any]:
     }
 
 
-def _is_managed() -> bool:
+def _has_tasks() -> bool:
+    """Whether `srun` or `mpirun` has started several processes."""
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in counts)
-    return several or util.find_spec("libtpu") is not None
+    return any(os.environ.get(name, "1") not in ("", "0", "1") for name in counts)
 
 
 def process_index() -> int:

@@ -1,11 +1,15 @@
 """Joining processes, and two real ones on loopback against one."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tests.processes import run_together
+from tests.processes import ROOT, run_together
 
 
 def start(tmp_path, processes):
@@ -73,6 +77,40 @@ def test_a_job_named_by_halves_is_refused(monkeypatch, variables, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         distributed.initialize()
+
+
+JOIN = """
+from tapvit_jax import distributed
+from tapvit_jax.errors import InputError
+
+try:
+    distributed.initialize()
+    print(distributed.process_count())
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "1"),
+        # srun started two tasks, of which JAX is told nothing more.
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "cannot join the other processes: coordinator_address"),
+    ],
+)
+def test_libtpu_alone_makes_no_job(tmp_path, variables, expected):
+    (tmp_path / "libtpu.py").write_text("def get_library_path():\n    return None\n")
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM_", "OMPI_", "JAX_"))}
+    found = subprocess.run(
+        [sys.executable, "-c", JOIN],
+        cwd=ROOT,
+        env={**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{tmp_path}", **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 0 and found.stdout.startswith(expected), found
 
 
 def test_a_process_can_be_kept_on_its_own(monkeypatch):
