@@ -318,7 +318,9 @@ def test_a_student_like_its_teacher_agrees_with_it():
     assert start["loss"] == pytest.approx(0.0, abs=1e-6)
     # With the prior in its biases, it agrees with a teacher that takes it into account.
     moved = make_params(0)
-    moved["head"] = moved["head"] | {"bias": moved["head"]["bias"] + np.log(PRIOR)}
+    moved["head"] = moved["head"] | {
+        "bias": moved["head"]["bias"] + np.log(PRIOR).astype(np.float32)
+    }
     teaching = {"teacher": Teacher(CONFIG, make_params(0)), "prior": PRIOR}
     (start,) = tune(options, model=Model(CONFIG, moved), **teaching).record
     assert (start["top1"], start["loss"]) == (1.0, pytest.approx(0.0, abs=1e-6))
