@@ -253,7 +253,10 @@ def scores_from_arrays(
 
 
 def plan_masks(plan: Plan) -> Params:
-    """Parameter masks of a plan."""
+    """Parameter masks of a plan, of shapes that broadcast against the parameters'.
+
+    Source: ours.
+    """
     return param_masks(plan.config, unit_masks(plan))
 
 

@@ -1,6 +1,7 @@
 """The package's public names, which are imported when they are first used."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,11 @@ def test_every_public_name_is_there_for_programs_and_for_type_checkers():
         assert found is getattr(sys.modules[home], name)
     with pytest.raises(AttributeError, match="no attribute 'recovery'"):
         _ = tap.recovery
+
+
+def test_every_public_function_says_where_it_is_from():
+    functions = filter(inspect.isfunction, (getattr(tap, name) for name in tap.__all__))
+    assert [found.__name__ for found in functions if "Source:" not in found.__doc__] == []
 
 
 def test_reading_images_needs_no_jax():

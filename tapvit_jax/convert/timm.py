@@ -227,6 +227,8 @@ def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
 
     Raises:
       InputError: unknown preset, unreadable file, or a file that does not fit the preset.
+
+    Source: names, presets and resampling are timm's.
     """
     made_as = architecture(name)  # a wrong name is said before anything is read or downloaded
     found = read_weights(weights)
@@ -303,6 +305,8 @@ def save_timm(path: str | Path, config: Config, params: Params) -> None:
 
     Raises:
       InputError: the parameters do not match the config, or the file cannot be written.
+
+    Source: the names are timm's.
     """
     check_params(param_shapes(config), params)
     with atomic_file(path) as partial:

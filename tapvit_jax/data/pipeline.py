@@ -57,6 +57,8 @@ def batches(
 
     Raises:
       InputError: an image cannot be read, a worker died, or an argument is out of range.
+
+    Source: ours.
     """
     indices = check_indices(indices, source)
     for name, value, least in (

@@ -128,6 +128,8 @@ def open_source(spec: str | os.PathLike, class_names: Sequence[str] | None = Non
 
     Raises:
       InputError: nothing there, not in a known layout, or a class not among `class_names`.
+
+    Source: ours; the layouts are their publishers'.
     """
     spec = os.fspath(spec)
     if spec == "digits":

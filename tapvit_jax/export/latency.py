@@ -67,6 +67,8 @@ def measure_latency_model(
 
     Raises:
       InputError: a ResNet, fewer than three prunings, or another number below one.
+
+    Source: ours.
     """
     check_prunable(dense)
     # The dense model is a measurement too, and `fit_latency` takes four.

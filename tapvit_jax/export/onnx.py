@@ -51,6 +51,8 @@ def export_onnx(
     Raises:
       InputError: a failed check, a model too large for one file, or a path that cannot be written;
         nothing is left behind.
+
+    Source: jax2onnx and ONNX Runtime's quantiser; float16 and the checks are ours.
     """
     return write_artefact(
         model,

@@ -38,6 +38,8 @@ def export_stablehlo(
 
     Raises:
       InputError: int8, a failed check, or a path that cannot be written; nothing is left behind.
+
+    Source: jax.export; the checks are ours.
     """
     if precision == "int8":
         raise InputError("int8 is for ONNX, expected float32 or float16")
@@ -73,7 +75,9 @@ def load_stablehlo(path: str | os.PathLike) -> Callable[[Any], Any]:
     """Read a file of `export_stablehlo`; the result maps images (b, s, s, ch) to logits (b, c).
 
     Raises:
-      InputError: missing, or no such file.
+      InputError: missing, or no serialised StableHLO.
+
+    Source: jax.export.
     """
     path = Path(path)
     if not path.is_file():

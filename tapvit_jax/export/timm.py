@@ -34,6 +34,8 @@ def export_timm(
     Raises:
       InputError: timm cannot represent the widths, the model has no preprocessing, the check fails,
         or the directory cannot be written.
+
+    Source: the names and the format are timm's; the check is ours.
     """
     name, arguments, state = timm_model(model)
     record = {

@@ -157,7 +157,7 @@ _PREPARE = ("crop_pct", "mean", "std", "interpolation")
 
 
 def list_models() -> list[str]:
-    """Names of all presets."""
+    """Names of all presets. Source: timm."""
     return sorted(PRESETS)
 
 

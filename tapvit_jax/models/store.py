@@ -34,6 +34,8 @@ def save(model: Model, directory: str | os.PathLike) -> None:
     Raises:
       InputError: the parameters or class names do not match the config, the history holds what
         JSON cannot, or the directory cannot be written.
+
+    Source: ours.
     """
     check_params(param_shapes(model.config), model.params, model.name)
     _check_class_names(model.class_names, model.config, model.name)
@@ -61,6 +63,8 @@ def load(directory: str | os.PathLike) -> Model:
 
     Raises:
       InputError: a missing, damaged or foreign file, or parameters that do not match the config.
+
+    Source: ours.
     """
     directory = Path(directory)
     path = directory / SPEC_FILE

@@ -347,8 +347,11 @@ def build_extractor(
       on_share: called with every share of the work that is done.
 
     Raises:
-      InputError: a part missing, features that are not finite, or more dimensions asked than the
+      InputError: a part missing, a depth that the model does not have, a number out of range, an
+        image that cannot be read, features that are not finite, or more dimensions asked than the
         network's output or the pool has.
+
+    Source: ours.
     """
     if config.kind != "embedding":
         if model is None:

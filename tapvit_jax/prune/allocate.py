@@ -257,6 +257,8 @@ def check_budget(
     Raises:
       InputError: names every infeasible bound and its smallest feasible value; a backbone without
         prunable units; a bound on latency without a latency model, or where heads go.
+
+    Source: ours.
     """
     dense: TransformerConfig = getattr(model, "config", model)
     check_prunable(dense)

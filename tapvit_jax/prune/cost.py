@@ -95,7 +95,12 @@ def cost(config: Config, latency: Latency | None = None) -> Cost:
     """Count parameters, MACs and memory, see `block_cost` for the blocks; predict latency if asked.
 
     Normalisation, softmax, GELU, biases and residual sums are not multiply-accumulates of a matrix
-    product and are left out, as the pruning literature does. Source: ours.
+    product and are left out, as the pruning literature does.
+
+    Raises:
+      InputError: `latency` was measured for another dense model.
+
+    Source: ours.
     """
     image = config.image_size**2 * config.in_channels
     if isinstance(config, ResNetConfig):

@@ -148,6 +148,8 @@ def apply_masks(model: Model, plan: Plan) -> Model:
 
     Raises:
       InputError: the plan was made for another config.
+
+    Source: ours.
     """
     check_plan(model, plan)
     return model.replace(params=mask_params(model.config, model.params, unit_masks(plan)))

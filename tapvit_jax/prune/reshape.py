@@ -112,6 +112,8 @@ def reshape(model: Model, plan: Plan) -> Model:
 
     Raises:
       InputError: the plan was made for another config.
+
+    Source: ours.
     """
     check_plan(model, plan)
     history = {**model.history, "kept": plan.to_plain(), "dense_config": to_plain(plan.config)}

@@ -208,7 +208,9 @@ def predict(
     for `evaluate_indices`.
 
     Raises:
-      InputError: no images, or one that cannot be read.
+      InputError: no images, one that cannot be read, or a number out of range.
+
+    Source: ours.
     """
     indices = check_indices(indices, source)
     if len(indices) == 0:
