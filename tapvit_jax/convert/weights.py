@@ -5,6 +5,7 @@ torch and huggingface_hub are imported only where they are needed.
 
 import argparse
 import dataclasses
+import logging
 import re
 import warnings
 import zipfile
@@ -17,12 +18,15 @@ import numpy as np
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_hash, read_json, read_safetensors
 
+log = logging.getLogger(__name__)
+
 _HUB = "hf-hub:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _KINDS = "a .safetensors, .pth, .pt or .bin file, or a hub id such as hf-hub:owner/name"
-# Where DeiT, MAE, Swin and timm's own training put the state dict, in this order.
-_WRAPPERS = ("model", "state_dict", "model_ema")
+# Where DeiT, MAE, Swin and timm's own training put the state dict, in timm's order: the averaged
+# weights, which are what was evaluated, first.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -32,7 +36,8 @@ class Weights:
 
     Attributes:
       state: tensors by name, of whatever type the file has; torch's half types are float32.
-      source: file name, sha256, and hub id and revision where there are any; ready for JSON.
+      source: file name, sha256, and where there are any, hub id and revision and the entry of the
+        file that holds the tensors; ready for JSON.
       name: the path or hub id, for messages.
       config: timm's record of the model (architecture, num_classes, model_args, pretrained_cfg) if
         a config.json lies beside the file.
@@ -46,6 +51,9 @@ class Weights:
 
 def read_weights(weights: str | Path, *, filename: str | None = None) -> Weights:
     """Read a checkpoint; a file of torch is never allowed to run code.
+
+    Of the state dicts that training leaves in one file, the first of state_dict_ema, model_ema,
+    state_dict and model is read, as timm does; where there are several, that is said.
 
     Args:
       weights: a local .safetensors, .pth, .pt or .bin, or a hub id: hf-hub:owner/name, with
@@ -64,8 +72,8 @@ def read_weights(weights: str | Path, *, filename: str | None = None) -> Weights
     else:
         path, source = Path(weights), {}
         config = path.parent / "config.json"
-    state = _read(path)
-    source = {"file": path.name, "sha256": file_hash(path)} | source
+    state, entry = _read(path)
+    source = {"file": path.name, "sha256": file_hash(path)} | entry | source
     return Weights(state, source, name, _timm_config(config))
 
 
@@ -96,7 +104,8 @@ def _timm_config(path: Path | None) -> dict[str, Any] | None:
     return record
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors, and what to record of their place in the file."""
     try:
         if not path.is_file():
             raise InputError(f"{path}: no such file, expected {_KINDS}")
@@ -109,16 +118,20 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: ends in {suffix!r}, expected {_KINDS}")
     if start == _LFS_POINTER:
         raise InputError(f"{path}: is a git-lfs pointer, expected the weights: run 'git lfs pull'")
-    state = read_safetensors(path) if suffix == ".safetensors" else _read_torch(path, start)
+    entry: dict[str, str] = {}
+    if suffix == ".safetensors":
+        state = read_safetensors(path)
+    else:
+        state, entry = _read_torch(path, start)
     if not state:
         raise InputError(f"{path}: holds no tensors")
     # Left by training on several devices.
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
+    return state, entry
 
 
-def _read_torch(path: Path, start: bytes) -> dict[str, np.ndarray]:
+def _read_torch(path: Path, start: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     torch = _import_torch(path)
     try:
         if start.startswith(b"PK\3\4"):
@@ -138,7 +151,8 @@ def _read_torch(path: Path, start: bytes) -> dict[str, np.ndarray]:
             ) from error
         kind = type(error).__name__
         raise InputError(f"{path}: truncated or not torch.save's usual format ({kind})") from error
-    return _to_numpy(path, torch, _unwrap(path, torch, loaded))
+    tensors, entry = _unwrap(path, torch, loaded)
+    return _to_numpy(path, torch, tensors), entry
 
 
 def _import_torch(path: Path) -> ModuleType:
@@ -164,18 +178,22 @@ def _check_archive(path: Path) -> None:
         raise InputError(f"{path}: unpacks to {unpacked} bytes, expected at most its own {size}")
 
 
-def _unwrap(path: Path, torch: ModuleType, loaded: Any) -> dict[str, Any]:
+def _unwrap(path: Path, torch: ModuleType, loaded: Any) -> tuple[dict[str, Any], dict[str, str]]:
     expected = f"expected a dict of tensors, plain or under one of {', '.join(_WRAPPERS)}"
+    entry = {}
     if isinstance(loaded, dict):
-        inside = (loaded.get(key) for key in _WRAPPERS)
-        loaded = next((value for value in inside if isinstance(value, dict)), loaded)
+        inside = [key for key in _WRAPPERS if isinstance(loaded.get(key), dict)]
+        if len(inside) > 1:
+            log.warning("%s: holds %s; taking %s", path, ", ".join(inside), inside[0])
+        if inside:
+            entry, loaded = {"entry": inside[0]}, loaded[inside[0]]
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: holds a {type(loaded).__name__}, {expected}")
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             kind = type(value).__name__
             raise InputError(f"{path}: its entry {key!r:.80} is a {kind}, {expected}")
-    return loaded
+    return loaded, entry
 
 
 def _to_numpy(path: Path, torch: ModuleType, tensors: dict[str, Any]) -> dict[str, np.ndarray]:

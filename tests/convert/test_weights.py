@@ -210,22 +210,43 @@ BESIDE = {"optimizer": {"state": [1]}, "epoch": 3, "args": argparse.Namespace(lr
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
-    "wrap",
+    ("wrap", "entry", "said"),
     [
-        lambda good, other: good,
-        lambda good, other: {"model": good, "model_ema": other, "state_dict": other} | BESIDE,
-        lambda good, other: {"model_ema": other, "state_dict": good, "model": 3} | BESIDE,
-        lambda good, other: {"model_ema": good} | BESIDE,
-        lambda good, other: collections.OrderedDict({f"module.{k}": v for k, v in good.items()}),
+        (lambda good, other: good, None, ""),
+        (lambda good, other: {"model": good} | BESIDE, "model", ""),
+        (
+            lambda good, other: {"state_dict": good, "model": other, "state_dict_ema": None},
+            "state_dict",
+            "holds state_dict, model; taking state_dict",
+        ),
+        (
+            lambda good, other: {"model": other, "state_dict": other, "model_ema": good} | BESIDE,
+            "model_ema",
+            "holds model_ema, state_dict, model; taking model_ema",
+        ),
+        (
+            lambda good, other: {"state_dict": other, "state_dict_ema": good} | BESIDE,
+            "state_dict_ema",
+            "holds state_dict_ema, state_dict; taking state_dict_ema",
+        ),
+        (
+            lambda good, other: collections.OrderedDict(
+                {f"module.{k}": v for k, v in good.items()}
+            ),
+            None,
+            "",
+        ),
     ],
-    ids=["plain", "model", "state_dict", "ema", "module"],
+    ids=["plain", "model", "state_dict", "model_ema", "timm's ema", "module"],
 )
-def test_state_dicts_of_torch(tmp_path, torch, wrap, zipped):
+def test_state_dicts_of_torch(tmp_path, torch, caplog, wrap, entry, said, zipped):
     path = tmp_path / "a.pth"
     good = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.nn.Parameter(torch.ones(2))}
     torch.save(wrap(good, {"a": torch.zeros(1)}), path, _use_new_zipfile_serialization=zipped)
     found = read_weights(path)
-    assert found.source == {"file": "a.pth", "sha256": file_hash(path)}
+    recorded = {} if entry is None else {"entry": entry}
+    assert found.source == {"file": "a.pth", "sha256": file_hash(path)} | recorded
+    assert caplog.messages == ([f"{path}: {said}"] if said else [])
     assert found.state.keys() == good.keys()
     assert all(type(array) is np.ndarray for array in found.state.values())
     np.testing.assert_array_equal(found.state["a"], [[0, 3], [1, 4], [2, 5]])
