@@ -219,7 +219,7 @@ def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
 
     Args:
       name: a preset, such as "deit_small_patch16_224", with or without the tag of its weights.
-      weights: a local .safetensors, .pth, .pt or .bin, or a hub id such as
+      weights: a local .safetensors, .pth, .pt, .bin, .ckpt or .pth.tar, or a hub id such as
         "hf-hub:timm/deit_small_patch16_224.fb_in1k".
       **overrides: timm's own arguments where the checkpoint or the wish differs from the preset:
         img_size, patch_size, embed_dim, depth, num_heads, num_classes, window_size, mean, std ...;

@@ -22,8 +22,11 @@ log = logging.getLogger(__name__)
 
 _HUB = "hf-hub:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_KINDS = "a .safetensors, .pth, .pt or .bin file, or a hub id such as hf-hub:owner/name"
+# ".tar": timm writes model_best.pth.tar, which is no archive of that kind.
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+_KINDS = (
+    "a .safetensors, .pth, .pt, .bin, .ckpt or .pth.tar file, or a hub id such as hf-hub:owner/name"
+)
 # Where DeiT, MAE, Swin and timm's own training put the state dict, in timm's order: the averaged
 # weights, which are what was evaluated, first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -56,8 +59,8 @@ def read_weights(weights: str | Path, *, filename: str | None = None) -> Weights
     state_dict and model is read, as timm does; where there are several, that is said.
 
     Args:
-      weights: a local .safetensors, .pth, .pt or .bin, or a hub id: hf-hub:owner/name, with
-        @revision if wanted.
+      weights: a local .safetensors, .pth, .pt, .bin, .ckpt or .pth.tar, or a hub id:
+        hf-hub:owner/name, with @revision if wanted.
       filename: the file of the hub's repository if it is neither model.safetensors nor
         pytorch_model.bin.
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -252,6 +253,15 @@ def test_state_dicts_of_torch(tmp_path, torch, caplog, wrap, entry, said, zipped
     np.testing.assert_array_equal(found.state["a"], [[0, 3], [1, 4], [2, 5]])
     np.testing.assert_array_equal(found.state["b"], [1, 1])
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "model_best.pth.tar"])
+def test_names_that_training_gives_its_files(tmp_path, torch, name):
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / name)
+    np.testing.assert_array_equal(read_weights(tmp_path / name).state["a"], [1, 1])
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / name, name)
+    assert "truncated or not torch.save's usual format" in refusal(tmp_path / "a.tar")
 
 
 def test_a_newer_pickle_protocol_is_read_without_a_warning(tmp_path, torch):
