@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def describe(state: Mapping[str, Any]) -> str:
         for pattern, text in _FOREIGN.items():
             if re.match(pattern, name):
                 return f"{text} ({_short(name)}, ...): bring it under timm's names first"
-    prefix = _prefix(shapes)
+    prefix = backbone_prefix(shapes)
     inner = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
     found = _swin(inner) or _resnet(inner) or _vit(inner)
     if found:
@@ -43,8 +43,9 @@ def _short(name: str) -> str:
     return repr(name if len(name) <= 60 else f"{name[:57]}...")
 
 
-def _prefix(shapes: _Shapes) -> str:
-    for name in shapes:
+def backbone_prefix(names: Iterable[str]) -> str:
+    """What stands before a backbone's names within a larger model; "" if nothing or no backbone."""
+    for name in names:
         for anchor in _ANCHORS:
             if name.endswith(f".{anchor}"):
                 return name.removesuffix(anchor)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tapvit_jax.convert.identify import backbone_prefix
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_hash, read_json, read_safetensors
 
@@ -30,6 +31,8 @@ _KINDS = (
 # Where DeiT, MAE, Swin and timm's own training put the state dict, in timm's order: the averaged
 # weights, which are what was evaluated, first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# torch.compile and training on several devices, around each other in either order.
+_WRAPPED = re.compile(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -128,10 +131,19 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         state, entry = _read_torch(path, start)
     if not state:
         raise InputError(f"{path}: holds no tensors")
-    # Left by training on several devices.
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state, entry
+    return _unprefixed(path, state), entry
+
+
+def _unprefixed(path: Path, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without what training puts before the names: wrappers key by key, as timm does, and what all
+    have in common before a backbone's names, such as Lightning's "model."."""
+    cleaned = {_WRAPPED.sub("", key): value for key, value in state.items()}
+    if len(cleaned) < len(state):
+        raise InputError(f"{path}: holds tensors both with and without _orig_mod. or module.")
+    prefix = backbone_prefix(cleaned)
+    if not all(key.startswith(prefix) for key in cleaned):
+        return cleaned
+    return {key.removeprefix(prefix): value for key, value in cleaned.items()}
 
 
 def _read_torch(path: Path, start: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:

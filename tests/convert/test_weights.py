@@ -22,6 +22,7 @@ from tapvit_jax.files import file_hash
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+ANCHOR = "patch_embed.proj.weight"
 TIMM = {
     "architecture": "vit_tiny_patch16_224",
     "num_classes": 5,
@@ -93,16 +94,31 @@ def test_safetensors_need_no_torch(tmp_path, no_torch):
     ("names", "expected"),
     [
         (["module.a", "module.module.b"], ["a", "module.b"]),
-        (["module.a", "b"], ["module.a", "b"]),
-        (["module_a"], ["module_a"]),
+        (["module.a", "b"], ["a", "b"]),
+        (["module_a", "a.module.b"], ["module_a", "a.module.b"]),
+        (["_orig_mod.module.a", "module._orig_mod.b", "_orig_mod.c"], ["a", "b", "c"]),
+        (["model.head.bias", f"model.{ANCHOR}"], ["head.bias", ANCHOR]),
+        (["module.net.model.cls", f"module.net.model.{ANCHOR}"], ["cls", ANCHOR]),
+        (
+            ["_orig_mod.model.a", f"model._orig_mod.{ANCHOR}"],
+            ["model.a", f"model._orig_mod.{ANCHOR}"],
+        ),
+        (["loss.weight", f"model.{ANCHOR}"], ["loss.weight", f"model.{ANCHOR}"]),
+        (["model.a", "model.b"], ["model.a", "model.b"]),
     ],
 )
-def test_the_prefix_of_parallel_training_is_cut_off_if_all_have_it(tmp_path, names, expected):
+def test_what_training_puts_before_the_names_is_cut_off(tmp_path, names, expected):
     state = {name: np.float32([i]) for i, name in enumerate(names)}
     found = read_weights(write_safetensors(tmp_path / "a.safetensors", state)).state
     assert {name: array[0] for name, array in found.items()} == {
         name: i for i, name in enumerate(expected)
     }
+
+
+def test_a_tensor_with_and_without_a_wrapper_is_refused(tmp_path):
+    state = {name: np.ones(1, np.float32) for name in ("module.a", "a")}
+    path = write_safetensors(tmp_path / "a.safetensors", state)
+    assert "both with and without _orig_mod. or module." in refusal(path)
 
 
 @pytest.mark.parametrize(
