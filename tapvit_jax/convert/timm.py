@@ -166,8 +166,8 @@ def from_timm(config: Config, state: StateDict, name: str = "state dict") -> Par
     """Turn a timm state dict into our parameters, in float32.
 
     Raises:
-      InputError: tensors missing, unexpected or of another shape; all of them in one message, under
-        timm's name and ours, with the architecture that the tensors look like.
+      InputError: tensors missing, unexpected, of another shape or not finite; all of them in one
+        message, under timm's name and ours, with the architecture that the tensors look like.
     """
     table = rules(config)
     problems, leaves = [], {}
@@ -188,7 +188,12 @@ def from_timm(config: Config, state: StateDict, name: str = "state dict") -> Par
                 f"{rule.timm} (ours: {ours}) has dtype {array.dtype}, expected a float type"
             )
             continue
-        parts = rule.ours(array.astype(np.float32))
+        with np.errstate(over="ignore"):  # A float64 too large is infinity then, and said to be.
+            array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            problems.append(f"{rule.timm} (ours: {ours}) holds NaN or infinity")
+            continue
+        parts = rule.ours(array)
         leaves |= dict(zip(rule.paths, map(np.ascontiguousarray, parts), strict=True))
     known = {rule.timm for rule in table}
     problems += [f"unexpected {key}" for key in state if key not in known]

@@ -156,6 +156,17 @@ def test_all_problems_are_named_at_once():
         assert problem in message
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(np.float32, np.nan), (np.float16, -np.inf), (np.float64, 1e300)]
+)
+def test_weights_that_are_not_finite_are_refused(dtype, value):
+    state = make_state("plain")
+    state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"].astype(dtype)
+    state["blocks.0.mlp.fc1.weight"][3, 1] = value
+    with pytest.raises(InputError, match=r"blocks\.0\.mlp\.fc1\.weight .*holds NaN or infinity"):
+        from_timm(make_config("plain"), state)
+
+
 @pytest.mark.parametrize("variant", ["plain", "distilled"])
 def test_files_round_trip(tmp_path, variant):
     name = "deit_tiny_distilled_patch16_224" if variant == "distilled" else "deit_tiny_patch16_224"
