@@ -1,4 +1,4 @@
-"""What a state dict looks like, in a few words; for error messages."""
+"""What a state dict looks like, in a few words and as timm's arguments; for error messages."""
 
 import math
 import re
@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+_VIT_BLOCKS = r"blocks\.(\d{1,4})\.(.+)"
+_SWIN_BLOCKS = r"layers\.(\d{1,4})\.blocks\.(\d{1,4})\.(.+)"
 
 _Shapes = Mapping[str, tuple[int, ...]]
 # Places of blocks (by stage, if there are any), with the shapes below them.
@@ -37,6 +40,44 @@ def describe(state: Mapping[str, Any]) -> str:
         return found + (f", all under the prefix {_short(prefix)}" if prefix else "")
     names = ", ".join(_short(name) for name in list(shapes)[:3])
     return f"nothing that we know ({f'first names: {names}' if names else 'no tensors'})"
+
+
+def sizes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's arguments as far as shapes tell them; nothing for what is no dense ViT or Swin.
+
+    A ViT's number of heads leaves no trace; a Swin's image size neither.
+    """
+    shapes = {name: tuple(np.shape(array)) for name, array in state.items()}
+    stages, blocks = _blocks(shapes, _SWIN_BLOCKS), _blocks(shapes, _VIT_BLOCKS)
+    known = stages if _is_transformer(stages) else blocks
+    if not _is_transformer(known) or _is_pruned(known):
+        return {}
+    proj, first = "patch_embed.proj.weight", known[min(known)]
+    patch = _size(shapes, proj, -1, 4)
+    hidden, dim = (_size(first, "mlp.fc1.weight", axis, 2) for axis in (0, 1))
+    classes = (_size(shapes, f"{head}.weight", 0, 2) for head in ("head.fc", "head"))
+    found = {
+        "in_chans": _size(shapes, proj, 1, 4),
+        "patch_size": patch,
+        "embed_dim": _size(shapes, proj, 0, 4),
+        "mlp_ratio": hidden / dim if hidden and dim else None,
+        "num_classes": next((count for count in classes if count is not None), None),
+    }
+    if known is stages:
+        table = "attn.relative_position_bias_table"
+        rows = _size(first, table, 0, 2)
+        heads = {place[0]: _size(block, table, 1, 2) for place, block in sorted(stages.items())}
+        found["window_size"] = None if rows is None else (math.isqrt(rows) + 1) // 2
+        found["depths"] = [int(depth) for depth in _depths(stages).split("-")]
+        found["num_heads"] = None if None in heads.values() else list(heads.values())
+    else:
+        found["depth"] = len(blocks)
+        # The tokens before the patches may have positions or not.
+        positions = _size(shapes, "pos_embed", 1, 3) or 0
+        grids = [math.isqrt(positions - i) for i in range(3) if positions > i]
+        grid = next((g for i, g in enumerate(grids) if g and g**2 == positions - i), None)
+        found["img_size"] = grid * patch if grid and patch else None
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _short(name: str) -> str:
@@ -104,7 +145,7 @@ def _is_pruned(blocks: _Blocks) -> bool:
 
 
 def _swin(shapes: _Shapes) -> str | None:
-    blocks = _blocks(shapes, r"layers\.(\d{1,4})\.blocks\.(\d{1,4})\.(.+)")
+    blocks = _blocks(shapes, _SWIN_BLOCKS)
     if not _is_transformer(blocks):
         return None
     version = " V2" if any("attn.logit_scale" in block for block in blocks.values()) else ""
@@ -143,7 +184,7 @@ def _resnet(shapes: _Shapes) -> str | None:
 
 
 def _vit(shapes: _Shapes) -> str | None:
-    blocks = _blocks(shapes, r"blocks\.(\d{1,4})\.(.+)")
+    blocks = _blocks(shapes, _VIT_BLOCKS)
     if not _is_transformer(blocks):
         return None
     depth = max(place[0] for place in blocks) + 1

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from tapvit_jax.convert import resample, resnet
-from tapvit_jax.convert.identify import describe
+from tapvit_jax.convert.identify import describe, sizes
 from tapvit_jax.convert.rules import Rule, attention, conv, dense, mlp, norm, same
 from tapvit_jax.convert.weights import Weights, read_weights
 from tapvit_jax.errors import InputError
@@ -27,7 +27,7 @@ from tapvit_jax.structs import from_plain
 
 StateDict = Mapping[str, np.ndarray]
 
-_MOST_PROBLEMS = 20
+_MOST_PROBLEMS = 3
 
 
 def rules(config: Config) -> list[Rule]:
@@ -166,8 +166,9 @@ def from_timm(config: Config, state: StateDict, name: str = "state dict") -> Par
     """Turn a timm state dict into our parameters, in float32.
 
     Raises:
-      InputError: tensors missing, unexpected, of another shape or not finite; all of them in one
-        message, under timm's name and ours, with the architecture that the tensors look like.
+      InputError: tensors missing, unexpected, of another shape or not finite; how many and the
+        first of them, under timm's name and ours, what architecture the tensors look like, and
+        timm's arguments for sizes that differ.
     """
     table = rules(config)
     problems, leaves = [], {}
@@ -198,13 +199,30 @@ def from_timm(config: Config, state: StateDict, name: str = "state dict") -> Par
     known = {rule.timm for rule in table}
     problems += [f"unexpected {key}" for key in state if key not in known]
     if problems:
+        expected = {rule.timm: np.broadcast_to(np.float32(0), rule.shape) for rule in table}
+        found, wanted = describe(state), describe(expected)
+        looks = "" if found == wanted else f"looks like {found}, expected {wanted}; "
         more = len(problems) - _MOST_PROBLEMS
         listed = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
         raise InputError(
-            f"{name}: {len(problems)} problems: {'; '.join(listed)}. "
-            f"The tensors look like {describe(state)}"
+            f"{name}: {looks}{len(problems)} problems: {'; '.join(listed)}"
+            f"{_to_type(sizes(state), sizes(expected))}"
         )
     return unflatten(leaves)
+
+
+def _to_type(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """The options under which tensors of other sizes fit, if they are of the same family."""
+    if not (found and expected) or ("depths" in found) != ("depths" in expected):
+        return ""
+    options = {name: value for name, value in found.items() if value != expected.get(name)}
+    # What shapes do not tell, where the preset's value is hardly right.
+    if "embed_dim" in options:
+        options.setdefault("num_heads", "?")
+    if "window_size" in options:
+        options.setdefault("img_size", "?")
+    text = " ".join(f"--set {n}={str(value).replace(' ', '')}" for n, value in options.items())
+    return f"; its sizes are those of {text}" if options else ""
 
 
 def to_timm(config: Config, params: Params) -> dict[str, np.ndarray]:

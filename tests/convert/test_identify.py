@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapvit_jax.convert.identify import describe
+from tapvit_jax.convert.identify import describe, sizes
 
 
 def empty(shape):
@@ -172,6 +172,34 @@ NAMES = st.one_of(
 
 @given(st.dictionaries(NAMES, st.lists(st.integers(0, 50), max_size=5).map(tuple)))
 def test_any_names_and_shapes_are_described_in_one_line(shapes):
-    text = describe({name: empty(shape) for name, shape in shapes.items()})
+    state = {name: empty(shape) for name, shape in shapes.items()}
+    text = describe(state)
     assert text
     assert "\n" not in text
+    assert None not in sizes(state).values()
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("small", {"embed_dim": 12, "patch_size": 4, "depth": 2, "img_size": 8}),
+        ("distilled", {"img_size": 224, "num_classes": 1000, "depth": 12}),
+        ("swin", {"depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}),
+        ("ragged_mlp", None),
+        ("swin_ragged", None),
+        ("resnet50", None),
+        ("unknown", None),
+    ],
+)
+def test_sizes(case, expected):
+    found = sizes({name: empty(shape) for name, shape in CASES[case][0].items()})
+    if expected is None:
+        assert found == {}
+    else:
+        assert {name: found[name] for name in expected} == expected
+        assert (found["in_chans"], found["mlp_ratio"]) == (3, 4.0)
+
+
+def test_positions_of_patches_alone():
+    assert sizes({n: empty(s) for n, s in vit(positions=196).items()})["img_size"] == 224
+    assert "img_size" not in sizes({n: empty(s) for n, s in vit(positions=199).items()})
