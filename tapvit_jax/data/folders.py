@@ -141,7 +141,8 @@ class FolderSource(_FileSource):
     """A folder per class, with or without train and val above them, or a flat folder of images.
 
     The split "val" is the folder "val", "validation" or "test": the first of them that is there.
-    Images in no class beside class folders are left out, and that is said.
+    Images in no class beside class folders are left out, and so are class folders without images;
+    both is said.
 
     Args:
       root: the folder.
@@ -242,12 +243,21 @@ def _scan_folders(
     folders = _folders_in(root)
     parts = _split_folders(root, folders)
     classes = [(c, split) for part, split in parts for c in _folders_in(part)]
-    if classes:
-        _say_unlabelled(part for part, _ in parts)
-    elif not parts:
+    if not parts:
         classes = [(folder, "train") for folder in folders]
+    below = [folder.relative_to(root).as_posix() for folder, _ in classes]
+    # On threads: over a network most of the time is waiting.
+    images = list(threads().map(functools.partial(_images_below, root), below))
+    # No class, as for timm: it would shift the labels of those after it.
+    empty = [name for name, found in zip(below, images, strict=True) if not found]
+    if empty:
+        log.warning(
+            "%s: left out %d folders without images, such as %s", root, len(empty), empty[0]
+        )
+    classes = [c for c, found in zip(classes, images, strict=True) if found]
     if not classes:
         return [(_images_below(root, ""), UNLABELLED, "train")], class_names or ()
+    _say_unlabelled(part for part, _ in parts)
     names = tuple(class_names or _in_timms_order(folder.name for folder, _ in classes))
     unknown = sorted({folder.name for folder, _ in classes} - set(names))
     if unknown:
@@ -256,10 +266,8 @@ def _scan_folders(
             f"{len(names)} classes of the model"
         )
     index = index_classes(names, (folder.name for folder, _ in classes), str(root))
-    below = [folder.relative_to(root).as_posix() for folder, _ in classes]
-    # On threads: over a network most of the time is waiting.
-    images = threads().map(functools.partial(_images_below, root), below)
-    groups = [(found, index[c.name], s) for found, (c, s) in zip(images, classes, strict=True)]
+    kept = filter(None, images)
+    groups = [(found, index[c.name], s) for found, (c, s) in zip(kept, classes, strict=True)]
     return groups, names
 
 

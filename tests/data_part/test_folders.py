@@ -180,6 +180,26 @@ def test_images_in_no_class_are_left_out_and_that_is_said(tmp_path, path, caplog
     assert f"{folder}: left out 1 images in no class, such as {name}" in caplog.text
 
 
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_folders_without_images_are_no_classes(tmp_path, caplog, above):
+    for name in ("a", "c"):
+        save(tmp_path / f"{above}{name}" / "1.png")
+    (tmp_path / f"{above}b" / "deep").mkdir(parents=True)
+    source = FolderSource(tmp_path)
+    assert (source.class_names, source.labels.tolist()) == (("a", "c"), [0, 1])
+    assert caplog.messages == [f"{tmp_path}: left out 1 folders without images, such as {above}b"]
+    assert FolderSource(tmp_path, ("c", "a")).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_images_beside_folders_without_images_are_a_flat_folder(tmp_path, caplog, above):
+    save(tmp_path / f"{above}1.png")
+    (tmp_path / f"{above}a").mkdir()
+    source = FolderSource(tmp_path)
+    assert (source.class_names, source.labels.tolist()) == ((), [-1])
+    assert len(caplog.messages) == 1
+
+
 def test_folders_that_are_refused(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         FolderSource(tmp_path / "nowhere")
