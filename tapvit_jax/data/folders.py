@@ -257,7 +257,7 @@ def _scan_folders(
     classes = [c for c, found in zip(classes, images, strict=True) if found]
     if not classes:
         return [(_images_below(root, ""), UNLABELLED, "train")], class_names or ()
-    _say_unlabelled(part for part, _ in parts)
+    _say_unlabelled([root, *(part for part, _ in parts)])
     names = tuple(class_names or _in_timms_order(folder.name for folder, _ in classes))
     unknown = sorted({folder.name for folder, _ in classes} - set(names))
     if unknown:

@@ -181,6 +181,14 @@ def test_images_in_no_class_are_left_out_and_that_is_said(tmp_path, path, caplog
 
 
 @pytest.mark.parametrize("above", ["", "train/"])
+def test_images_beside_all_classes_or_splits_are_left_out_and_that_is_said(tmp_path, above, caplog):
+    save(tmp_path / f"{above}a" / "1.png")
+    save(tmp_path / "2.png")
+    assert len(FolderSource(tmp_path)) == 1
+    assert caplog.messages == [f"{tmp_path}: left out 1 images in no class, such as 2.png"]
+
+
+@pytest.mark.parametrize("above", ["", "train/"])
 def test_folders_without_images_are_no_classes(tmp_path, caplog, above):
     for name in ("a", "c"):
         save(tmp_path / f"{above}{name}" / "1.png")
