@@ -30,9 +30,13 @@ from tapvit_jax.files import file_hash
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
+# Of other images, which are not read; that they are there is said.
+_OTHER_SUFFIXES = frozenset(
+    {".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".svg", ".tga"}
+)
 # Not compressed: other pixels of the same shape fill as many bytes, so that sizes tell nothing.
-_HASHED_SUFFIXES = (".bmp",)
+_HASHED_SUFFIXES = (".bmp", ".tif", ".tiff")
 # Without class names, labels that are numbers are bounded by nothing else.
 _MOST_CLASSES = 2**16
 
@@ -96,12 +100,12 @@ class _FileSource(ImageSource):
         return decode(lambda: path.open("rb"), f"{path} (image {index})", preprocess)
 
     def fingerprint(self) -> str:
-        """Hash of all relative paths, sizes and labels; of file contents, only BMPs' are read."""
+        """Hash of all relative paths, sizes and labels, and of the contents of BMPs and TIFFs."""
         # content_hash of {"classes": ..., "files": [[path, size, label], ...]}, piece by piece.
         return self._hash_files(f'{{"classes":{_json(self.class_names)},"files":[', self.labels)
 
     def images_fingerprint(self) -> str:
-        """Hash of all relative paths and sizes; of file contents, only BMPs' are read."""
+        """Hash of all relative paths and sizes, and of the contents of BMPs and TIFFs."""
         return self._hash_files('{"files":[')
 
     def _hash_files(self, beginning: str, labels: Int[np.ndarray, "n"] | None = None) -> str:
@@ -171,8 +175,11 @@ class FolderSource(_FileSource):
         self._set(root, groups, names)
 
 
-def _images_below(root: Path, folder: str) -> list[str]:
-    """Paths, relative to `root`, of all images below one of its folders, sorted part by part."""
+def _images_below(root: Path, folder: str, others: list[str]) -> list[str]:
+    """Paths, relative to `root`, of all images below one of its folders, sorted part by part.
+
+    Those of images in formats that are not read are added to `others`.
+    """
     names = []
     try:
         with os.scandir(root / folder) as entries:
@@ -183,15 +190,23 @@ def _images_below(root: Path, folder: str) -> list[str]:
         name = f"{folder}/{entry.name}" if folder else entry.name
         # Neither asks the file system again, except about links.
         if entry.is_dir(follow_symlinks=False):
-            names += _images_below(root, name)
+            names += _images_below(root, name, others)
         # macOS leaves "._photo.jpg" files behind that hold no image.
-        elif not entry.name.startswith(".") and _is_image(entry.name) and entry.is_file():
+        elif entry.name.startswith("."):
+            continue
+        elif _is_image(entry.name) and entry.is_file():
             names.append(name)
+        elif _suffix(entry.name) in _OTHER_SUFFIXES:
+            others.append(name)
     return names
 
 
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path takes longer)
+
+
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _SUFFIXES  # noqa: PTH122 (a Path takes longer)
+    return _suffix(name) in _SUFFIXES
 
 
 def _folders_in(folder: Path) -> list[Path]:
@@ -237,6 +252,12 @@ def _say_unlabelled(parts: Iterable[Path]) -> None:
             log.warning("%s: left out %d images in no class, such as %s", part, len(left), left[0])
 
 
+def _say_others(root: Path, others: Sequence[str]) -> None:
+    if others:
+        kinds = ", ".join(sorted({_suffix(name) for name in others}))
+        log.warning("%s: left out %d files that are not read: %s", root, len(others), kinds)
+
+
 def _scan_folders(
     root: Path, class_names: Sequence[str] | None
 ) -> tuple[list[_Group], Sequence[str]]:
@@ -247,7 +268,8 @@ def _scan_folders(
         classes = [(folder, "train") for folder in folders]
     below = [folder.relative_to(root).as_posix() for folder, _ in classes]
     # On threads: over a network most of the time is waiting.
-    images = list(threads().map(functools.partial(_images_below, root), below))
+    others: list[str] = []
+    images = list(threads().map(lambda folder: _images_below(root, folder, others), below))
     # No class, as for timm: it would shift the labels of those after it.
     empty = [name for name, found in zip(below, images, strict=True) if not found]
     if empty:
@@ -256,7 +278,11 @@ def _scan_folders(
         )
     classes = [c for c, found in zip(classes, images, strict=True) if found]
     if not classes:
-        return [(_images_below(root, ""), UNLABELLED, "train")], class_names or ()
+        others = []
+        flat = _images_below(root, "", others)
+        _say_others(root, others)
+        return [(flat, UNLABELLED, "train")], class_names or ()
+    _say_others(root, others)
     _say_unlabelled([root, *(part for part, _ in parts)])
     names = tuple(class_names or _in_timms_order(folder.name for folder, _ in classes))
     unknown = sorted({folder.name for folder, _ in classes} - set(names))
@@ -354,7 +380,7 @@ class TinyImageNetSource(_FileSource):
             if not folder.is_dir():
                 raise InputError(f"{folder}: no such folder, but wnids.txt names {wnid}")
             below = folder.relative_to(root).as_posix()
-            groups.append((_images_below(root, below), index[wnid], "train"))
+            groups.append((_images_below(root, below, []), index[wnid], "train"))
         annotations, seen = root / "val" / "val_annotations.txt", {}
         for number, line in enumerate(_lines(annotations) if (root / "val").is_dir() else (), 1):
             fields = line.split("\t")

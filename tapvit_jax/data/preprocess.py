@@ -23,7 +23,7 @@ _MODES = {1: "L", 3: "RGB"}
 _MAX_PIXELS = 2**27
 # Pillow goes by the contents, not by the suffix. Naming the decoders keeps a renamed file away from
 # the many others, some of which start other programs.
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 
 # Images are bounded by _MAX_PIXELS below. Pillow's own warning about large ones comes from decoding
 # threads, where a filter set around one call would leak into all others, so it is set once.
@@ -123,6 +123,9 @@ def decode(
                 raise InputError(
                     f"{image.width} x {image.height} pixels, expected at most {_MAX_PIXELS}"
                 )
+            if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
+                # Of any scale, unlike bytes and unsigned 16-bit greys.
+                raise InputError("pixels are floats or 32-bit, expected 8 or 16 bits")
             return preprocess.array(image)
     except FileNotFoundError as error:
         raise InputError(f"{name}: image is missing") from error

@@ -342,7 +342,7 @@ def test_elongated_images_are_refused_before_resizing(tmp_path, monkeypatch):
 
 def test_randomly_damaged_files_load_or_are_reported(tmp_path):
     rng = np.random.default_rng(0)
-    for suffix in ("png", "jpg", "bmp", "webp"):
+    for suffix in ("png", "jpg", "bmp", "webp", "gif", "tif"):
         path = save(tmp_path / suffix / "c" / f"1.{suffix}", size=(20, 20))
         source, whole = FolderSource(path.parent.parent), path.read_bytes()
         for _ in range(50):
@@ -365,9 +365,45 @@ def test_decoding_threads_leave_the_warning_filters_alone(tmp_path):
 def test_other_formats_are_not_opened(tmp_path):
     path = tmp_path / "c" / "1.png"
     path.parent.mkdir()
-    Image.new("RGB", (6, 6)).save(path, format="TIFF")
+    Image.new("RGB", (6, 6)).save(path, format="TGA")
     with pytest.raises(InputError, match="cannot identify"):
         FolderSource(tmp_path).load([0], RGB)
+
+
+def test_the_first_frame_of_gif_and_tiff(tmp_path):
+    frames = [Image.new("RGB", (6, 6), (value, value // 2, 0)) for value in (200, 40)]
+    (tmp_path / "c").mkdir()
+    for name in ("1.gif", "2.TIF", "3.tiff"):
+        frames[0].save(tmp_path / "c" / name, save_all=True, append_images=frames[1:])
+    save(tmp_path / "c" / "4.png", 200)
+    found = FolderSource(tmp_path).load(range(4), RGB)
+    np.testing.assert_array_equal(found, found[[3, 3, 3, 3]])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_tiffs_of_any_scale_are_refused(tmp_path, dtype):
+    Image.fromarray(np.full((6, 6), 100, dtype)).save(tmp_path / "1.tif")
+    with pytest.raises(InputError, match=r"1\.tif .*: pixels are floats or 32-bit"):
+        FolderSource(tmp_path).load([0], RGB)
+
+
+def test_deep_tiffs_are_read_as_deep_pngs_are(tmp_path):
+    image = Image.fromarray(np.arange(36, dtype=np.uint16).reshape(6, 6) * 1800)
+    for name in ("1.png", "2.tif"):
+        image.save(tmp_path / name)
+    found = FolderSource(tmp_path).load([0, 1], RGB)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.ptp(found[0][..., 0]) > 4
+
+
+@pytest.mark.parametrize("above", ["", "a/"])
+def test_images_in_other_formats_are_counted(tmp_path, caplog, above):
+    save(tmp_path / f"{above}1.png")
+    for name in ("2.HEIC", "3.avif", "4.heic", "._5.heic", "notes.txt"):
+        (tmp_path / f"{above}{name}").touch()
+    assert len(FolderSource(tmp_path)) == 1
+    message = f"{tmp_path}: left out 3 files that are not read: .avif, .heic"
+    assert caplog.messages == [message]
 
 
 # Fingerprints
@@ -508,7 +544,7 @@ def test_fingerprint_is_the_hash_of_all_rows(classes):
 
 
 def test_bitmaps_of_one_size_are_told_apart(tmp_path):
-    for suffix in ("bmp", "BMP"):
+    for suffix in ("bmp", "BMP", "tif", "TIFF"):
         path = tmp_path / suffix / "c" / f"1.{suffix}"
         source = FolderSource(save(path, 10).parent.parent)
         size, before = path.stat().st_size, (source.fingerprint(), source.images_fingerprint())
