@@ -6,6 +6,7 @@ import concurrent.futures
 import copy
 import functools
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from tapvit_jax.errors import InputError
 UNLABELLED = -1
 # What the parts of a data set are called, and which of ours each is.
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "val"}
+# Of classes, in a message.
+_MOST_NAMED = 10
 _THREADS = min(16, (os.cpu_count() or 1) + 2)
 # Images that wait for a thread; each takes a kilobyte or two.
 _MOST_WAITING = 1000
@@ -45,16 +48,31 @@ def check_indices(indices: Any, source: "ImageSource") -> Int[np.ndarray, "n"]:
     return array.astype(np.int64)
 
 
+def composed(name: str) -> str:
+    """A name in Unicode's composed form: file systems and archives of macOS decompose accents."""
+    return unicodedata.normalize("NFC", name)
+
+
+def unknown_classes(where: str, unknown: Sequence[str], class_names: Sequence[str]) -> InputError:
+    """What to raise where labels are none of the model's classes; names some of both."""
+    known = ", ".join(class_names[:_MOST_NAMED]) + (", ..." * (len(class_names) > _MOST_NAMED))
+    return InputError(
+        f"{where}: labels out of range: {', '.join(unknown[:_MOST_NAMED])} are not among the "
+        f"{len(class_names)} classes of the model ({known})"
+    )
+
+
 def index_classes(class_names: Sequence[str], used: Iterable[str], where: str) -> dict[str, int]:
-    """Number of each class by its name.
+    """Number of each class by its name in the composed form.
 
     Names that nothing uses may repeat: two classes of ImageNet are called "crane".
 
     Raises:
       InputError: several classes have a name of `used`.
     """
+    class_names = [composed(name) for name in class_names]
     counts = collections.Counter(class_names)
-    repeated = sorted(name for name in set(used) if counts[name] > 1)
+    repeated = sorted(name for name in set(map(composed, used)) if counts[name] > 1)
     if repeated:
         raise InputError(
             f"{where}: several classes of the model are called {', '.join(repeated[:10])}, "
@@ -74,13 +92,11 @@ def align_classes(
     if class_names is None:
         return tuple(names[0] for names in found), np.arange(len(found), dtype=np.int32)
     index = index_classes(class_names, (name for names in found for name in names), where)
-    placed = [next((index[n] for n in names if n in index), None) for names in found]
+    keys = [map(composed, names) for names in found]
+    placed = [next((index[n] for n in names if n in index), None) for names in keys]
     unknown = [names[0] for names, i in zip(found, placed, strict=True) if i is None]
     if unknown:
-        raise InputError(
-            f"{where}: labels out of range: {', '.join(unknown[:10])} are not among the "
-            f"{len(class_names)} classes of the model"
-        )
+        raise unknown_classes(where, unknown, class_names)
     return tuple(class_names), np.array(placed, np.int32)
 
 

@@ -21,8 +21,10 @@ from tapvit_jax.data.base import (
     UNLABELLED,
     ImageSource,
     align_classes,
+    composed,
     index_classes,
     threads,
+    unknown_classes,
 )
 from tapvit_jax.data.preprocess import Preprocess, decode
 from tapvit_jax.errors import InputError
@@ -284,16 +286,14 @@ def _scan_folders(
         return [(flat, UNLABELLED, "train")], class_names or ()
     _say_others(root, others)
     _say_unlabelled([root, *(part for part, _ in parts)])
-    names = tuple(class_names or _in_timms_order(folder.name for folder, _ in classes))
-    unknown = sorted({folder.name for folder, _ in classes} - set(names))
+    labels = [composed(folder.name) for folder, _ in classes]
+    names = tuple(class_names or _in_timms_order(labels))
+    index = index_classes(names, labels, str(root))
+    unknown = sorted(set(labels) - index.keys())
     if unknown:
-        raise InputError(
-            f"{root}: labels out of range: folders {', '.join(unknown[:10])} are not among the "
-            f"{len(names)} classes of the model"
-        )
-    index = index_classes(names, (folder.name for folder, _ in classes), str(root))
-    kept = filter(None, images)
-    groups = [(found, index[c.name], s) for found, (c, s) in zip(kept, classes, strict=True)]
+        raise unknown_classes(str(root), unknown, names)
+    rows = zip(filter(None, images), labels, classes, strict=True)
+    groups = [(found, index[label], split) for found, label, (_, split) in rows]
     return groups, names
 
 
@@ -313,7 +313,7 @@ def _read_labels_file(
     for number, row in lines:
         if len(row) != 2:
             raise InputError(f"{path}: line {number} has {len(row)} fields, expected path,label")
-    labels = [label for _, (_, label) in lines]
+    labels = [composed(label) for _, (_, label) in lines]
     numbers = [_whole_number(label) for label in labels]
     if class_names is None and all(n is not None for n in numbers):
         class_names = [str(i) for i in range(min(max(numbers, default=-1) + 1, _MOST_CLASSES))]
@@ -324,7 +324,7 @@ def _read_labels_file(
     for (number, (name, label)), value in zip(lines, numbers, strict=True):
         where = f"{path}: line {number}"
         # A class may be called "3" without being number 3; names go first.
-        value = index.get(label, UNLABELLED if value is None else value)
+        value = index.get(composed(label), UNLABELLED if value is None else value)
         if not label or label.startswith("-") or not 0 <= value < len(class_names):
             raise InputError(
                 f"{where}: label {label!r} is out of range, "

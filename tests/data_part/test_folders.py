@@ -2,6 +2,7 @@ import collections
 import errno
 import os
 import pickle
+import unicodedata
 import warnings
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tapvit_jax.data import folders, preprocess
-from tapvit_jax.data.base import find_corrupt
+from tapvit_jax.data.base import align_classes, find_corrupt
 from tapvit_jax.data.sources import (
     DigitsSource,
     FolderSource,
@@ -75,8 +76,32 @@ def test_load_keeps_the_order_of_many_images(tmp_path):
 def test_folders_follow_the_models_classes(classes):
     source = FolderSource(classes, ("cat", "dog", "bee", "ant"))
     assert source.labels.tolist() == [3, 2, 2, 0, 0]
-    with pytest.raises(InputError, match="labels out of range: folders ant, bee are not among"):
+    with pytest.raises(
+        InputError, match=r"labels out of range: ant, bee are .* model \(cat, dog\)"
+    ):
         FolderSource(classes, ("cat", "dog"))
+    with pytest.raises(InputError, match=r"the 11 classes of the model \(0, 1, .*, 9, \.\.\.\)"):
+        FolderSource(classes, tuple(map(str, range(11))))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_are_the_same_in_either_form_of_unicode(tmp_path, form):
+    """File systems and archives of macOS decompose accents."""
+    names = ("dog", "élan")
+    save(tmp_path / "train" / unicodedata.normalize("NFD", "élan") / "1.png")
+    save(tmp_path / "val" / "élan" / "2.png")
+    save(tmp_path / "val" / "dog" / "3.png")
+    given = tuple(unicodedata.normalize(form, name) for name in names)
+    source = FolderSource(tmp_path, given)
+    assert (source.class_names, source.labels.tolist()) == (given, [1, 0, 1])
+    assert FolderSource(tmp_path).class_names == names
+    text = unicodedata.normalize("NFD", "val/dog/3.png,élan\n")
+    (tmp_path / "labels.csv").write_text(text)
+    assert FolderSource(tmp_path, given, tmp_path / "labels.csv").labels.tolist() == [1]
+    with pytest.raises(InputError, match="several classes of the model"):
+        FolderSource(tmp_path, (*given, unicodedata.normalize("NFD", "élan")))
+    _, order = align_classes([(unicodedata.normalize("NFD", "élan"),)], given, "")
+    assert order.tolist() == [1]
 
 
 def test_classes_are_in_timms_order(tmp_path):
