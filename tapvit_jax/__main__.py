@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tapvit_jax.commands import deploy, devices, models, prune
+from tapvit_jax.data.preprocess import ImageError
 from tapvit_jax.distributed import process_count
 from tapvit_jax.errors import InputError
 from tapvit_jax.runtime import run_program, set_up_jax
@@ -45,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"tapvit runs in one process, found {process_count()}: set TAPVIT_DISTRIBUTED=0, or "
             "use experiments.run and experiments.sweep, which share the work"
         )
-    args.function(args)
+    try:
+        args.function(args)
+    except ImageError as error:
+        if getattr(args, "skip_corrupt", True):
+            raise
+        raise InputError(f"{error} (--skip-corrupt leaves such images out)") from error
 
 
 def run() -> int:

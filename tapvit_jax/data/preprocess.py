@@ -8,7 +8,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.structs import check_fields
@@ -28,6 +28,10 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 # Images are bounded by _MAX_PIXELS below. Pillow's own warning about large ones comes from decoding
 # threads, where a filter set around one call would leak into all others, so it is set once.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(InputError):
+    """An image is missing, damaged or absurdly large; the others may be used without it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +120,11 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 def decode(
     read: Callable[[], BinaryIO], name: str, preprocess: Preprocess
 ) -> Float[np.ndarray, "s s c"]:
-    """Decode and prepare one encoded image; whatever goes wrong is an InputError that names it."""
+    """Decode and prepare one encoded image.
+
+    Raises:
+      ImageError: whatever goes wrong; names the image.
+    """
     try:
         with read() as stream, Image.open(stream, formats=_FORMATS) as image:
             if image.width * image.height > _MAX_PIXELS:
@@ -128,11 +136,16 @@ def decode(
                 raise InputError("pixels are floats or 32-bit, expected 8 or 16 bits")
             return preprocess.array(image)
     except FileNotFoundError as error:
-        raise InputError(f"{name}: image is missing") from error
+        raise ImageError(f"{name}: image is missing") from error
     except InputError as error:
-        raise InputError(f"{name}: {error}") from error
+        raise ImageError(f"{name}: {error}") from error
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        # Pillow's own text ends in the stream's address.
+        raise ImageError(
+            f"{name}: image is corrupt or in another format than {', '.join(_FORMATS)}"
+        ) from error
     except Exception as error:
         # Damaged files make Pillow's decoders raise nearly anything.
-        raise InputError(f"{name}: image is corrupt or in another format ({error})") from error
+        raise ImageError(f"{name}: image is corrupt ({error})") from error

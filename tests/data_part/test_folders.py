@@ -332,6 +332,8 @@ def test_damaged_and_missing_images(classes):
     assert [i for i, _ in bad] == [0, 1, 3, 4]
     assert bad[1][1] == f"{classes / 'bee' / '1.png'} (image 1): image is missing"
     assert "truncated" in bad[0][1].lower()
+    expected = "image is corrupt or in another format than JPEG, PNG, BMP, WEBP, GIF, TIFF"
+    assert bad[2][1] == f"{classes / 'cat' / 'x.bmp'} (image 3): {expected}"
     for i, message in bad:
         assert source.describe(i) in message
         with pytest.raises(InputError) as caught:
@@ -391,7 +393,7 @@ def test_other_formats_are_not_opened(tmp_path):
     path = tmp_path / "c" / "1.png"
     path.parent.mkdir()
     Image.new("RGB", (6, 6)).save(path, format="TGA")
-    with pytest.raises(InputError, match="cannot identify"):
+    with pytest.raises(InputError, match="corrupt or in another format than JPEG,"):
         FolderSource(tmp_path).load([0], RGB)
 
 
