@@ -362,6 +362,13 @@ def test_no_images_are_refused_before_any_work(work, tmp_path, option):
              tmp_path / "small")  # fmt: skip
 
 
+def test_the_dense_model_is_not_replaced_by_the_pruned_one(work, tmp_path):
+    (tmp_path / "link").symlink_to(work / "dense")
+    for out in (work / "dense", tmp_path / "link", work / "pool" / ".." / "dense"):
+        with pytest.raises(tap.InputError, match="is the dense model, which would be lost"):
+            prune(work, out, "--payload", work / "device.gmm", pool="nowhere")
+
+
 def test_a_selection_of_another_pool_is_refused(work, tmp_path):
     call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
          "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip

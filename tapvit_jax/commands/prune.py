@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,11 @@ def register(command: Command) -> None:
 def prune(args: argparse.Namespace) -> None:
     """Choose images for a device, score, plan, recover, fine-tune and reshape its model."""
     check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
+    # With weights, --model is a preset's name.
+    if args.weights is None and os.path.realpath(args.out) == os.path.realpath(args.model):
+        raise InputError(
+            f"--out {args.out} is the dense model, which would be lost: choose another directory"
+        )
     _check_choice(args)
     if args.prior is None:
         args.prior = "metric" if args.payload is None else "mixture"
