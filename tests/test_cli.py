@@ -139,14 +139,25 @@ def test_labels_of_other_classes_are_not_used_and_that_is_said(work, tmp_path, c
     head = {"kernel": np.zeros((16, 4), np.float32), "bias": np.zeros(4, np.float32)}
     config = dataclasses.replace(dense.config, num_classes=4)
     other = dense.replace(config=config, params=dense.params | {"head": head}, class_names=())
-    tap.save(other, tmp_path / "other")
-    call("prune", "--model", tmp_path / "other", "--pool", work / "pool", "--payload",
-         work / "device.gmm", "--extractor", work / "extractor", "--budget", "macs=0.5",
-         "--count", "32", "--method", "magnitude_l2", "--recover", "none", "--recover-epochs",
-         "0", "--out", tmp_path / "small")  # fmt: skip
-    printed = capsys.readouterr()
-    assert "pool are not used: it has 3 classes, the model 4 without names" in printed.err
-    assert "agreement with the dense model" in printed.out
+    cases = {
+        "it has 3 classes, the model 4 without names": other,
+        "folders 2 are not among the 3 classes": dense.replace(class_names=("0", "1", "yak")),
+    }
+    for message, model in cases.items():
+        tap.save(model, tmp_path / "other")
+        call("prune", "--model", tmp_path / "other", "--pool", work / "pool", "--payload",
+             work / "device.gmm", "--extractor", work / "extractor", "--budget", "macs=0.5",
+             "--count", "32", "--method", "magnitude_l2", "--recover", "none", "--recover-epochs",
+             "0", "--out", tmp_path / "small")  # fmt: skip
+        printed = capsys.readouterr()
+        assert f"the labels of {work / 'pool'} are not used: " in printed.err
+        assert message in printed.err
+        assert "agreement with the dense model" in printed.out
+        call("export", tmp_path / "other", "--format", "onnx", "--images", work / "private",
+             "--out", tmp_path / "other.onnx")  # fmt: skip
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert "top-1" not in printed.out and "same class on" in printed.out
 
 
 def test_published_method_without_any_recovery(work, tmp_path, capsys):

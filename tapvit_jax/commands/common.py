@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from tapvit_jax.convert.timm import load_timm
-from tapvit_jax.data.base import ImageSource, find_corrupt
+from tapvit_jax.data.base import UNLABELLED, ImageSource, find_corrupt
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
@@ -35,25 +35,23 @@ class Images:
 
 
 def open_images(
-    spec: str,
+    source: ImageSource,
     preprocess: Preprocess,
     *,
-    class_names: Sequence[str] | None = None,
     split: str | None = None,
     skip_corrupt: bool = False,
 ) -> Images:
-    """Open a source; with `skip_corrupt`, leave out and name the images that cannot be read.
+    """The images to use; with `skip_corrupt`, leave out and name those that cannot be read.
 
     Raises:
-      InputError: nothing there, no image left, or a split that the source does not have.
+      InputError: no image left, or a split that the source does not have.
     """
-    source = open_source(spec, class_names)
     indices = np.arange(len(source))
     if split is not None:
         indices = indices[source.splits == split]
         if len(indices) == 0:
             known = ", ".join(sorted(set(source.splits)))
-            raise InputError(f"{spec}: has no split {split!r}, found {known}")
+            raise InputError(f"{source.name}: has no split {split!r}, found {known}")
     if skip_corrupt:
         bad = find_corrupt(source, indices, preprocess)
         for _, message in bad[:10]:
@@ -62,7 +60,7 @@ def open_images(
             print(f"skipped {len(bad)} of {len(indices)} images", file=sys.stderr)
         indices = np.setdiff1d(indices, [index for index, _ in bad])
         if len(indices) == 0:
-            raise InputError(f"{spec}: no image can be read")
+            raise InputError(f"{source.name}: no image can be read")
     return Images(source, indices)
 
 
@@ -162,6 +160,28 @@ def labels_fit(model: Model, source: ImageSource) -> bool:
     if model.class_names:
         return True
     return len(source.class_names) == model.config.num_classes
+
+
+def open_labelled(spec: str, model: Model) -> ImageSource:
+    """Open a source; labels that are not the model's classes are dropped, and that is said.
+
+    Raises:
+      InputError: nothing there, or not in a known layout.
+    """
+    try:
+        source = open_source(spec, model.class_names or None)
+        why = (
+            f"it has {len(source.class_names)} classes, the model {model.config.num_classes} "
+            "without names (convert --classes names them)"
+        )
+        if labels_fit(model, source):
+            return source
+    except InputError as error:
+        # Whatever else is wrong with it is so without names too.
+        source, why = open_source(spec), str(error)
+    if (source.labels >= 0).any():
+        print(f"the labels of {spec} are not used: {why}", file=sys.stderr)
+    return source.with_labels(np.full(len(source), UNLABELLED, np.int32))
 
 
 def hold_out(indices: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,18 +4,15 @@ import argparse
 import os
 from typing import get_args
 
-import numpy as np
-
 from tapvit_jax.commands.common import (
     Command,
     add_image_options,
     add_model_options,
-    labels_fit,
     open_images,
+    open_labelled,
     open_model,
     seed,
 )
-from tapvit_jax.data.base import UNLABELLED
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.errors import InputError
 from tapvit_jax.export.check import BATCH_SIZES, Precision
@@ -74,16 +71,8 @@ def export(args: argparse.Namespace) -> None:
     if args.images is None:
         raise InputError(f"--format {args.format} is checked on real images: give --images")
     preprocess = preprocess_of(model)
-    images = open_images(
-        args.images,
-        preprocess,
-        class_names=model.class_names or None,
-        split=args.split,
-        skip_corrupt=args.skip_corrupt,
-    )
-    source = images.source
-    if not labels_fit(model, source):
-        source = source.with_labels(np.full(len(source), UNLABELLED, np.int32))
+    source = open_labelled(args.images, model)
+    images = open_images(source, preprocess, split=args.split, skip_corrupt=args.skip_corrupt)
     checked = source.load(images.indices[: max(BATCH_SIZES)], preprocess)
     if args.format == "timm":
         export_timm(model, args.out, images=checked)

@@ -20,6 +20,7 @@ from tapvit_jax.commands.common import (
     seed,
 )
 from tapvit_jax.data.base import ImageSource
+from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import check_directory, write_json
 from tapvit_jax.models import convnet
@@ -135,7 +136,9 @@ def build(args: argparse.Namespace) -> None:
     check_directory(args.out, (extractors.SPEC_FILE, extractors.PARAMS_FILE))
     model = open_model(args)
     preprocess = preprocess_of(model)
-    pool = open_images(args.pool, preprocess, split=args.split, skip_corrupt=args.skip_corrupt)
+    pool = open_images(
+        open_source(args.pool), preprocess, split=args.split, skip_corrupt=args.skip_corrupt
+    )
     options = ExtractorConfig(kind=args.kind, dim=args.dim, depth=args.depth)
     network = params = None
     progress = Progress(max(args.epochs, 1) + 1)
@@ -172,7 +175,10 @@ def device_fit(args: argparse.Namespace) -> None:
     """Fit the device's mixture on its private images and write the payload."""
     extractor = Extractor.load(args.extractor)
     images = open_images(
-        args.images, extractor.preprocess, split=args.split, skip_corrupt=args.skip_corrupt
+        open_source(args.images),
+        extractor.preprocess,
+        split=args.split,
+        skip_corrupt=args.skip_corrupt,
     )
     config = GmmConfig(
         components=_parse_range(args.components),
@@ -203,7 +209,10 @@ def choose(args: argparse.Namespace) -> None:
     extractor = Extractor.load(args.extractor)
     gmms = [load_payload(path, extractor) for path in args.payload]
     pool = open_images(
-        args.pool, extractor.preprocess, split=args.split, skip_corrupt=args.skip_corrupt
+        open_source(args.pool),
+        extractor.preprocess,
+        split=args.split,
+        skip_corrupt=args.skip_corrupt,
     )
     progress = Progress(1.0)
     with progress.step("features and selection", 1) as step:

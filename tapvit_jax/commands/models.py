@@ -16,6 +16,7 @@ from tapvit_jax.commands.common import (
     print_costs,
 )
 from tapvit_jax.commands.devices import read_selection
+from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import store
 from tapvit_jax.models.backbone import TransformerConfig
@@ -54,9 +55,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Top-1 of a model on labelled images."""
     model = open_model(args)
     images = open_images(
-        args.images,
+        open_source(args.images, model.class_names or None),
         preprocess_of(model),
-        class_names=model.class_names or None,
         split=args.split,
         skip_corrupt=args.skip_corrupt,
     )

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -18,8 +17,8 @@ from tapvit_jax.commands.common import (
     add_image_options,
     add_model_options,
     hold_out,
-    labels_fit,
     open_images,
+    open_labelled,
     open_model,
     print_costs,
 )
@@ -33,6 +32,7 @@ from tapvit_jax.commands.devices import (
     select_images,
 )
 from tapvit_jax.data.base import ImageSource
+from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.export.latency import compare_latency
 from tapvit_jax.files import check_directory
@@ -139,13 +139,8 @@ def prune(args: argparse.Namespace) -> None:
     latency = None if args.latency_table is None else LatencyModel.load(args.latency_table)
     # Before any work: what cannot be met is refused now.
     check_budget(model, budget, config.allocate, latency)
-    pool = open_images(
-        args.pool,
-        preprocess,
-        class_names=None if args.label_free else model.class_names or None,
-        split=args.split,
-        skip_corrupt=args.skip_corrupt,
-    )
+    opened = open_source(args.pool) if args.label_free else open_labelled(args.pool, model)
+    pool = open_images(opened, preprocess, split=args.split, skip_corrupt=args.skip_corrupt)
     progress = Progress(6.0 + args.recover_epochs)
     with progress.step("select", 1) as step:
         if args.payload is None:
@@ -154,13 +149,6 @@ def prune(args: argparse.Namespace) -> None:
             metric, finetune, device = _select(args, model, pool, step.advance)
     source = pool.source
     labelled = not args.label_free and bool((source.labels[finetune] >= 0).all())
-    if labelled and not labels_fit(model, source):
-        labelled = False
-        print(
-            f"the labels of {args.pool} are not used: it has {len(source.class_names)} classes, "
-            f"the model {model.config.num_classes} without names (convert --classes names them)",
-            file=sys.stderr,
-        )
     if CRITERIA[args.method].needs_labels and not labelled:
         why = "--label-free is given" if args.label_free else f"{args.pool} has none that fit"
         raise InputError(f"--method {args.method} needs the labels of the pool, but {why}")
