@@ -96,9 +96,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        # Not even a device: root could replace /dev/null by a file.
-        raise InputError(f"{path}: is a folder or a device, expected a file or nothing")
+    _check_replaceable_file(path, target)
     partial = _partial_name(path, target, directory=False)
     try:
         with _disk_errors_name(path, partial):
@@ -151,22 +149,53 @@ def _rename(path: Path, source: Path, target: Path) -> None:
         raise _cannot_write(path, f"renaming to it failed: {error.strerror}") from error
 
 
+def check_file(path: str | os.PathLike) -> None:
+    """Refuse a path at which `atomic_file` could not put a file.
+
+    For programs that work long before they write.
+
+    Raises:
+      InputError: `path` is no regular file, or its folder cannot be made or written to.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    _check_replaceable_file(path, target)
+    _check_writable(path, target)
+
+
+def _check_replaceable_file(path: Path, target: Path) -> None:
+    if target.exists() and not target.is_file():
+        # Not even a device: root could replace /dev/null by a file.
+        raise InputError(f"{path}: is a folder or a device, expected a file or nothing")
+
+
 def check_directory(path: str | os.PathLike, names: Iterable[str]) -> None:
     """Refuse a path at which `atomic_directory` could not put a folder of these entries.
 
     For programs that work long before they write.
 
     Raises:
-      InputError: `path` is a file, lies below one, or holds anything else.
+      InputError: `path` is a file or holds anything else, or its parent cannot be made or written
+        to.
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
+    if target.exists():
+        _check_replaceable_directory(path, target, names)
+    _check_writable(path, target)
+
+
+def _check_writable(path: Path, target: Path) -> None:
     # Nothing is above the root.
     above = next((folder for folder in target.parents if folder.exists()), target)
     if not above.is_dir():
-        raise InputError(f"{path}: lies below a file, expected a folder there")
-    if not target.exists():
-        return
+        raise WriteError(f"{path}: lies below a file, expected a folder there")
+    # Only trying tells: permissions say little to root, and nothing of mounted buckets.
+    probe = _partial_name(path, above / target.name, directory=True)
+    probe.rmdir()
+
+
+def _check_replaceable_directory(path: Path, target: Path, names: Iterable[str]) -> None:
     if not target.is_dir():
         raise InputError(f"{path}: is a file, expected a folder or nothing")
     lost = sorted({entry.name for entry in target.iterdir()} - set(names))
@@ -177,7 +206,7 @@ def check_directory(path: str | os.PathLike, names: Iterable[str]) -> None:
 
 
 def _replace_directory(path: Path, target: Path, partial: Path) -> None:
-    check_directory(path, (entry.name for entry in partial.iterdir()))
+    _check_replaceable_directory(path, target, (entry.name for entry in partial.iterdir()))
     old = partial.with_suffix(".old")
     # A mount point, for one, cannot be moved.
     _rename(path, target, old)

@@ -380,6 +380,37 @@ def test_the_dense_model_is_not_replaced_by_the_pruned_one(work, tmp_path):
             prune(work, out, "--payload", work / "device.gmm", pool="nowhere")
 
 
+def test_outputs_and_options_are_checked_before_any_work(tmp_path):
+    # Nothing of what these read exists.
+    prune = ["prune", "--model", "no", "--payload", "no", "--pool", "no", "--budget", "macs=0.5"]
+    bench = ["bench-latency", "--model", "no"]
+    build = ["extractor", "--model", "no", "--pool", "no"]
+    commands = [
+        prune,
+        build,
+        ["convert", "--preset", "no", "--weights", "no"],
+        ["device-fit", "--extractor", "no", "--images", "no"],
+        ["select", "--extractor", "no", "--payload", "no", "--pool", "no"],
+        ["export", "no", "--format", "onnx", "--images", "no"],
+        ["export", "no", "--format", "timm", "--images", "no"],
+        [*bench, "--fit", "3"],
+    ]
+    for command in commands:
+        with pytest.raises(tap.InputError, match="/proc/x: cannot be written: "):
+            call(*command, "--out", "/proc/x")
+    cases = {
+        "epochs is -1": [*prune, "--recover-epochs", "-1"],
+        "learning_rate is -1": [*prune, "--learning-rate", "-1"],
+        "epochs is -2": [*build, "--epochs", "-2"],
+        "dim is 0": [*build, "--dim", "0"],
+        "--repeats is 0": [*bench, "--repeats", "0"],
+        "--batch is 0": [*bench, "--batch", "4", "--batch", "0"],
+    }
+    for message, command in cases.items():
+        with pytest.raises(tap.InputError, match=message):
+            call(*command, "--out", tmp_path / "out")
+
+
 def test_a_selection_of_another_pool_is_refused(work, tmp_path):
     call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
          "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip

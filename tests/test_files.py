@@ -5,6 +5,7 @@ import os
 import resource
 import stat
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tapvit_jax.files import (
     atomic_directory,
     atomic_file,
     check_directory,
+    check_file,
     content_hash,
     file_hash,
     file_lock,
@@ -192,6 +194,30 @@ def test_parents_that_cannot_be_made_or_written_are_refused(atomic):
     for path in ("/proc/nothing/x", "/proc/x"):
         with pytest.raises(InputError, match=f"{path}: cannot be written: "), atomic(path):
             pytest.fail("the body ran")
+
+
+def check_folder(path):
+    check_directory(path, ["model.json"])
+
+
+@pytest.mark.parametrize("check", [check_file, check_folder])
+def test_what_could_not_be_written_is_said_before_any_work(tmp_path, check):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(InputError, match="x: lies below a file"):
+        check(tmp_path / "file" / "x")
+    # Not even root makes anything in /proc.
+    for path in ("/proc/nothing/x", "/proc/x"):
+        with pytest.raises(InputError, match=f"{path}: cannot be written: "):
+            check(path)
+    check(tmp_path / "new" / "folder" / "x")
+    assert below(tmp_path) == {"file": b"here"}
+
+
+def test_files_are_not_checked_for_where_folders_stand(tmp_path):
+    with pytest.raises(InputError, match="is a folder or a device, expected a file"):
+        check_file(tmp_path)
+    with pytest.raises(InputError, match="is a file, expected a folder"):
+        check_folder(Path(__file__))
 
 
 def test_the_wrong_kind_of_thing_in_place_is_refused(tmp_path):

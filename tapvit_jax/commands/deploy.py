@@ -15,11 +15,12 @@ from tapvit_jax.commands.common import (
 )
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.errors import InputError
-from tapvit_jax.export.check import BATCH_SIZES, Precision
+from tapvit_jax.export import timm
+from tapvit_jax.export.check import BATCH_SIZES, Precision, spec_path
 from tapvit_jax.export.latency import compare_latency, measure_latency_model
 from tapvit_jax.export.onnx import export_onnx
 from tapvit_jax.export.stablehlo import export_stablehlo
-from tapvit_jax.export.timm import export_timm
+from tapvit_jax.files import check_directory, check_file
 from tapvit_jax.models import store
 from tapvit_jax.models.backbone import check_prunable
 from tapvit_jax.models.registry import preprocess_of
@@ -65,6 +66,11 @@ def register(command: Command) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write a model as ONNX, StableHLO or for timm, checked on images before it gets its name."""
+    if args.format == "timm":
+        check_directory(args.out, (timm.CONFIG_FILE, timm.WEIGHTS_FILE))
+    else:
+        check_file(args.out)
+        check_file(spec_path(args.out))
     model = store.load(args.model)
     if args.format == "timm" and args.precision != "float32":
         raise InputError(f"--precision {args.precision} is for onnx and stablehlo")
@@ -75,7 +81,7 @@ def export(args: argparse.Namespace) -> None:
     images = open_images(source, preprocess, split=args.split, skip_corrupt=args.skip_corrupt)
     checked = source.load(images.indices[: max(BATCH_SIZES)], preprocess)
     if args.format == "timm":
-        export_timm(model, args.out, images=checked)
+        timm.export_timm(model, args.out, images=checked)
         print(f"{args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
         return
     write = export_onnx if args.format == "onnx" else export_stablehlo
@@ -95,15 +101,20 @@ def bench_latency(args: argparse.Namespace) -> None:
         raise InputError("--fit needs --out")
     if not 1 <= args.threads <= _MOST_THREADS:
         raise InputError(f"--threads is {args.threads}, expected 1 to {_MOST_THREADS}")
+    sizes = args.batch or [1, 8]
+    for name, value in {"batch": min(sizes), "repeats": args.repeats}.items():
+        if value < 1:
+            raise InputError(f"--{name} is {value}, expected 1 or more")
     if args.round_to < 1:
         raise InputError(f"--round-to is {args.round_to}, expected 1 or more")
     if args.fit and args.fit < 3:
         raise InputError(f"--fit is {args.fit}, expected 3 or more random prunings")
+    if args.fit:
+        check_file(args.out)
     dense = open_model(args)
     if args.fit:
         check_prunable(dense.config)
     models = {args.model: dense} | {path: store.load(path) for path in args.pruned}
-    sizes = args.batch or [1, 8]
     for size in sizes:
         found = compare_latency(models, batch_size=size, threads=args.threads, repeats=args.repeats)
         first = found[args.model].median

@@ -22,7 +22,7 @@ from tapvit_jax.commands.common import (
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import check_directory, write_json
+from tapvit_jax.files import check_directory, check_file, write_json
 from tapvit_jax.models import convnet
 from tapvit_jax.models.registry import preprocess_of
 from tapvit_jax.models.store import read_spec
@@ -134,12 +134,13 @@ def fill_in_choice(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """Build the feature extractor that devices run: fit it on the public pool."""
     check_directory(args.out, (extractors.SPEC_FILE, extractors.PARAMS_FILE))
+    options = ExtractorConfig(kind=args.kind, dim=args.dim, depth=args.depth)
+    recipe = TrainConfig(epochs=args.epochs)
     model = open_model(args)
     preprocess = preprocess_of(model)
     pool = open_images(
         open_source(args.pool), preprocess, split=args.split, skip_corrupt=args.skip_corrupt
     )
-    options = ExtractorConfig(kind=args.kind, dim=args.dim, depth=args.depth)
     network = params = None
     progress = Progress(max(args.epochs, 1) + 1)
     if args.kind == "embedding":
@@ -150,7 +151,7 @@ def build(args: argparse.Namespace) -> None:
                 network,
                 convnet.init(network, jax.random.key(args.seed)),
                 TrainData(pool.source, preprocess, training, validation),
-                TrainConfig(epochs=args.epochs),
+                recipe,
                 seed=args.seed,
                 forward=convnet.apply,
                 on_epoch=lambda *_: step.advance(1.0 / args.epochs),
@@ -173,19 +174,20 @@ def build(args: argparse.Namespace) -> None:
 
 def device_fit(args: argparse.Namespace) -> None:
     """Fit the device's mixture on its private images and write the payload."""
-    extractor = Extractor.load(args.extractor)
-    images = open_images(
-        open_source(args.images),
-        extractor.preprocess,
-        split=args.split,
-        skip_corrupt=args.skip_corrupt,
-    )
+    check_file(args.out)
     config = GmmConfig(
         components=_parse_range(args.components),
         covariance_type=args.covariance,
         variance_floor=args.variance_floor,
         min_members=args.min_members,
         seed=args.seed,
+    )
+    extractor = Extractor.load(args.extractor)
+    images = open_images(
+        open_source(args.images),
+        extractor.preprocess,
+        split=args.split,
+        skip_corrupt=args.skip_corrupt,
     )
     progress = Progress(len(images.indices) * 1.1)
     with progress.step("features", len(images.indices)) as step:
@@ -206,6 +208,7 @@ def device_fit(args: argparse.Namespace) -> None:
 def choose(args: argparse.Namespace) -> None:
     """Choose every device's metric dataset and fine-tuning set from the public pool."""
     fill_in_choice(args)
+    check_file(args.out)
     extractor = Extractor.load(args.extractor)
     gmms = [load_payload(path, extractor) for path in args.payload]
     pool = open_images(

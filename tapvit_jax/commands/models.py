@@ -18,6 +18,7 @@ from tapvit_jax.commands.common import (
 from tapvit_jax.commands.devices import read_selection
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
+from tapvit_jax.files import check_directory
 from tapvit_jax.models import store
 from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.models.registry import preprocess_of
@@ -46,6 +47,7 @@ def register(command: Command) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Turn a timm checkpoint into a model directory."""
+    check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
     model = load_preset(args.preset, args)
     store.save(model, args.out)
     print_costs({"model": cost(model.config)})

@@ -130,6 +130,7 @@ def prune(args: argparse.Namespace) -> None:
             f"--out {args.out} is the dense model, which would be lost: choose another directory"
         )
     _check_choice(args)
+    recipe = TrainConfig(epochs=args.recover_epochs, learning_rate=args.learning_rate)
     if args.prior is None:
         args.prior = "metric" if args.payload is None else "mixture"
     model = open_model(args)
@@ -189,9 +190,8 @@ def prune(args: argparse.Namespace) -> None:
     with progress.step("fine-tune", args.recover_epochs + 1) as step:
         # A model that has the prior since it was last pruned teaches it; labels would not.
         by_labels = labelled and not model.prior
-        recipe = TrainConfig(
-            epochs=args.recover_epochs,
-            learning_rate=args.learning_rate,
+        recipe = dataclasses.replace(
+            recipe,
             distill=0.5 if by_labels else 1.0,
             choose="labels" if by_labels else "teacher",
         )
