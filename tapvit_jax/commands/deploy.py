@@ -1,6 +1,7 @@
 """export, bench-latency: from a model directory to what a device runs."""
 
 import argparse
+import functools
 import os
 from typing import get_args
 
@@ -18,7 +19,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.export import timm
 from tapvit_jax.export.check import BATCH_SIZES, Precision, spec_path
 from tapvit_jax.export.latency import compare_latency, measure_latency_model
-from tapvit_jax.export.onnx import export_onnx
+from tapvit_jax.export.onnx import OPSET, OPSETS, export_onnx
 from tapvit_jax.export.stablehlo import export_stablehlo
 from tapvit_jax.files import check_directory, check_file
 from tapvit_jax.models import store
@@ -36,6 +37,12 @@ def register(command: Command) -> None:
     c.add_argument("model", help="a model's directory")
     c.add_argument("--format", choices=("onnx", "stablehlo", "timm"), required=True)
     c.add_argument("--precision", choices=get_args(Precision), default="float32")
+    c.add_argument(
+        "--opset",
+        type=int,
+        choices=OPSETS,
+        help=f"of ONNX: {OPSET}, the lowest, runs in the oldest runtimes and is the default",
+    )
     c.add_argument(
         "--images",
         metavar="IMAGES",
@@ -74,6 +81,8 @@ def export(args: argparse.Namespace) -> None:
     model = store.load(args.model)
     if args.format == "timm" and args.precision != "float32":
         raise InputError(f"--precision {args.precision} is for onnx and stablehlo")
+    if args.opset is not None and args.format != "onnx":
+        raise InputError(f"--opset is for onnx, --format is {args.format}")
     if args.images is None:
         raise InputError(f"--format {args.format} is checked on real images: give --images")
     preprocess = preprocess_of(model)
@@ -84,7 +93,9 @@ def export(args: argparse.Namespace) -> None:
         timm.export_timm(model, args.out, images=checked)
         print(f"{args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
         return
-    write = export_onnx if args.format == "onnx" else export_stablehlo
+    write = export_stablehlo
+    if args.format == "onnx":
+        write = functools.partial(export_onnx, opset=args.opset or OPSET)
     report = write(
         model,
         args.out,

@@ -18,7 +18,9 @@ from tapvit_jax.export.runtime import INPUT, OUTPUT, OnnxModel
 from tapvit_jax.models.registry import Model
 from tapvit_jax.structs import to_plain
 
-OPSET = 23
+OPSETS = range(20, 24)
+"""What files may ask of the runtime: Gelu came with 20, and jax2onnx writes 23 at most."""
+OPSET = OPSETS[0]
 _HALVED = ("Conv", "Gemm", "MatMul")
 # A protobuf message holds two GiB at most; some room for the graph.
 _MOST_BYTES = 2**31 - 2**26
@@ -32,6 +34,7 @@ def export_onnx(
     precision: Precision = "float32",
     batches: Batches | None = None,
     tolerance: float | None = None,
+    opset: int = OPSET,
 ) -> Report:
     """Write a model as ONNX with a symbolic batch, and PATH.json beside it.
 
@@ -47,34 +50,40 @@ def export_onnx(
       batches: makes batches of "image", "label" and "mask" to measure accuracy on.
       tolerance: largest difference of logits relative to their scale; by default 1e-4 in float32,
         2e-2 in float16, and anything finite in int8.
+      opset: version of the operators, 20 to 23: older runtimes know lower ones, and the nodes are
+        the same in all of them.
 
     Raises:
-      InputError: a failed check, a model too large for one file, or a path that cannot be written;
-        nothing is left behind.
+      InputError: another opset, a failed check, a model too large for one file, or a path that
+        cannot be written; nothing is left behind.
 
     Source: jax2onnx and ONNX Runtime's quantiser; float16 and the checks are ours.
     """
+    if opset not in OPSETS:
+        raise InputError(f"opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]}")
     return write_artefact(
         model,
         Path(path),
         kind="onnx",
-        write=lambda partial: write_onnx(model, partial, precision),
+        write=lambda partial: write_onnx(model, partial, precision, opset),
         load=OnnxModel,
         images=images,
         precision=precision,
         batches=batches,
         tolerance=tolerance,
-        opset=OPSET,
+        opset=opset,
     )
 
 
-def write_onnx(model: Model, path: Path, precision: Precision = "float32") -> None:
+def write_onnx(
+    model: Model, path: Path, precision: Precision = "float32", opset: int = OPSET
+) -> None:
     """Write a model as ONNX, unchecked.
 
     Raises:
       InputError: a model too large for one file.
     """
-    graph = _trace(model)
+    graph = _trace(model, opset)
     if precision == "float16":
         graph = _halve(graph)
     if precision == "int8":
@@ -83,7 +92,7 @@ def write_onnx(model: Model, path: Path, precision: Precision = "float32") -> No
         onnx.save_model(graph, path)
 
 
-def _trace(model: Model) -> onnx.ModelProto:
+def _trace(model: Model, opset: int) -> onnx.ModelProto:
     # Imported here: it patches Flax's layers and takes seconds.
     from jax2onnx import to_onnx
 
@@ -100,12 +109,14 @@ def _trace(model: Model) -> onnx.ModelProto:
         graph = to_onnx(
             forward,
             [shape],
-            opset=OPSET,
+            opset=opset,
             # One LayerNormalization node instead of nine: faster, and exact where values are large.
             normalization_mode="prefer_native",
             input_names=[INPUT],
             output_names=[OUTPUT],
         )
+    # Older runtimes refuse a file format that is newer than its operators need.
+    graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import)
     # What running it takes also travels inside the file.
     carried = {"preprocess": model.preprocess, "class_names": model.class_names}
     carried = {key: json.dumps(to_plain(value)) for key, value in carried.items()}

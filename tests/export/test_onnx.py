@@ -150,6 +150,29 @@ def test_the_record_says_what_an_engineer_needs(tiny_model, images, tmp_path):
     assert json.loads(carried["preprocess"])["std"] == [0.5, 0.6, 0.7]
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_files_ask_no_more_of_the_runtime_than_they_need(tiny_model, images, tmp_path, precision):
+    asked, logits = {}, []
+    for opset, options in {20: {}, 23: {"opset": 23}}.items():
+        path = tmp_path / f"{opset}.onnx"
+        export_onnx(tiny_model, path, images=images, precision=precision, **options)
+        graph = onnx.load(path)
+        onnx.checker.check_model(graph)
+        asked[graph.opset_import[0].version] = graph.ir_version
+        assert json.loads(path.with_name(path.name + ".json").read_text())["opset"] == opset
+        logits.append(OnnxModel(path)(images))
+    # ONNX Runtime 1.17, the first that knows Gelu, reads files of version 9 at most.
+    assert asked == {20: 9, 23: 11}
+    np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("opset", [19, 24])
+def test_other_opsets_are_refused(tiny_model, images, tmp_path, opset):
+    with pytest.raises(InputError, match=f"opset is {opset}, expected 20 to 23"):
+        export_onnx(tiny_model, tmp_path / "model.onnx", images=images, opset=opset)
+    assert_nothing_left(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def wide_model():
     """Wide enough that weights outweigh the graph."""
