@@ -114,6 +114,9 @@ def test_exports(work, tmp_path, capsys):  # noqa: F811
         call("export", work / "dense", "--format", "onnx", "--precision", precision,
              "--images", work / "private", "--out", path)  # fmt: skip
         assert "top-1 on" in capsys.readouterr().out
+        call("evaluate", "--model", path, "--images", work / "private")
+        top1 = json.loads(path.with_name(path.name + ".json").read_text())["check"]["accuracy"]
+        assert f"top-1 {100 * top1['artefact']:.2f} %," in capsys.readouterr().out
         difference = np.abs(OnnxModel(path)(images) - dense.apply(images)).max()
         assert difference < {"float32": 1e-4, "float16": 0.05, "int8": np.inf}[precision]
         spec = json.loads(path.with_name(path.name + ".json").read_text())
@@ -169,6 +172,27 @@ def test_latency_is_measured_fitted_and_kept(work, tmp_path, capsys):  # noqa: F
              "nowhere", "--budget", "latency=0.5", "--out", tmp_path / "other")  # fmt: skip
     with pytest.raises(tap.InputError, match="--fit needs --out"):
         call("bench-latency", "--model", work / "dense", "--fit", "5")
+
+
+def test_exported_files_are_evaluated_and_timed_as_their_models(work, tmp_path, capsys):  # noqa: F811
+    path = tmp_path / "dense.onnx"
+    call("export", work / "dense", "--format", "onnx", "--images", work / "private",
+         "--out", path)  # fmt: skip
+    printed = []
+    for model in (work / "dense", path):
+        capsys.readouterr()
+        call("evaluate", "--model", model, "--images", work / "private")
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    call("bench-latency", "--model", path, "--pruned", work / "dense", "--batch", "1",
+         "--repeats", "3", "--threads", "1")  # fmt: skip
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"batch 1, 1 threads, {name}" for name in (path, work / "dense")
+    ]
+    with pytest.raises(tap.InputError, match="--fit prunes the model"):
+        call("bench-latency", "--model", path, "--fit", "3", "--out", tmp_path / "table.json")
+    with pytest.raises(tap.InputError, match=r"nothing\.onnx: no such file"):
+        call("bench-latency", "--model", path, "--pruned", tmp_path / "nothing.onnx")
 
 
 def test_threads_are_as_many_as_machines_have(work):  # noqa: F811

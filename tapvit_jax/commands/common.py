@@ -16,6 +16,7 @@ from tapvit_jax.data.base import UNLABELLED, ImageSource, find_corrupt
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
+from tapvit_jax.export.runtime import OnnxModel
 from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.cost import Cost
@@ -98,12 +99,13 @@ def add_weights_options(parser: argparse.ArgumentParser, *, required: bool = Fal
     parser.add_argument("--classes", help="a text file with a class name a line")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add a model: a directory of ours, or a preset with weights."""
+def add_model_options(parser: argparse.ArgumentParser, *, onnx: bool = False) -> None:
+    """Add a model: a directory of ours, or a preset with weights; with `onnx`, or an ONNX file."""
     parser.add_argument(
         "--model",
         required=True,
-        help="a model's directory, or with --weights timm's name, such as deit_small_patch16_224",
+        help=f"a model's directory, {'an exported .onnx file, ' if onnx else ''}or with --weights "
+        "timm's name, such as deit_small_patch16_224",
     )
     add_weights_options(parser)
 
@@ -116,11 +118,32 @@ def open_model(args: argparse.Namespace) -> Model:
     """
     if args.weights is not None:
         return load_preset(args.model, args)
-    if args.set or args.classes:
-        raise InputError("--set and --classes describe --weights, which is not given")
+    _check_not_described(args)
     if not Path(args.model).is_dir():
         raise InputError(f"{args.model}: no such directory; a preset's name needs --weights too")
     return store.load(args.model)
+
+
+def open_runnable(args: argparse.Namespace, threads: int | None = None) -> Model | OnnxModel:
+    """Load the model that the options name, or the ONNX file.
+
+    Raises:
+      InputError: as `open_model` and `OnnxModel`.
+    """
+    if args.weights is not None or not is_onnx(args.model):
+        return open_model(args)
+    _check_not_described(args)
+    return OnnxModel(args.model, threads)
+
+
+def is_onnx(name: str) -> bool:
+    """Whether a name is an ONNX file's."""
+    return name.lower().endswith(".onnx")
+
+
+def _check_not_described(args: argparse.Namespace) -> None:
+    if args.set or args.classes:
+        raise InputError("--set and --classes describe --weights, which is not given")
 
 
 def load_preset(name: str, args: argparse.Namespace) -> Model:
@@ -152,14 +175,19 @@ def load_preset(name: str, args: argparse.Namespace) -> Model:
     return model.replace(class_names=tuple(names))
 
 
-def labels_fit(model: Model, source: ImageSource) -> bool:
+def labels_fit(model: Model | OnnxModel, source: ImageSource) -> bool:
     """Whether a source's labels are classes of the model.
 
     Without names, as many classes as the model has are taken to be the same ones in their order.
     """
     if model.class_names:
         return True
-    return len(source.class_names) == model.config.num_classes
+    return len(source.class_names) == num_classes(model)
+
+
+def num_classes(model: Model | OnnxModel) -> int:
+    """How many classes a model has."""
+    return model.num_classes if isinstance(model, OnnxModel) else model.config.num_classes
 
 
 def open_labelled(spec: str, model: Model) -> ImageSource:

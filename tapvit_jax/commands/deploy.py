@@ -9,17 +9,19 @@ from tapvit_jax.commands.common import (
     Command,
     add_image_options,
     add_model_options,
+    is_onnx,
     open_images,
     open_labelled,
-    open_model,
+    open_runnable,
     seed,
 )
 from tapvit_jax.data.pipeline import batches
 from tapvit_jax.errors import InputError
 from tapvit_jax.export import timm
 from tapvit_jax.export.check import BATCH_SIZES, Precision, spec_path
-from tapvit_jax.export.latency import compare_latency, measure_latency_model
+from tapvit_jax.export.latency import load_models, measure_latency_model
 from tapvit_jax.export.onnx import OPSET, OPSETS, export_onnx
+from tapvit_jax.export.runtime import OnnxModel, measure_latency
 from tapvit_jax.export.stablehlo import export_stablehlo
 from tapvit_jax.files import check_directory, check_file
 from tapvit_jax.models import store
@@ -53,8 +55,14 @@ def register(command: Command) -> None:
     add_image_options(c)
 
     c = command("bench-latency", bench_latency)
-    add_model_options(c)
-    c.add_argument("--pruned", action="append", default=[], help="a pruned one's, repeatable")
+    add_model_options(c, onnx=True)
+    c.add_argument(
+        "--pruned",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="another model's directory or .onnx file, repeatable",
+    )
     c.add_argument("--batch", type=int, action="append", help="repeatable; 1 and 8 by default")
     c.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, _MOST_THREADS))
     c.add_argument("--repeats", type=int, default=40)
@@ -122,12 +130,18 @@ def bench_latency(args: argparse.Namespace) -> None:
         raise InputError(f"--fit is {args.fit}, expected 3 or more random prunings")
     if args.fit:
         check_file(args.out)
-    dense = open_model(args)
+    dense = open_runnable(args, args.threads)
+    if args.fit and isinstance(dense, OnnxModel):
+        raise InputError(f"--fit prunes the model, expected a model's directory, not {args.model}")
     if args.fit:
         check_prunable(dense.config)
-    models = {args.model: dense} | {path: store.load(path) for path in args.pruned}
+    models = {args.model: dense}
+    for path in args.pruned:
+        models[path] = OnnxModel(path, args.threads) if is_onnx(path) else store.load(path)
+    exported = {name: model for name, model in models.items() if not isinstance(model, OnnxModel)}
+    models |= load_models(exported, args.threads)
     for size in sizes:
-        found = compare_latency(models, batch_size=size, threads=args.threads, repeats=args.repeats)
+        found = measure_latency(models, batch_size=size, repeats=args.repeats)
         first = found[args.model].median
         for name, latency in found.items():
             print(

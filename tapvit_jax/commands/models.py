@@ -11,13 +11,15 @@ from tapvit_jax.commands.common import (
     add_weights_options,
     labels_fit,
     load_preset,
+    num_classes,
     open_images,
-    open_model,
+    open_runnable,
     print_costs,
 )
 from tapvit_jax.commands.devices import read_selection
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
+from tapvit_jax.export.runtime import OnnxModel, evaluate_onnx
 from tapvit_jax.files import check_directory
 from tapvit_jax.models import store
 from tapvit_jax.models.backbone import TransformerConfig
@@ -37,7 +39,7 @@ def register(command: Command) -> None:
     c.add_argument("--out", required=True)
 
     c = command("evaluate", evaluate)
-    add_model_options(c)
+    add_model_options(c, onnx=True)
     c.add_argument("--images", required=True, metavar="IMAGES")
     add_image_options(c)
 
@@ -55,7 +57,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Top-1 of a model on labelled images."""
-    model = open_model(args)
+    model = open_runnable(args)
     images = open_images(
         open_source(args.images, model.class_names or None),
         preprocess_of(model),
@@ -65,13 +67,14 @@ def evaluate(args: argparse.Namespace) -> None:
     labels = images.source.labels[images.indices]
     if labels.max() < 0:
         raise InputError(f"{args.images}: evaluation needs labels: a folder of images per class")
-    if labels.max() >= model.config.num_classes or not labels_fit(model, images.source):
+    if labels.max() >= num_classes(model) or not labels_fit(model, images.source):
         raise InputError(
             f"{args.images}: has {len(images.source.class_names)} classes and labels up to "
-            f"{labels.max()}, expected the model's {model.config.num_classes} classes "
+            f"{labels.max()}, expected the model's {num_classes(model)} classes "
             "(convert --classes names them)"
         )
-    found = evaluate_model(model, images.source, images.indices)
+    run = evaluate_onnx if isinstance(model, OnnxModel) else evaluate_model
+    found = run(model, images.source, images.indices)
     if not math.isfinite(found.loss):
         raise InputError(
             f"{args.model}: its cross-entropy is {found.loss}, expected a finite number: its "

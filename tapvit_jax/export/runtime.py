@@ -1,21 +1,34 @@
 """Running ONNX files in ONNX Runtime: logits, and latencies side by side."""
 
 import functools
+import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnxruntime
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
+from tapvit_jax.data.base import ImageSource
+from tapvit_jax.data.pipeline import batches
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
+from tapvit_jax.models.registry import preprocess_of
+from tapvit_jax.structs import from_plain
 from tapvit_jax.timing import Latency, take_turns
+from tapvit_jax.train.evaluate import Metrics, evaluate
 
 INPUT, OUTPUT = "images", "logits"
 
 
 class OnnxModel:
     """An ONNX file of ours, ready to run on the CPU.
+
+    Attributes:
+      image_shape: side, side and channels of the images it takes.
+      name, preprocess, class_names: the model's, which travel in the file.
+      num_classes: how many logits it gives.
 
     Args:
       path: the file.
@@ -26,6 +39,8 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None):
+        if not os.path.isfile(path):  # noqa: PTH113 (as given)
+            raise InputError(f"{path}: no such file")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
@@ -44,10 +59,51 @@ class OnnxModel:
             names = ", ".join(found.name for found in inputs)
             raise InputError(f"{path}: takes {names}, expected one input {INPUT!r}")
         self.image_shape: tuple[int, int, int] = tuple(inputs[0].shape[1:])
+        carried = self._session.get_modelmeta().custom_metadata_map
+        self.name: str = carried.get("name", os.fspath(path))
+        self.preprocess: Preprocess | None = _carried(
+            path, carried, "preprocess", Preprocess | None, None
+        )
+        self.class_names: tuple[str, ...] = _carried(
+            path, carried, "class_names", tuple[str, ...], []
+        )
+        self.num_classes: int = self._session.get_outputs()[0].shape[-1]
 
     def __call__(self, images: Float[np.ndarray, "b s s ch"]) -> Float[np.ndarray, "b c"]:
         """Logits of preprocessed images."""
         return self._session.run([OUTPUT], {INPUT: np.asarray(images, np.float32)})[0]
+
+
+def _carried(
+    path: str | os.PathLike, carried: Mapping[str, str], name: str, kind: Any, missing: Any
+) -> Any:
+    where = f"{path}: {name}"
+    try:
+        value = json.loads(carried[name]) if name in carried else missing
+    except ValueError as error:
+        raise InputError(f"{where}: is not valid JSON ({error})") from error
+    return from_plain(kind, value, where)
+
+
+def evaluate_onnx(
+    model: OnnxModel, source: ImageSource, indices: Int[np.ndarray, "n"], batch_size: int = 32
+) -> Metrics:
+    """Top-1 and cross-entropy of an ONNX file on some images of a source.
+
+    Raises:
+      InputError: no images, images without labels, or a file that does not say how they are
+        prepared.
+
+    Source: ours.
+    """
+    preprocess = preprocess_of(model)
+    found = batches(source, indices, preprocess, batch_size)
+    logits = ({**batch, "image": model(batch["image"])} for batch in found)
+    return evaluate(None, None, logits, _given)
+
+
+def _given(config: None, params: None, logits: Float[Array, "b c"]) -> Float[Array, "b c"]:
+    return logits
 
 
 def measure_latency(

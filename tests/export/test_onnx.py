@@ -11,11 +11,12 @@ import onnx
 import pytest
 
 from tapvit_jax.data.preprocess import Preprocess
+from tapvit_jax.data.sources import MemorySource
 from tapvit_jax.errors import InputError
 from tapvit_jax.export import check, latency
 from tapvit_jax.export import onnx as exporter
-from tapvit_jax.export.onnx import export_onnx
-from tapvit_jax.export.runtime import OnnxModel, measure_latency
+from tapvit_jax.export.onnx import export_onnx, write_onnx
+from tapvit_jax.export.runtime import OnnxModel, evaluate_onnx, measure_latency
 from tapvit_jax.files import file_hash
 from tapvit_jax.models import backbone
 from tapvit_jax.models.registry import Model
@@ -258,6 +259,31 @@ def test_foreign_files_are_refused(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"model.onnx: ONNX Runtime cannot load it"):
         OnnxModel(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("preprocess", "{", "preprocess: is not valid JSON"),
+        ("preprocess", "[8]", "preprocess is .*, expected a mapping"),
+        ("class_names", '"abc"', "class_names is 'abc', expected a list"),
+    ],
+)
+def test_what_travels_in_a_file_is_checked(tiny_model, tmp_path, key, value, message):
+    write_onnx(tiny_model, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx")
+    carried = {prop.key: prop.value for prop in graph.metadata_props}
+    onnx.helper.set_model_props(graph, carried | {key: value})
+    onnx.save(graph, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=rf"model\.onnx: {message}"):
+        OnnxModel(tmp_path / "model.onnx")
+
+
+def test_a_file_that_does_not_say_how_images_are_prepared_is_not_evaluated(tiny_model, tmp_path):
+    write_onnx(tiny_model.replace(preprocess=None, name="small"), tmp_path / "model.onnx")
+    source = MemorySource(np.zeros((2, 8, 8, 3)), np.array([0, 1]), tuple("abcde"))
+    with pytest.raises(InputError, match="small: does not say how its images are prepared"):
+        evaluate_onnx(OnnxModel(tmp_path / "model.onnx"), source, np.arange(2))
 
 
 def test_latencies_are_measured(tiny_model, images, tmp_path):
