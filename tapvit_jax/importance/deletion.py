@@ -88,7 +88,9 @@ def deletion_divergences(
     sums, total = distributed.sum_over_processes((sums, np.float64(count)))
     if total == 0:
         raise InputError("unit importance needs at least one batch with images")
-    return {group.key: np.float32(sums[group.key] / total).reshape(group.shape) for group in groups}
+    # Rounding can push a divergence of nothing a little below zero.
+    means = {key: np.float32(np.maximum(values / total, 0.0)) for key, values in sums.items()}
+    return {group.key: means[group.key].reshape(group.shape) for group in groups}
 
 
 def _first_images(batches: Iterable[Any], most: int) -> Iterator[np.ndarray]:

@@ -37,7 +37,7 @@ from tapvit_jax.models.registry import Model
 from tapvit_jax.pipeline import PruneConfig, score_units
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.units import unit_table
-from tapvit_jax.sharding import data_mesh
+from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 from tests.conftest import realistic
 
 BACKBONES = ["tiny_model", "swin_model"]
@@ -437,6 +437,17 @@ def test_deletions_run_the_last_block_for_the_class_token_alone(one_block, image
     assert flops("cls") < 0.8 * flops("mean")
 
 
+def test_deletions_send_nothing_from_device_to_device(one_block):
+    """Hundreds of sums over all devices, queued at once, stop a CPU of several for good."""
+    mesh = data_mesh()
+    images = np.zeros((mesh.size, 8, 8, 3), np.float32)
+    rows, real = (shard_rows(array, mesh)[0] for array in (images, images[:, 0, 0, 0]))
+    given = one_block.config, groups_of(one_block)
+    run = functools.partial(deletion._batch_divergences, *given, chunk=32, devices=mesh.size)
+    compiled = jax.jit(run).lower(replicate(one_block.params, mesh), rows, real).compile()
+    assert "all-" not in compiled.as_text()
+
+
 def test_single_channel_kl_reads_no_more_than_it_needs(one_block, images):
     def unlimited():
         yield images
@@ -497,6 +508,7 @@ def test_dead_units_score_nothing(one_block, images):
         assert np.abs(found["blocks_0/mlp"][:2]).max() <= limit, method
         assert np.abs(found["blocks_0/qk"][1, 2:]).max() <= limit, method
         assert found["blocks_0/mlp"][2:].min() > limit, method
+        assert min(values.min() for values in found.values()) >= 0.0, method
 
 
 def test_twins_score_alike(one_block, images):
