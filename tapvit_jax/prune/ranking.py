@@ -86,8 +86,9 @@ def global_rule(
       config: the dense model's.
       units: scores by group key.
       costs: cost of one unit by group key; scores are then divided by it (see `unit_costs`).
-      normalize: divide scores by their mean over all units of their kind, so that kinds whose
-        scores are of different size can compete.
+      normalize: divide scores, or scores by cost, by their mean over all units of their kind, so
+        that kinds whose scores are of different size can compete. What one kind costs more than
+        another then changes nothing, what its layers cost does.
       ragged: dims compete one by one; ratios are of all heads' dims together.
       coupled: queries, keys and values of a layer keep the same number, by their mean score.
       kinds: which kinds are ranked.
@@ -201,11 +202,12 @@ def _values(
     coupled: bool,
 ) -> dict[str, _Positions]:
     """Every group's positions; coupled groups are one, under the name of the queries and keys."""
-    if normalize:
-        scores = _normalized(groups, scores)
     if costs is not None:
         _check_divisible(scores)
         scores = {group.key: scores[group.key] / _cost(group, costs) for group in groups}
+    if normalize:
+        # Behind the costs: a head is worth more than a dim by about what it costs more.
+        scores = _normalized(groups, scores)
     sizes = {group.key: float(group.size) for group in groups}
     if coupled:
         scores = _coupled(groups, scores)

@@ -136,6 +136,17 @@ def test_normalised_kinds_without_scores_are_left_alone():
     assert counts(MLP_ONLY, rule(0.5)) == {"blocks_0/mlp": 2, "blocks_1/mlp": 2}
 
 
+def test_normalising_leaves_scores_by_cost_as_they_are():
+    """What is worth its cost ranks by that worth, whatever kind or layer it is of."""
+    kinds, costs = ("mlp", "head"), unit_costs(SWIN)
+    worth = random_units(SWIN, 7)
+    scores = {key: worth[key] * cost for key, cost in costs.items()}
+    expected = global_rule(SWIN, worth, normalize=True, kinds=kinds)
+    rule = global_rule(SWIN, scores, costs=costs, normalize=True, kinds=kinds)
+    for t in (0.2, 0.5, 0.8):
+        assert rule(t) == pytest.approx(expected(t))
+
+
 def test_coupled_dims_keep_one_count():
     units = random_units(VIT, 2)
     for t in (0.1, 0.45, 0.9):
