@@ -50,6 +50,7 @@ from tapvit_jax.prune.units import UnitGroup, check_unit_scores, unit_key, unit_
 from tapvit_jax.structs import check_fields, check_kind
 
 Needs = Literal["parameters", "activations", "gradients", "forward"]
+Heads = Literal["own", "sum", "norm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,10 @@ class Criterion:
       needs: what it looks at; "parameters" reads no batches, "forward" runs the model once a unit.
       needs_labels: whether batches must come with labels.
       score: see `ScoreUnits`.
+      heads: how a whole head's score follows from its value dims': "sum" where scores add up, as
+        energies do, "norm" (root of the sum of squares) of norms; "own" where the criterion gives
+        it: what deleting the head does or, of the composite family, whose scaled scores do not add
+        up, the mean, which compares heads with heads alone.
     """
 
     name: str
@@ -107,6 +112,7 @@ class Criterion:
     needs: Needs
     needs_labels: bool
     score: ScoreUnits = dataclasses.field(repr=False)
+    heads: Heads = "own"
 
 
 def criterion(name: str) -> Criterion:
@@ -141,8 +147,8 @@ def unit_importance(
 
     Returns:
       Scores by unit group: "blocks_i/mlp" (f,), "blocks_i/qk" and "blocks_i/vo" (h, k), and
-      "blocks_i/head" (h,): the mean of the head's value dims, where the criterion does not say
-      what deleting the whole head does.
+      "blocks_i/head" (h,): of the head's value dims, where the criterion does not say what
+      deleting the whole head does, see `Criterion.heads`.
 
     Raises:
       InputError: an unknown criterion, a negative seed, a config of another kind, a backbone
@@ -156,8 +162,9 @@ def unit_importance(
     check_kind(config, CriterionConfig)
     if seed < 0:
         raise InputError(f"seed is {seed}, expected 0 or more")
-    scores = criterion(method).score(model, batches, seed, config=config, mesh=mesh)
-    scores = _with_heads(model.config, scores)
+    chosen = criterion(method)
+    scores = chosen.score(model, batches, seed, config=config, mesh=mesh)
+    scores = _with_heads(model.config, scores, chosen.heads)
     check_unit_scores(model.config, scores)
     return scores
 
@@ -166,12 +173,15 @@ def _groups(config: TransformerConfig) -> list[UnitGroup]:
     return [group for group in unit_table(config) if group.shape]
 
 
-def _with_heads(config: TransformerConfig, scores: Scores) -> Scores:
+def _with_heads(config: TransformerConfig, scores: Scores, heads: Heads) -> Scores:
     result = {key: np.asarray(value, np.float32) for key, value in scores.items()}
     for group in _groups(config):
-        if group.kind == "head" and group.key not in result:
+        if group.kind == "head" and heads != "own":
+            # Without its values a head does nothing, so that its queries and keys add nothing.
             dims = result[unit_key(group.block, "vo")]
-            result[group.key] = dims.mean(axis=1) if dims.shape[1] else np.zeros(len(dims), "f4")
+            norms = heads == "norm"
+            total = (np.square(dims) if norms else dims).sum(axis=1)
+            result[group.key] = np.sqrt(total) if norms else total
     return {group.key: result[group.key] for group in _groups(config)}
 
 
@@ -345,6 +355,7 @@ _ALL = (
         "parameters",
         False,
         _of_parameters(_toast),
+        "norm",
     ),
     Criterion(
         "nuwa",
@@ -353,6 +364,7 @@ _ALL = (
         "parameters",
         False,
         _of_parameters(_nuwa),
+        "norm",
     ),
     Criterion(
         "activation",
@@ -369,6 +381,7 @@ _ALL = (
         "activations",
         False,
         _of_statistic(MOMENTS, _variance),
+        "sum",
     ),
     Criterion(
         "corp",
@@ -377,6 +390,7 @@ _ALL = (
         "activations",
         False,
         _of_statistic(MOMENTS, _corp),
+        "sum",
     ),
     Criterion(
         "residual",
@@ -385,6 +399,7 @@ _ALL = (
         "activations",
         False,
         _residual,
+        "sum",
     ),
     Criterion(
         "relevance",

@@ -170,7 +170,8 @@ def neuron_importance(
 
     Returns:
       Scores by unit group: "blocks_i/mlp" (f,), "blocks_i/qk" and "blocks_i/vo" (h, k), and
-      "blocks_i/head" (h,), the mean of the head's value dims.
+      "blocks_i/head" (h,), the mean of the head's value dims, which compares heads with heads
+      alone.
 
     Raises:
       InputError: a config of another kind, no batch of two images or more, labels missing or

@@ -112,10 +112,10 @@ def assert_scores_close(found, expected, rtol=1e-4, atol=1e-7):
         np.testing.assert_allclose(found[key], values, rtol=rtol, atol=atol * scale, err_msg=key)
 
 
-def with_mean_heads(scores):
+def with_heads(scores, of_dims):
     for key in [key for key in scores if key.endswith("/vo")]:
-        scores[key.replace("/vo", "/head")] = scores[key].mean(axis=1)
-    return scores
+        scores[key.replace("/vo", "/head")] = [of_dims(dims) for dims in scores[key]]
+    return {key: np.asarray(values) for key, values in scores.items()}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -167,7 +167,7 @@ def test_toast_measures_the_distance_to_the_median_unit(request, backbone):
             peers = [other for at, other in pairs.items() if at[:-1] == unit[:-1]]
             scores[unit] = np.linalg.norm(row - np.median(peers, axis=0))
         expected[group.key] = scores
-    assert_scores_close(scores_of(model, [], "toast"), with_mean_heads(expected))
+    assert_scores_close(scores_of(model, [], "toast"), with_heads(expected, np.linalg.norm))
 
 
 @pytest.mark.parametrize("backbone", ["scaled_model", "swin_model"])
@@ -179,7 +179,7 @@ def test_nuwa_is_the_norm_of_a_rank_one_term(request, backbone):
             pairs = weight_pairs(model, group)
             norms = [np.linalg.norm(np.outer(*pairs[unit])) for unit in np.ndindex(group.shape)]
             expected[group.key] = np.reshape(norms, group.shape)
-    assert_scores_close(scores_of(model, [], "nuwa"), with_mean_heads(expected))
+    assert_scores_close(scores_of(model, [], "nuwa"), with_heads(expected, np.linalg.norm))
 
 
 def test_nuwa_is_the_spectrum_of_heads_that_stand_in_their_singular_basis(one_block):
@@ -230,7 +230,7 @@ def test_variance_is_that_over_tokens_and_images(request, batches, backbone):
     model = request.getfixturevalue(backbone)
     expected = {key: values.var(axis=0) for key, values in unit_values(model, batches).items()}
     found = scores_of(model, batches, "variance")
-    assert_scores_close(found, with_mean_heads(expected), rtol=1e-3, atol=1e-6)
+    assert_scores_close(found, with_heads(expected, np.sum), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("key", "layer"), [("mlp", ("mlp", "fc1")), ("vo", ("attn", "v"))])
@@ -259,7 +259,7 @@ def test_corp_is_energy_times_outgoing_weights(request, batches, backbone):
             norms = [np.square(pairs[unit][1]).sum() for unit in np.ndindex(group.shape)]
             expected[group.key] = energy * np.reshape(norms, group.shape)
     found = scores_of(model, batches, "corp")
-    assert_scores_close(found, with_mean_heads(expected), rtol=1e-3, atol=1e-6)
+    assert_scores_close(found, with_heads(expected, np.sum), rtol=1e-3, atol=1e-6)
 
 
 def image_gradients(model, batches, loss):
@@ -446,6 +446,13 @@ def test_deletions_send_nothing_from_device_to_device(one_block):
     run = functools.partial(deletion._batch_divergences, *given, chunk=32, devices=mesh.size)
     compiled = jax.jit(run).lower(replicate(one_block.params, mesh), rows, real).compile()
     assert "all-" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(("method", "of_dims"), [("residual", np.sum), ("tap", np.mean)])
+def test_heads_score_what_their_values_do(one_block, images, method, of_dims):
+    found = scores_of(one_block, [images], method)
+    dims = found["blocks_0/vo"]
+    np.testing.assert_allclose(found["blocks_0/head"], of_dims(dims, axis=1), rtol=1e-5)
 
 
 def test_single_channel_kl_reads_no_more_than_it_needs(one_block, images):
