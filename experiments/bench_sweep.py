@@ -34,7 +34,7 @@ def seconds(config: ExperimentConfig, workdir: Path, budgets: tuple[str, ...]) -
     start = time.perf_counter()
     job = Job(config, Stages(workdir), workdir / "payloads", Progress(1.0, quiet=True))
     sets = job.image_sets(0)
-    plans = [job.plan("bench", sets, config.prune, Budget.parse(text)) for text in budgets]
+    plans = [job.plan("bench", 0, sets, config.prune, Budget.parse(text)) for text in budgets]
     times, test = [time.perf_counter() - start], job.parts.devices[0].private_test
     for plan in plans:
         job.top1(job.pruned(plan), test)

@@ -258,12 +258,12 @@ class Comparison:
         method, budget = self.grid.methods[cell.method], parse_budget(cell.budget)
         title = f"{cell.method}, {cell.set}"
         if method.widths == PEER:
-            small = job.peer(title, sets.metric, method.criterion, budget)
+            small = job.peer(title, cell.device, sets.metric, method.criterion, budget)
             return None, job.with_prior(small, sets, RECOVERIES[method.recover])
         prune = method.prune(job.config.prune)
         # Before any work: a budget that cannot be met is refused now.
         check_budget(job.dense_config, budget, prune.allocate, job.latency_for(budget))
-        units = job.unit_scores(title, sets.metric, prune)
+        units = job.unit_scores(title, cell.device, sets.metric, prune)
         layers = None
         if method.by_layers:
             layers = job.layer_scores(title, sets.metric, units, prune)

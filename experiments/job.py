@@ -92,13 +92,15 @@ class Job(Preparation):
         plain = identity(config)
         return content_hash({name: plain[name] for name in plain if name not in _OF_UNITS})
 
-    def plan(self, title: str, sets: ImageSets, prune: PruneConfig, budget: Budget) -> Found:
+    def plan(
+        self, title: str, device: int, sets: ImageSets, prune: PruneConfig, budget: Budget
+    ) -> Found:
         """Which units stay under a budget, and why: their scores on the metric dataset.
 
         Raises:
           InputError: a budget that cannot be met.
         """
-        seed = self.seed
+        seed = self._scoring_seed(device, prune.criterion == "random")
 
         def compute_scores(step, scratch):
             workers = self.config.data.workers
@@ -145,19 +147,22 @@ class Job(Preparation):
         found = self.stages.run("plan", inputs, compute)
         return Found(found.key, Plan(self.dense.config, found.arrays))
 
-    def unit_scores(self, title: str, metric: Int[np.ndarray, "m"], prune: PruneConfig) -> Found:
+    def unit_scores(
+        self, title: str, device: int, metric: Int[np.ndarray, "m"], prune: PruneConfig
+    ) -> Found:
         """Scores of all units."""
+        seed = self._scoring_seed(device, prune.criterion == "random")
 
         def compute(step, scratch):
             found = self._scoring_batches(metric, prune, prune.neurons.max_batches)
-            return score_units(self.dense, found, prune, self.seed), {}
+            return score_units(self.dense, found, prune, seed), {}
 
         inputs = {
             "dense": self._dense.key,
             **self._images_key(metric),
             **_scored_by(prune),
             "batch_size": prune.batch_size,
-            "seed": self.seed,
+            "seed": seed,
         }
         found = self._stage("units", f"{title}: score units", UNITS["score"] / 4, inputs, compute)
         return Found(found.key, found.arrays)
@@ -251,17 +256,18 @@ class Job(Preparation):
         model = self.dense.replace(params=to_params(found.arrays), prior=options.moves_prior)
         return Found(found.key, model)
 
-    def peer(self, title: str, metric: Int[np.ndarray, "m"], name: str, budget: Budget) -> Found:
+    def peer(
+        self, title: str, device: int, metric: Int[np.ndarray, "m"], name: str, budget: Budget
+    ) -> Found:
         """The smaller model that an external package makes of the dense one, see `peers`.
 
         Raises:
           InputError: a package that is not installed, or a budget that it does not reach.
         """
-
-        latency = self.latency_for(budget)
+        method, embedding = peers.settings(name)
+        latency, seed = self.latency_for(budget), self._scoring_seed(device, method == "random")
 
         def compute(step, scratch):
-            method, embedding = peers.settings(name)
             found = peers.torch_pruning(
                 self.dense,
                 self.source.load(metric, self.config.data.preprocess),
@@ -270,7 +276,7 @@ class Job(Preparation):
                 latency=latency,
                 method=method,
                 embedding=embedding,
-                seed=self.seed,
+                seed=seed,
             ).model
             meta = {"family": backbone.family(found.config), "config": to_plain(found.config)}
             return to_arrays(found.params), meta
@@ -280,7 +286,7 @@ class Job(Preparation):
             **self._images_key(metric),
             "peer": name,
             "budget": to_plain(budget),
-            "seed": self.seed,
+            "seed": seed,
         }
         if latency is not None:
             inputs["latency"] = to_plain(latency)
@@ -424,6 +430,13 @@ class Job(Preparation):
     def _recipe(self, options: TrainConfig) -> TrainConfig:
         # Every variant gets as many steps: the whole pool is sampled afresh every epoch.
         return dataclasses.replace(options, images_per_epoch=self.config.select.finetune_count)
+
+    def _scoring_seed(self, device: int, random: bool) -> int:
+        # One draw for all devices would count as many. What else is drawn differs with the images,
+        # and devices that have these in common share their scores.
+        if not random:
+            return self.seed
+        return int(np.random.SeedSequence([self.seed, device]).generate_state(1)[0])
 
     def _recovery_seed(self, pruned: Pruned) -> int:
         return self.seed + 100 + pruned.device

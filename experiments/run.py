@@ -92,7 +92,7 @@ class Experiment:
         variants = {}
         for variant in (SELECTED, *config.comparisons):
             title, sets = f"device {d}, {variant}", image_sets(job, d, variant)
-            plan = job.plan(title, sets, config.prune, budget)
+            plan = job.plan(title, d, sets, config.prune, budget)
             compensated = job.compensate(
                 title, plan, sets, config.compensate, config.prune.batch_size
             )

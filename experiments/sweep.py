@@ -402,7 +402,7 @@ class Sweep:
         # Before any work: a budget that cannot be met is refused now.
         check_budget(job.dense_config, budget, prune.allocate, job.latency_for(budget))
         sets = image_sets(job, unit.device, SELECTED)
-        return sets, job.plan(f"unit {unit.number}", sets, prune, budget)
+        return sets, job.plan(f"unit {unit.number}", unit.device, sets, prune, budget)
 
     def _compensated(self, job: Job, unit: Unit, plan: Found, sets: ImageSets) -> Found:
         options, size = unit.config.compensate, unit.config.prune.batch_size

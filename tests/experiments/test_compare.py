@@ -427,9 +427,23 @@ def test_likely_classes_need_a_teacher(changes, message):
         dataclasses.replace(tiny(), **changes)
 
 
+def test_random_scores_are_drawn_anew_on_every_device(job):
+    metric = image_sets(job, 0, "pool").metric
+    found = {
+        (name, device): job.unit_scores("", device, metric, METHODS[name].prune(job.config.prune))
+        for name in ("random", "magnitude_l2")
+        for device in (0, 1)
+    }
+    first, second = (found["random", device].value["blocks_0/mlp"] for device in (0, 1))
+    assert np.corrcoef(first, second)[0, 1] < 0.9
+    # What nothing is drawn for stays shared.
+    assert found["magnitude_l2", 0].key == found["magnitude_l2", 1].key
+    assert found["random", 0].key != found["random", 1].key
+
+
 def test_fine_tuning_starts_where_it_is_told_to(job):
     sets, prune = image_sets(job, 0, "random"), METHODS["random_uniform"].prune(job.config.prune)
-    units = job.unit_scores("", sets.metric, prune)
+    units = job.unit_scores("", 0, sets.metric, prune)
     plan = job.plan_from(units, None, prune.allocate, parse_budget("macs=0.6"))
     pruned = job.pruned(plan)
     moved = jax.tree.map(lambda leaf: 1.5 * leaf, pruned.value.params)
@@ -499,7 +513,8 @@ def test_peers_are_cells_like_others(finished, monkeypatch):
     failed = found.run()
     # One promised what it did not keep, with and without fine-tuning.
     assert len(failed) == 2 and all("exceeds the budget" in reason for reason in failed.values())
-    assert calls == [("l2", "whole", 0, 32, 32), ("random", "cut", 0, 32, 32)]
+    (_, _, drawn, *_) = calls[1]
+    assert calls == [("l2", "whole", 0, 32, 32), ("random", "cut", drawn, 32, 32)] and drawn
     rows = found.results(failed)["rows"]
     names = ("tp_random", "tp_random_prior_only")
     assert {(row["method"], row["epochs"]) for row in rows} == set(itertools.product(names, (0, 1)))

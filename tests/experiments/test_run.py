@@ -120,7 +120,7 @@ def test_both_comparisons_are_made_under_the_same_budget(finished):
     for d, row in enumerate(results["devices"]):
         assert set(row["variants"]) == {"selected", "pool", "random"}
         for name, accuracies in row["variants"].items():
-            plan = made.plan("", image_sets(made, d, name), config.prune, config.budget(d))
+            plan = made.plan("", d, image_sets(made, d, name), config.prune, config.budget(d))
             found = dataclasses.asdict(tap.cost(reshaped_config(plan.value)))
             assert all(found[unit] <= limit for unit, limit in row["limits"].items())
             test = made.parts.devices[d].private_test
