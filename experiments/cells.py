@@ -104,11 +104,20 @@ def parse_budget(text: str) -> Budget:
 def as_published(config: ExperimentConfig) -> ExperimentConfig:
     """TAP-ViTs' protocol: leaking splits, full covariances, the likeliest images, its fine-tuning.
 
+    The extractor stays the config's: the published one, a ResNet-18 trained on the same classes, is
+    not in this package, and 128 features, as `experiments.protocol` takes, not in every network.
+    How units are scored and widths chosen is the methods' part.
+
     Raises:
       InputError: a partition that cannot leak, for want of a private split.
 
     Source: TAP-ViTs (arXiv 2601.02437).
     """
+    if config.data.partition.private_split is None:
+        raise InputError(
+            "--mode=as_published needs data.partition.private_split, a split of the source that "
+            "devices own; of the config files all but digits.py have one"
+        )
     partition = dataclasses.replace(config.data.partition, leaks=True)
     return dataclasses.replace(
         config,

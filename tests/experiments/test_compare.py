@@ -190,7 +190,7 @@ def test_recipes_differ_in_nothing_but_their_length():
         (lambda: grid(budgets=("flops=1",)), "flops"),
         (lambda: cells_of(tiny(), grid(devices=(2,))), "--devices names 2, expected 0 to 1"),
         (lambda: arguments.numbers("seeds", ["0", "-1"]), "--seeds is '0,-1', expected whole"),
-        (lambda: as_published(tiny()), "leaks needs private_split"),
+        (lambda: as_published(tiny()), "as_published needs .*private_split.* but digits.py"),
     ],
 )
 def test_impossible_grids_are_refused_by_name(make, message):
@@ -211,6 +211,8 @@ def test_as_published_takes_the_protocol_leaks_included():
     assert found.gmm.covariance_type == "full" and found.gmm.components == tuple(range(2, 11))
     assert (found.recover.epochs, found.recover.schedule) == (50, "constant")
     assert found.select.metric_count == config.select.metric_count
+    # What stands for the published features is the config's.
+    assert found.extractor == config.extractor
 
 
 # Running one.

@@ -1,6 +1,7 @@
 """Configs for whole data sets: all of them load, and small versions of them run to the end."""
 
 import dataclasses
+import json
 import sys
 import typing
 
@@ -245,6 +246,27 @@ def test_small_versions_run_and_read_every_field(tmp_path, monkeypatch):
     unread = sorted(f"{kind.__name__}.{name}" for kind, name in declared - read_fields)
     # Only sweeps fine-tune together.
     assert unread == ["ExperimentConfig.recover_together"]
+
+
+def test_comparisons_as_published_run_from_arguments_to_report(programs, tmp_path):
+    write_tiny_imagenet(tmp_path / "images", np.random.default_rng(0))
+    (tmp_path / "config.py").write_text(
+        "from tests.experiments.test_configs import small_config\n"
+        "def get_config(argument):\n"
+        "    return small_config('tiny_imagenet', argument, kind='backbone', depth=1)\n"
+    )
+    arguments = [f"--config={tmp_path / 'config.py'}:deit_tiny,{tmp_path / 'images'}"]
+    arguments += ["--mode=as_published", "--methods=tap_published", "--sets=selected"]
+    arguments += ["--budgets=encoder_params=0.7", "--epochs=0,1", f"--workdir={tmp_path / 'run'}"]
+    found = programs.run("experiments.compare", *arguments)
+    assert found.returncode == 0, found.stderr
+    results = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert [row["epochs"] for row in results["rows"]] == [0, 1]
+    assert all(row["test_images"] == 32 for row in results["rows"])
+    config = results["config"]
+    assert results["mode"] == "as_published" and config["data"]["partition"]["leaks"]
+    assert (config["gmm"]["covariance_type"], config["select"]["method"]) == ("full", "top")
+    assert "comparison (as_published)" in (tmp_path / "run" / "compare.html").read_text()
 
 
 @pytest.mark.parametrize(
