@@ -1,8 +1,9 @@
 """From scores and a budget to widths, and from widths to the units that stay."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,6 +13,13 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig, check_prunable
 from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.prune.budget import Budget, Limits, within
+from tapvit_jax.prune.choices import (
+    Choices,
+    Counts,
+    admissible_counts,
+    branch_choices,
+    predicted_divergence,
+)
 from tapvit_jax.prune.cost import FLOAT32_BYTES, Cost, Latency, block_cost, cost
 from tapvit_jax.prune.knapsack import exact_levels, greedy_levels
 from tapvit_jax.prune.mask import Plan, top_k_mask
@@ -35,7 +43,6 @@ from tapvit_jax.prune.widths import (
     Rule,
     by_group,
     check_scores,
-    knapsack_rule,
     sensitivity_rule,
     softmax_keep,
     softmax_rule,
@@ -44,8 +51,8 @@ from tapvit_jax.structs import check_fields
 
 Widths = Literal["sensitivity", "greedy", "exact", "softmax", "local", "global", "isomorphic"]
 
-Counts = dict[str, int]
-"""Units to keep by group key; for qk and vo the count is per head, unless ragged."""
+Urgency = Callable[[tuple[str, ...], Counts], float]
+"""How badly widths that grow together want one more step, at given counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +99,11 @@ class AllocateConfig:
     Attributes:
       widths: "sensitivity" prunes where the divergence rises least per unit of cost, MLPs and
         attention together, along curves fitted to the probes; "greedy" and "exact" do so along the
-        measured curves, step by step or by dynamic programming; "softmax" is the published rule,
-        with a fixed ratio between MLPs and attention. By the scores of single units and without
-        layer scores: "local" takes the same share of every layer, "global" has one threshold for
-        all units, "isomorphic" one for each kind.
+        measured curves, step by step or by dynamic programming, and choose among the very widths
+        that floors and multiples admit; "softmax" is the published rule, with a fixed ratio between
+        MLPs and attention. By the scores of single units and without layer scores: "local" takes
+        the same share of every layer, "global" has one threshold for all units, "isomorphic" one
+        for each kind.
       alpha: temperature of the softmax over layers (published: 1.1).
       attn_share: for the softmax, how much of the MLPs' pruned share the attention branches lose on
         average; the published budgets prune .216 of attention where they prune .342 of MLPs.
@@ -190,8 +198,10 @@ def allocate(
     """Choose every width and every kept unit of a model under a budget.
 
     A rule (see `prune.widths`) turns layer scores and one number t into keep ratios; t is the
-    largest that fits the budget; then single steps fill what rounding left, until no further step
-    of any width fits. So the result never exceeds the budget and cannot be grown inside it.
+    largest that fits the budget. "greedy" and "exact" solve for admissible widths instead (see
+    `prune.choices`). Then single steps fill what is left, until no further step of any width fits:
+    those furthest below their ratio first, or those that save most divergence by cost. So the
+    result never exceeds the budget and cannot be grown inside it.
 
     Args:
       model: a `Model` or its config.
@@ -222,20 +232,29 @@ def allocate(
         units = coupled_scores(dense, units, normalize=config.normalize)
         layers = None if layers is None else dataclasses.replace(layers, qk=None, vo=None)
     planner = _Planner(dense, config, groups, units, limits, latency)
-    rule = _rule(dense, config, units, layers, limits, latency)
+    if layers is not None:
+        check_scores(dense, layers)
+    rule = None
+    if config.widths in ("greedy", "exact") and layers is not None:
+        solve = planner.knapsack(layers)
+    else:
+        rule = _rule(dense, config, units, layers, limits, latency)
+
+        def solve(t: float) -> Counts:
+            return planner.counts(rule(t))
 
     low, high = 0.0, 1.0
-    best = planner.counts(rule(0.0))
+    best = solve(0.0)
     if not planner.fits(best):
         # Only ragged plans get here: how widely they pad is not known before the scores are.
         least = cost(planner.config_of(best), latency)
         problems = _too_small(least, cost(dense, latency), limits, budget)
         raise InputError(f"infeasible budget: {problems}")
-    if planner.fits(full := planner.counts(rule(1.0))):
+    if planner.fits(full := solve(1.0)):
         best, low = full, 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        counts = planner.counts(rule(middle))
+        counts = solve(middle)
         if planner.fits(counts):
             best, low = counts, middle
         else:
@@ -243,7 +262,8 @@ def allocate(
     if config.clip == "clip" and config.widths == "softmax":
         clipped = softmax_rule(dense, layers, config.alpha, config.attn_share, softmax_keep)
         return planner.plan(planner.counts(clipped(low)))
-    return planner.plan(planner.fill(best, planner.ideal(rule(low))))
+    urgency = planner.gains(layers) if rule is None else planner.gaps(rule(low))
+    return planner.plan(planner.fill(best, urgency))
 
 
 def check_budget(
@@ -327,8 +347,6 @@ def _rule(
     limits: Limits,
     latency: Latency | None,
 ) -> Rule:
-    if layers is not None:
-        check_scores(dense, layers)
     if config.widths in get_args(Ranking):
         sizes = {"params", "encoder_params", "model_bytes"}
         unit = "macs" if set(limits) - sizes else "params"
@@ -345,10 +363,7 @@ def _rule(
     if config.widths == "softmax" or layers is None:
         return softmax_rule(dense, layers, config.alpha, config.attn_share)
     costs = _part_costs(dense, limits, latency, config.kinds)
-    if config.widths == "sensitivity":
-        return sensitivity_rule(dense, layers, costs)
-    choose = greedy_levels if config.widths == "greedy" else exact_levels
-    return knapsack_rule(dense, layers, costs, choose)
+    return sensitivity_rule(dense, layers, costs)
 
 
 def _part_costs(
@@ -360,8 +375,7 @@ def _part_costs(
     is bounded, MACs stand in for it.
     """
     full = cost(dense, latency)
-    summed = {unit: limit for unit, limit in limits.items() if unit != "activation_bytes"}
-    summed = summed or {"macs": full.macs}
+    summed = _summed(limits, full)
     costs = {part: np.zeros(len(dense.blocks)) for part in PARTS}
     for i, block in enumerate(dense.blocks):
         for part, members in PARTS.items():
@@ -374,6 +388,12 @@ def _part_costs(
                 for unit, limit in summed.items()
             )
     return costs
+
+
+def _summed(limits: Limits, full: Cost) -> Limits:
+    """Bounds on what is a sum over parts of blocks, MACs where there are none."""
+    summed = {unit: limit for unit, limit in limits.items() if unit != "activation_bytes"}
+    return summed or {"macs": full.macs}
 
 
 def _keep_under_peak(dense: TransformerConfig, limit: int, kinds: tuple[Kind, ...]) -> GroupKeeps:
@@ -415,6 +435,7 @@ class _Planner:
     ):
         self.dense, self.config, self.groups, self.units = dense, config, groups, units
         self.limits, self.latency = limits, latency
+        self.by_key = {group.key: group for group in groups}
         self.sizes = {group.key: self._size(group) for group in groups}
         self.floors = {group.key: self._group_floor(group) for group in groups}
         self.most = self.sizes
@@ -436,27 +457,69 @@ class _Planner:
         return {group.key: keeps[group.key] * self.sizes[group.key] for group in self.groups}
 
     def counts(self, keeps: GroupKeeps) -> Counts:
-        """Whole counts: rounded down to steps, but not below the floors; 0 where a branch goes."""
+        """Whole counts: rounded down to steps, but not below the floors."""
         counts = {}
-        gone = self._gone(keeps)
         for key, value in self.ideal(keeps).items():
-            if key in gone:
-                counts[key] = 0
-                continue
             size, step = self.sizes[key], self._step(key)
             value = min(value, self.most[key])
             count = size if value >= size - 1e-9 else int(value + 1e-9) // step * step
             counts[key] = max(count, self.floors[key])
         return counts
 
-    def _gone(self, keeps: GroupKeeps) -> set[str]:
-        """Groups whose branch goes: without values, queries and keys are of no use."""
-        gone = set()
-        for key, keep in keeps.items():
-            block, _, kind = key.rpartition("/")
-            if self.config.branches and keep == 0 and kind != "qk":
-                gone |= {key} if kind == "mlp" else {key, f"{block}/qk"}
-        return gone
+    def knapsack(self, layers: BranchScores) -> Callable[[float], Counts]:
+        """Counts of least predicted divergence, by the share of what they may spend above least."""
+        full = cost(self.dense, self.latency)
+        summed = _summed(self.limits, full)
+
+        def price(counts: Counts) -> Float[np.ndarray, "k"]:
+            widths = {key: self._width(key, count) for key, count in counts.items()}
+            found = cost(self._narrowed(widths), self.latency)
+            return np.array([getattr(found, unit) - getattr(full, unit) for unit in summed])
+
+        levels = {
+            key: admissible_counts(size, self.floors[key], self._step(key))
+            for key, size in self.sizes.items()
+        }
+        choices = branch_choices(self.dense, layers, levels, price, may_go=self.config.branches)
+        choices = [self._under_peak(branch) for branch in choices]
+        losses, costs = [c.losses for c in choices], [c.costs for c in choices]
+        left = np.array([limit - getattr(full, unit) for unit, limit in summed.items()], float)
+        least = sum((table[0] for table in costs), np.zeros(len(summed)))
+        choose = greedy_levels if self.config.widths == "greedy" else exact_levels
+
+        def solve(share: float) -> Counts:
+            counts: Counts = {}
+            found = choose(losses, costs, least + share * np.maximum(left - least, 0.0))
+            for branch, level in zip(choices, found, strict=True):
+                counts |= branch[level]
+            return counts
+
+        return solve
+
+    def _under_peak(self, choices: Choices) -> Choices:
+        """Those within a bound on peak memory, and the cheapest."""
+        limit = self.limits.get("activation_bytes")
+        if limit is None:
+            return choices
+        group = self.by_key[choices.keys[0]]
+        spec = self.dense.block_spec(group.block)
+        kept = [0]
+        for level in range(1, len(choices.losses)):
+            widths = {key: self._width(key, count) for key, count in choices[level].items()}
+            narrow = dataclasses.replace(spec, widths=self._narrowed_block(group.block, widths))
+            found = block_cost(narrow)
+            peak = found.mlp_peak if group.kind == "mlp" else found.attn_peak
+            if FLOAT32_BYTES * peak <= limit:
+                kept.append(level)
+        tables = (choices.counts, choices.losses, choices.costs)
+        return Choices(choices.keys, *(table[kept] for table in tables))
+
+    def _width(self, key: str, count: int) -> int:
+        """Of a ragged head the widest counts, as if no head went."""
+        scores = np.asarray(self.units[key])
+        if not self.config.ragged or scores.ndim == 1:
+            return count
+        return int(top_k_mask(scores, count).sum(axis=1).max(initial=0))
 
     def _is_gone(self, counts: Counts, key: str) -> bool:
         return self.config.branches and key in counts and counts[key] == 0 < self.sizes[key]
@@ -464,17 +527,21 @@ class _Planner:
     def config_of(self, counts: Counts) -> TransformerConfig:
         if self.config.ragged:
             return reshaped_config(self.plan(counts))
-        blocks = []
-        for i, block in enumerate(self.dense.blocks):
-            keys = {WIDTH_FIELDS[kind]: unit_key(i, kind) for kind in self.config.kinds}
-            found = {field: counts[key] for field, key in keys.items() if key in counts}
-            narrow = dataclasses.replace(block, **found)
-            if any(self._is_gone(counts, unit_key(i, kind)) for kind in ("vo", "head")):
-                narrow = dataclasses.replace(narrow, num_heads=0, attn=False)
-            if self._is_gone(counts, unit_key(i, "mlp")):
-                narrow = dataclasses.replace(narrow, mlp=False)
-            blocks.append(narrow)
+        return self._narrowed(counts)
+
+    def _narrowed(self, counts: Counts) -> TransformerConfig:
+        blocks = [self._narrowed_block(i, counts) for i in range(len(self.dense.blocks))]
         return dataclasses.replace(self.dense, blocks=tuple(blocks))
+
+    def _narrowed_block(self, i: int, counts: Counts) -> BlockConfig:
+        keys = {WIDTH_FIELDS[kind]: unit_key(i, kind) for kind in self.config.kinds}
+        found = {field: counts[key] for field, key in keys.items() if key in counts}
+        narrow = dataclasses.replace(self.dense.blocks[i], **found)
+        if any(self._is_gone(counts, unit_key(i, kind)) for kind in ("vo", "head")):
+            narrow = dataclasses.replace(narrow, num_heads=0, attn=False)
+        if self._is_gone(counts, unit_key(i, "mlp")):
+            narrow = dataclasses.replace(narrow, mlp=False)
+        return narrow
 
     def fits(self, counts: Counts) -> bool:
         return within(cost(self.config_of(counts), self.latency), self.limits)
@@ -482,19 +549,17 @@ class _Planner:
     def _step(self, key: str) -> int:
         return self.config.step(key.rpartition("/")[2])
 
-    def fill(self, counts: Counts, ideal: dict[str, float]) -> Counts:
-        """Grow widths step by step, those furthest below their ideal first, while any step fits."""
+    def fill(self, counts: Counts, urgency: Urgency) -> Counts:
+        """Grow widths step by step, the most urgent first, while any step fits."""
         counts = dict(counts)
         # A branch that goes stays away: what it would take is for those that are left.
         open_steps = [
             keys for keys in self._steps() if not any(self._is_gone(counts, key) for key in keys)
         ]
         while open_steps:
-            open_steps.sort(key=lambda keys: self._gap(keys, counts, ideal))
+            open_steps.sort(key=lambda keys: urgency(keys, counts))
             keys = open_steps.pop()
-            grown = dict(counts)
-            for key in keys:
-                grown[key] = min(self.sizes[key], counts[key] + self._step(key))
+            grown = self._grown(keys, counts)
             # Costs only grow, so that a step that does not fit now never will.
             if grown != counts and self.fits(grown):
                 counts = grown
@@ -508,8 +573,47 @@ class _Planner:
         blocks = sorted({group.block for group in self.groups if group.kind == "qk"})
         return steps + [(unit_key(i, "qk"), unit_key(i, "vo")) for i in blocks]
 
-    def _gap(self, keys: tuple[str, ...], counts: Counts, ideal: dict[str, float]) -> float:
-        return max((ideal[key] - counts[key]) / max(self.sizes[key], 1) for key in keys)
+    def _grown(self, keys: tuple[str, ...], counts: Counts) -> Counts:
+        more = {key: min(self.sizes[key], counts[key] + self._step(key)) for key in keys}
+        return counts | more
+
+    def gaps(self, keeps: GroupKeeps) -> Urgency:
+        """How far a width is below its ideal."""
+        ideal = self.ideal(keeps)
+
+        def gap(keys: tuple[str, ...], counts: Counts) -> float:
+            return max((ideal[key] - counts[key]) / max(self.sizes[key], 1) for key in keys)
+
+        return gap
+
+    def gains(self, layers: BranchScores) -> Urgency:
+        """How much predicted divergence a step saves by what it costs."""
+        costs = _part_costs(self.dense, self.limits, self.latency, self.config.kinds)
+        prices = {
+            group.key: costs["attn" if group.kind == "head" else group.kind][group.block] / size
+            for group in self.groups
+            if (size := self.sizes[group.key])
+        }
+
+        @functools.cache
+        def predicted(block: int, keeps: tuple[tuple[str, float], ...]) -> float:
+            ratios = {kind: np.array([keep]) for kind, keep in keeps}
+            return float(predicted_divergence(layers, block, ratios)[0])
+
+        def lost(group: UnitGroup, counts: Counts) -> float:
+            branch = PARTS["mlp" if group.kind == "mlp" else "attn"]
+            keys = {kind: unit_key(group.block, kind) for kind in branch}
+            there = {kind: key for kind, key in keys.items() if key in prices}
+            keeps = ((kind, counts[key] / self.sizes[key]) for kind, key in there.items())
+            return predicted(group.block, tuple(keeps))
+
+        def gain(keys: tuple[str, ...], counts: Counts) -> float:
+            grown = self._grown(keys, counts)
+            spent = sum((grown[key] - counts[key]) * prices.get(key, 0.0) for key in keys)
+            group = self.by_key[keys[0]]
+            return (lost(group, counts) - lost(group, grown)) / spent if spent > 0 else math.inf
+
+        return gain
 
     def plan(self, counts: Counts) -> Plan:
         """The kept units: the highest scores, exactly as many as counted."""

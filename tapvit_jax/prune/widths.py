@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.backbone import TransformerConfig
@@ -254,43 +254,3 @@ def measured_divergence(
     inside = np.where(at < x[0], y[0] + first * (at - x[0]), inside)
     found[some] = np.exp(np.where(at > x[-1], y[-1] + last * (at - x[-1]), inside))
     return found
-
-
-def knapsack_rule(
-    dense: TransformerConfig,
-    layers: BranchScores,
-    part_costs: Mapping[str, Float[np.ndarray, "l"]],
-    choose: Callable[..., Int[np.ndarray, "i"]],
-    levels: int = 64,
-) -> Rule:
-    """The keep ratios with the least measured divergence within a share t of the units' cost.
-
-    Unlike `sensitivity_rule` it follows the measured curves and not a power law fitted to them.
-
-    Args:
-      dense: the dense model's config.
-      layers: layer scores.
-      part_costs: cost of each part's units, by block.
-      choose: `greedy_levels` or `exact_levels`.
-      levels: keep ratios that are tried are multiples of 1 / levels.
-
-    Source: ours.
-    """
-    ratios = np.linspace(0.0, 1.0, levels + 1)
-    present = present_parts(dense, scored_parts(layers))
-    places, losses, costs = [], [], []
-    for part, there in present.items():
-        divergence = measured_divergence(layers, part, 1.0 - ratios)
-        for block in np.flatnonzero(there & (part_costs[part] > 0)):
-            places.append((part, block))
-            losses.append(divergence[:, block])
-            costs.append(ratios * part_costs[part][block])
-    total = sum(cost[-1] for cost in costs)
-
-    def rule(t: float) -> GroupKeeps:
-        keeps = {part: np.where(there, 1.0, 0.0) for part, there in present.items()}
-        for (part, block), level in zip(places, choose(losses, costs, t * total), strict=True):
-            keeps[part][block] = ratios[level]
-        return by_group(dense, keeps)
-
-    return rule

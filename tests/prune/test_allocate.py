@@ -1,6 +1,8 @@
 """Budgets are promises."""
 
 import dataclasses
+import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -268,6 +270,82 @@ def test_branches_go_within_the_budget(seed, share, unit, widths, parts):
             assert all(plan.keep[unit_key(i, kind)].any() == there for kind in kinds)
 
 
+TWO = dataclasses.replace(SMALL, blocks=SMALL.blocks[:2])
+TWO_STAGES = dataclasses.replace(SWIN, blocks=(SWIN.blocks[0], SWIN.blocks[2]), depths=(1, 1))
+WIDTHS = {"mlp": "mlp_dim", "qk": "qk_dim", "vo": "v_dim"}
+
+
+@functools.cache
+def affordable(dense, budget, config):
+    """All admissible widths of both blocks within the budget, a row (mlp, qk, vo) * 2 each."""
+    grids = []
+    for block in dense.blocks:
+        for kind, field in WIDTHS.items():
+            full, step = getattr(block, field), config.step(kind)
+            floor = max(step, -(-config.min_keep * full // step) * step)
+            grids.append(np.arange(floor, full + 1, step, dtype=int))
+    rows = np.array(list(itertools.product(*grids)))
+    costs = np.zeros((len(rows), 2))
+    full = cost(dense)
+    for i, grid in enumerate(grids):
+        # Costs are sums over widths.
+        block, field = divmod(i, 3)
+        priced = {}
+        for width in grid:
+            narrow = dataclasses.replace(
+                dense.blocks[block], **{[*WIDTHS.values()][field]: int(width)}
+            )
+            blocks = (*dense.blocks[:block], narrow, *dense.blocks[block + 1 :])
+            found = cost(dataclasses.replace(dense, blocks=blocks))
+            priced[width] = found.macs - full.macs, found.params - full.params
+        costs += [priced[width] for width in rows[:, i]]
+    limits = budget.limits(dense)
+    bounds = np.array([limits.get("macs", full.macs), limits.get("params", full.params)])
+    return rows[(costs <= bounds - [full.macs, full.params]).all(axis=1)]
+
+
+def divergence_of(dense, layers, rows):
+    full = np.array([getattr(block, field) for block in dense.blocks for field in WIDTHS.values()])
+    pruned = 1 - np.asarray(rows) / full
+    return sum(
+        measured_divergence(layers, kind, pruned[:, 3 * block + j])[:, block]
+        for block in range(2)
+        for j, kind in enumerate(WIDTHS)
+    )
+
+
+@pytest.mark.parametrize(
+    ("dense", "bounds", "min_keep"),
+    [
+        (TWO, {"macs": 0.5}, 0.0),
+        (TWO, {"macs": 0.6, "params": 0.45}, 0.0),
+        (TWO, {"macs": 0.7}, 0.5),
+        (TWO_STAGES, {"macs": 0.6, "params": 0.6}, 0.3),
+    ],
+    ids=["rounded", "two bounds", "floors", "two stages"],
+)
+def test_rounded_widths_are_the_best_within_floors_and_bounds(dense, bounds, min_keep):
+    steps = RoundTo(mlp=64, qk=4, vo=4) if dense is TWO else RoundTo(mlp=16, qk=2, vo=2)
+    config = AllocateConfig(widths="exact", min_keep=min_keep, round_to=steps)
+    rows = affordable(dense, Budget(**bounds), config)
+    greedy = []
+    for seed in range(12):
+        units, layers = random_scores(dense, seed, ties=False)[0], random_parts(dense, seed)
+        lowest = divergence_of(dense, layers, rows).min()
+
+        def lost(widths, units=units, layers=layers):
+            options = dataclasses.replace(config, widths=widths)
+            plan = allocate(dense, units, layers, Budget(**bounds), config=options)
+            small = reshaped_config(plan)
+            row = [getattr(b, field) for b in small.blocks for field in WIDTHS.values()]
+            assert (rows == row).all(axis=1).any()
+            return divergence_of(dense, layers, [row])[0]
+
+        assert lost("exact") <= 1.01 * lowest
+        greedy.append(lost("greedy") / lowest)
+    assert np.mean(greedy) <= 1.04
+
+
 def test_a_branch_that_does_nothing_goes():
     units, _ = random_scores(SMALL, 0, ties=False)
     shape = (2, len(SMALL.blocks))
@@ -343,11 +421,16 @@ def test_budget_is_kept_and_used(dense, seed, ties, bounds, round_to, min_keep, 
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 10**6), share=st.floats(0.15, 0.95), unit=st.sampled_from(UNITS))
-def test_ragged_plans_keep_the_budget_with_padding(seed, share, unit):
+@given(
+    seed=st.integers(0, 10**6),
+    share=st.floats(0.15, 0.95),
+    unit=st.sampled_from(UNITS),
+    widths=st.sampled_from(["sensitivity", "exact"]),
+)
+def test_ragged_plans_keep_the_budget_with_padding(seed, share, unit, widths):
     units, layers = random_scores(SMALL, seed, ties=False)
     budget = Budget(**{unit: share})
-    config = AllocateConfig(ragged=True, coupled=True)
+    config = AllocateConfig(widths=widths, ragged=True, coupled=True)
     try:
         plan = allocate(SMALL, units, layers, budget, config=config)
     except InputError as error:

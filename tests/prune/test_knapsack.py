@@ -83,6 +83,28 @@ def test_coarse_bins_keep_the_budget(bins):
     assert loss <= best(losses, costs, least + (budget - least) * (1 - 6 / bins)) + 1e-9
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_two_budgets_are_kept_at_once_and_exact_is_near_the_best(seed):
+    rng = np.random.default_rng(seed)
+    losses = [np.sort(rng.exponential(1, 5))[::-1] for _ in range(4)]
+    costs = [np.sort(rng.exponential(1, (5, 2)), axis=0) for _ in range(4)]
+    least, most = (sum(cost[end] for cost in costs) for end in (0, -1))
+    budgets = least + rng.uniform(0.2, 0.6, 2) * (most - least)
+    picked = [list(itertools.product(*table)) for table in (losses, costs)]
+    totals, spent = (np.sum(table, axis=1) for table in picked)
+    lowest = totals[(spent <= budgets).all(axis=1)].min()
+    for choose in (greedy_levels, exact_levels):
+        levels = choose(losses, costs, budgets)
+        assert (sum(c[v] for c, v in zip(costs, levels, strict=True)) <= budgets).all()
+    assert sum(loss[v] for loss, v in zip(losses, levels, strict=True)) <= 1.01 * lowest
+
+
+@pytest.mark.parametrize("choose", [greedy_levels, exact_levels])
+def test_a_budget_of_nothing_but_the_least_buys_what_is_free(choose):
+    losses, costs = [[3.0, 1.0], [3.0, 1.0]], [[[1.0, 2.0], [1.0, 2.0]], [[0.0, 0.0], [0.0, 1.0]]]
+    assert choose(losses, costs, np.array([1.0, 2.0])).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("choose", [greedy_levels, exact_levels])
 @pytest.mark.parametrize(
     ("losses", "costs", "budget", "message"),
@@ -90,8 +112,8 @@ def test_coarse_bins_keep_the_budget(bins):
         ([[1.0, 0.0]], [[2.0, 3.0]], 1.0, "below the least cost 2"),
         ([[1.0]], [[2.0, 3.0]], 5.0, "1 losses and 2 costs"),
         ([[]], [[]], 5.0, "0 losses"),
-        ([[1.0, 0.0]], [[3.0, 2.0]], 5.0, "costs must not fall"),
-        ([[np.nan, 0.0]], [[2.0, 3.0]], 5.0, "finite"),
+        ([[1.0, 0.0]], [[3.0, 2.0]], 5.0, "first cost is not its least"),
+        ([[np.nan, 0.0]], [[2.0, 3.0]], 5.0, "loss not finite"),
     ],
 )
 def test_bad_tables_are_refused(choose, losses, costs, budget, message):
