@@ -323,7 +323,8 @@ def solve_values(
         is put.
       ridge: solve the projection over all heads at once, else its bias only.
       low_rank: give each head the subspace that its part of the projection needs most,
-        T = W V_r with V the right singular vectors of C^(1/2) W.
+        T = W V_r with V the right singular vectors of C^(1/2) W; beyond as many dims as the stream
+        has, any orthogonal ones.
       scale: layer scale behind the branch.
       grams: C of each head; None takes it from `folds`.
 
@@ -371,7 +372,10 @@ def _value_basis(
     root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
     right = np.linalg.svd(root @ weights, full_matrices=False)[2][:rank]
     turn = weights @ right.T
-    return turn / np.maximum(np.linalg.norm(turn, axis=0), np.finfo(np.float64).tiny)
+    turn = turn / np.maximum(np.linalg.norm(turn, axis=0), np.finfo(np.float64).tiny)
+    # A head wider than the stream needs no more dims than that; others may tell what else it lacks.
+    rest = np.linalg.qr(turn, mode="complete")[0][:, turn.shape[1] : rank]
+    return np.concatenate([turn, rest], axis=1)
 
 
 def _solve(

@@ -108,11 +108,11 @@ def test_mlp_is_solved_by_least_squares(no_penalty, rng, scaled):
     np.testing.assert_allclose(made.mean(axis=0), target.mean(axis=0), atol=1e-5)
 
 
-def attention_of(rng, heads=HEADS):
+def attention_of(rng, heads=HEADS, dims=DIMS):
     draw = rng.standard_normal
     return {
-        "v": {"kernel": draw((EMBED, heads, DIMS)), "bias": draw((heads, DIMS))},
-        "proj": {"kernel": draw((heads, DIMS, EMBED)), "bias": draw(EMBED)},
+        "v": {"kernel": draw((EMBED, heads, dims)), "bias": draw((heads, dims))},
+        "proj": {"kernel": draw((heads, dims, EMBED)), "bias": draw(EMBED)},
     }
 
 
@@ -156,6 +156,23 @@ def test_low_rank_values_lose_the_least_that_a_head_can(no_penalty, rng):
     tail = np.linalg.svd(target - target.mean(axis=0), compute_uv=False)[2:]
     np.testing.assert_allclose(error[True], np.linalg.norm(tail), 1e-4)
     assert error[False] > 1.05 * error[True]
+
+
+def test_heads_wider_than_the_stream_need_no_more_dims_and_use_them(no_penalty, rng):
+    dims = 2 * EMBED
+    attn, outputs = attention_of(rng, 1, dims), rng.standard_normal((ROWS, dims))
+
+    def error(target, kept):
+        keep = np.arange(dims)[None] < kept
+        found, (kernel, bias) = solve_values(attn, folds_of(outputs, target), keep)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        return np.linalg.norm(outputs @ kernel + bias - target)
+
+    for kept in (EMBED, EMBED + 2):
+        assert error(outputs @ attn["proj"]["kernel"][0], kept) < 1e-4
+    # What the stream lacks besides may follow from the others.
+    target = rng.standard_normal((ROWS, EMBED))
+    assert error(target, EMBED + 2) < 0.99 * error(target, EMBED)
 
 
 def logit_error(found, queries, keys):
