@@ -25,6 +25,7 @@ from tapvit_jax.models.registry import Model
 from tapvit_jax.prune.mask import Plan, apply_masks, check_plan
 from tapvit_jax.prune.moments import Moments, Ridge, merge_all
 from tapvit_jax.prune.streams import Streams
+from tapvit_jax.prune.units import unit_key
 from tapvit_jax.structs import check_fields, to_plain
 from tapvit_jax.train.classes import prior_weights
 
@@ -47,8 +48,9 @@ class RecoverConfig:
       order: "sequential" goes block by block on the already recovered prefix and aims at the dense
         model's residual stream, so that later blocks repair what earlier ones lost; "parallel" lets
         all blocks see the dense model's activations, as CORP does (arXiv 2602.05243), but for what
-        a branch that is gone right before them would have added (for the last block's MLP nothing
-        makes up).
+        a branch that is gone right before them would have added. In both, what branches that are
+        gone at the end would have added is left to the classifier where that is solved, else its
+        mean goes into the bias of the last branch that stays.
       attention: "low_rank" gives each head the best subspace of its width, for queries and keys in
         the sense of the attention logits, for values in the sense of the branch's output; "kept"
         keeps the dims that the plan names and solves around them; "weights" takes the subspace of
@@ -152,6 +154,8 @@ def recover(
     solvable = config.order == "sequential" and not getattr(model.config, "distilled", False)
     if config.head and config.method == "ridge" and recovers and solvable:
         params = params | {"head": _solve_head(model, streams.head_moments())}
+    elif recovers and (last := _last_before_gone(plan)) is not None:
+        params = params | _with_mean(params, *last, streams.missing_mean())
     done = config if shifts else dataclasses.replace(config, prior="dense")
     found = model.replace(
         params=jax.tree.map(jnp.asarray, params),
@@ -247,6 +251,31 @@ def _recover_block(
     else:
         streams.pass_no_mlp()
     return part
+
+
+def _last_before_gone(plan: Plan) -> tuple[str, str] | None:
+    """Block and branch that stay, behind which branches go and nothing else reads the stream."""
+    gone = False
+    for i in reversed(range(len(plan.config.blocks))):
+        for branch in ("mlp", "attn"):
+            if not getattr(plan.config.blocks[i], branch):
+                continue
+            if plan.keep[unit_key(i, f"{branch}_branch")]:
+                return (f"blocks_{i}", branch) if gone else None
+            gone = True
+        if plan.config.block_spec(i).merge:
+            return None
+    return None
+
+
+def _with_mean(params: Params, block: str, branch: str, mean: Float[np.ndarray, "d"]) -> Params:
+    """A block whose branch adds a constant more."""
+    part = params[block]
+    name, scale = ("fc2", "ls2") if branch == "mlp" else ("proj", "ls1")
+    layer, scale = part[branch][name], layer_scale(part, scale)
+    more = np.divide(mean, scale, out=np.zeros_like(mean), where=np.not_equal(scale, 0.0))
+    layer = layer | {"bias": np.asarray(layer["bias"] + more, np.float32)}
+    return {block: part | {branch: part[branch] | {name: layer}}}
 
 
 def _solve_head(model: Model, folds: Sequence[Moments]) -> Params:

@@ -32,7 +32,7 @@ from tapvit_jax.models.layers import BlockSpec, from_windows
 from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.vit import ViTConfig
-from tapvit_jax.prune.moments import Moments, merge, on_host, row_moments
+from tapvit_jax.prune.moments import Moments, merge, merge_all, on_host, row_moments
 from tapvit_jax.sharding import data_mesh, replicate, shard_rows
 
 # For sums that layers are solved from: products of float32 are coarser by default on accelerators.
@@ -221,6 +221,11 @@ class Streams:
     def pass_no_mlp(self) -> None:
         """Take both streams past an MLP branch that is not there."""
         self._target, self._short = self._behind, True
+
+    def missing_mean(self) -> Float[np.ndarray, "d"]:
+        """What the recovered stream lacks on average behind the last block."""
+        none = [x[..., :0] for x in self._found]
+        return merge_all(self._moments(none, self._found, self._target)).mean_y
 
     def head_moments(self) -> list[Moments]:
         """Of the recovered features, and the dense logits."""

@@ -400,6 +400,45 @@ def test_what_follows_makes_up_for_a_branch_that_is_gone(tiny, branch, order):
     assert np.linalg.norm(found - dense) < 0.7 * np.linalg.norm(masked - dense)
 
 
+GONE_AT_THE_END = {
+    "the last MLP": ("blocks_2/mlp_branch",),
+    "the last block": ("blocks_2/attn_branch", "blocks_2/mlp_branch"),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        ("cls", RecoverConfig("mean")),
+        ("cls", RecoverConfig("mean", order="parallel")),
+        ("distilled", RecoverConfig()),
+    ],
+    ids=["mean", "parallel", "distilled"],
+)
+@pytest.mark.parametrize("gone", GONE_AT_THE_END)
+def test_what_goes_at_the_end_leaves_its_mean(tiny_config, variant, config, gone):
+    model, images = make(variant, tiny_config), images_of(COUNT)
+    plan = Plan(model.config, dict.fromkeys(GONE_AT_THE_END[gone], np.array(False)))
+    dense, masked = (np.asarray(m.apply(images)) for m in (model, apply_masks(model, plan)))
+    found = recovered(model, plan, [images], config=config)
+    error = np.linalg.norm(found.apply(images) - dense)
+    assert error < 0.5 * np.linalg.norm(masked - dense)
+    np.testing.assert_allclose(found.apply(images), reshape(found, plan).apply(images), atol=1e-4)
+
+
+def test_a_mean_is_not_folded_through_merged_patches():
+    model, images = make("swin", None), images_of(COUNT)
+    gone = {
+        group.key: np.array(False)
+        for group in unit_table(model.config)
+        if group.kind in ("attn_branch", "mlp_branch") and group.block == 2
+    }
+    assert model.config.block_spec(2).merge
+    plan = Plan(model.config, gone)
+    found = recovered(model, plan, [images], "mean")
+    assert_same(found.params, apply_masks(model, plan).params)
+
+
 def test_parallel_recovery_leaves_the_head(tiny):
     plan, images = halved(tiny.config), images_of(COUNT)
     found = recovered(tiny, plan, [images], config=RecoverConfig(order="parallel"))
