@@ -27,6 +27,13 @@ VERSION = 2
 SPEC_FILE = "model.json"
 PARAMS_FILE = "params.safetensors"
 
+# What a directory is, by a file in it.
+_KINDS = {
+    SPEC_FILE: "a model",
+    "extractor.json": "an extractor",
+    "config.json": "a folder of timm or Hugging Face",
+}
+
 
 def save(model: Model, directory: str | os.PathLike) -> None:
     """Write a model to a directory, all or nothing; a model that stood there is replaced.
@@ -67,7 +74,7 @@ def load(directory: str | os.PathLike) -> Model:
     Source: ours.
     """
     directory = Path(directory)
-    path = directory / SPEC_FILE
+    path = spec_file(directory, SPEC_FILE, "a model")
     spec = read_spec(path, FORMAT, VERSION)
     config = read_config(spec.get("family"), spec.get("config"), f"{path}: config")
     kinds = {
@@ -92,13 +99,32 @@ def _check_class_names(class_names: tuple[str, ...], config: Config, name: str) 
         )
 
 
+def spec_file(directory: Path, name: str, expected: str) -> Path:
+    """The path of a directory's spec file.
+
+    Raises:
+      InputError: it has none; says what the directory is instead.
+    """
+    path = directory / name
+    if path.is_file():
+        return path
+    inside = (what for other, what in _KINDS.items() if (directory / other).is_file())
+    found = "a file" if directory.is_file() else next(inside, None)
+    if found is None:
+        raise InputError(f"{path}: no such file, expected {expected}'s directory")
+    raise InputError(f"{directory}: is {found}, expected {expected}'s directory")
+
+
 def read_spec(path: Path, expected_format: str, expected_version: int) -> dict[str, Any]:
     """Read a spec file and check what it says it is.
 
     Raises:
       InputError: not a spec of this format and version.
     """
-    spec = read_json(path)
+    try:
+        spec = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; expected a {expected_format} file") from error
     if not isinstance(spec, dict) or spec.get("format") != expected_format:
         raise InputError(f"{path}: is not a {expected_format} file")
     if spec.get("version") != expected_version:

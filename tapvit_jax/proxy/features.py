@@ -32,7 +32,7 @@ from tapvit_jax.models.backbone import Config, check_prunable, family, read_conf
 from tapvit_jax.models.convnet import ConvNetConfig
 from tapvit_jax.models.params import Params, check_params, flatten
 from tapvit_jax.models.registry import Model
-from tapvit_jax.models.store import load_params, read_spec, save_params
+from tapvit_jax.models.store import load_params, read_spec, save_params, spec_file
 from tapvit_jax.sharding import AXIS, data_mesh, fetch_ahead, replicate, shard_rows
 from tapvit_jax.structs import check_fields, from_plain, to_plain
 
@@ -184,7 +184,7 @@ class Extractor:
           InputError: a missing, damaged or foreign file, or arrays that do not fit together.
         """
         directory = Path(directory)
-        path = directory / SPEC_FILE
+        path = spec_file(directory, SPEC_FILE, "an extractor")
         spec = read_spec(path, FORMAT, VERSION)
         kind = from_plain(Kind, spec.get("kind"), f"{path}: kind")
         network = _read_network(kind, spec, path)

@@ -139,6 +139,24 @@ def test_a_missing_directory(tmp_path):
     refused(tmp_path / "nothing", "no such file", store.SPEC_FILE)
 
 
+def test_a_spec_that_is_no_text(directory):
+    (directory / store.SPEC_FILE).write_bytes(b"\xb5\0")
+    refused(directory, "is not valid JSON .*; expected a tapvit-model file", store.SPEC_FILE)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("extractor.json", "an extractor"),
+        ("config.json", "a folder of timm or Hugging Face"),
+    ],
+)
+def test_a_directory_of_another_kind(tmp_path, file, kind):
+    (tmp_path / file).write_text("{}")
+    refused(tmp_path, f": is {kind}, expected a model's directory")
+    refused(tmp_path / file, ": is a file, expected a model's directory")
+
+
 @pytest.mark.parametrize("rewritten", [False, True])
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
 def test_truncated_params(directory, length, rewritten):

@@ -315,6 +315,13 @@ def test_a_missing_file(directory, file):
     refused(directory, f"{file}: no such file")
 
 
+def test_what_is_no_extractor(directory, tmp_path):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "model.json").write_text("{}")
+    refused(tmp_path / "dense", ": is a model, expected an extractor's directory")
+    refused(directory / features.PARAMS_FILE, ": is a file, expected an extractor's directory")
+
+
 def test_truncated_or_altered_params(directory):
     path = directory / features.PARAMS_FILE
     path.write_bytes(path.read_bytes()[:-1])
