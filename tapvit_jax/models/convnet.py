@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.layers import check_sizes
+from tapvit_jax.models.layers import check_prepared, check_sizes
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import check_fields
 
@@ -59,6 +59,7 @@ class ConvNet(nn.Module):
 
     def embedding(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b e"]:
         """The embedding in front of the classifier."""
+        check_prepared(images)
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = nn.relu(norm(conv(x)))

@@ -355,12 +355,26 @@ def patch_embedding(config: Any) -> nn.Conv:
     )
 
 
+def check_prepared(images: Float[Array, "b s s ch"]) -> None:
+    """Refuse bytes, which no network was trained on.
+
+    Raises:
+      InputError: not of a float type.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(
+            f"images have dtype {images.dtype}, expected floats, prepared as the model's "
+            "Preprocess says (see tap.batches)"
+        )
+
+
 def check_images(config: Any, images: Float[Array, "b s s ch"]) -> None:
     """Refuse images of another shape than the network's, which reshaping might take for others.
 
     Raises:
-      InputError: not square, or of another size or number of channels.
+      InputError: not square, of another size or number of channels, or not of a float type.
     """
+    check_prepared(images)
     expected = (config.image_size, config.image_size, config.in_channels)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise InputError(

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.models.layers import Dtype, check_depths, check_eps, check_sizes
+from tapvit_jax.models.layers import (
+    Dtype,
+    check_depths,
+    check_eps,
+    check_prepared,
+    check_sizes,
+)
 from tapvit_jax.models.params import Params
 from tapvit_jax.structs import check_fields
 
@@ -189,6 +195,7 @@ class ResNet(nn.Module):
 
     def pooled(self, images: Float[Array, "b s s ch"]) -> Float[Array, "b e"]:
         """The mean over the last feature map, in float32."""
+        check_prepared(images)
         x = nn.relu(self.bn1(self.conv1(images)))
         # Nothing is below zero here, so that zeros pad as well as -inf does.
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

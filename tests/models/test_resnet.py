@@ -209,3 +209,10 @@ def test_fresh_blocks_start_as_identities():
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(CONFIGS["basic"], **changes)
+
+
+def test_images_that_are_not_prepared_are_refused():
+    config = CONFIGS["basic"]
+    struct = jax.ShapeDtypeStruct(image_struct(config).shape, np.uint8)
+    with pytest.raises(InputError, match="dtype uint8, expected floats, prepared"):
+        jax.eval_shape(functools.partial(resnet.apply, config), resnet.param_shapes(config), struct)

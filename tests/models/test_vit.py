@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tapvit_jax.errors import InputError
+from tapvit_jax.importance.criteria import unit_importance
 from tapvit_jax.models import backbone, layers
 from tapvit_jax.models.layers import BlockConfig
 from tapvit_jax.models.params import flatten
@@ -238,3 +239,15 @@ def test_negative_widths_are_refused():
         BlockConfig(2, -1, 4, 8)
     with pytest.raises(InputError, match="head_dim is 0"):
         ViTConfig(embed_dim=8, head_dim=0, blocks=(), **FIELDS)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
+@pytest.mark.parametrize("name", ["tiny_model", "swin_model"])
+def test_images_that_are_not_prepared_are_refused(request, name, dtype):
+    model = request.getfixturevalue(name)
+    side = model.config.image_size
+    images = np.ones((2, side, side, model.config.in_channels), dtype)
+    with pytest.raises(InputError, match=rf"dtype {np.dtype(dtype)}, expected floats, prepared"):
+        model.apply(images)
+    with pytest.raises(InputError, match="expected floats, prepared"):
+        unit_importance(model, [images], method="variance")

@@ -315,6 +315,12 @@ def test_a_missing_file(directory, file):
     refused(directory, f"{file}: no such file")
 
 
+@pytest.mark.parametrize("kind", ["embedding", "backbone", "pooled"])
+def test_images_that_are_not_prepared_are_refused(extractors, kind):
+    with pytest.raises(InputError, match="dtype uint8, expected floats, prepared"):
+        extractors[kind](np.ones((2, 8, 8, 3), np.uint8))
+
+
 def test_what_is_no_extractor(directory, tmp_path):
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense" / "model.json").write_text("{}")
