@@ -66,8 +66,14 @@ def sweep_of_config_file() -> Sweep | None:
 
 
 def _config_problem(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error)
-    if isinstance(error, KeyError):
-        text = f"has no field {text}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"--config: {' '.join(lines[:4])}"
+    cause = error.args[0] if error.args else error
+    if isinstance(cause, KeyError):
+        # An AttributeError around what looked the field up.
+        missing = "; ".join(str(cause.args[0]).splitlines())
+        return f"--config: has no field {missing}"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        # A config file that failed: what it says stands last.
+        lines = [lines[0], lines[-1].removeprefix(f"{InputError.__module__}.InputError: ")]
+    named = isinstance(error, flags.Error)
+    return f"{'' if named else '--config: '}{' '.join(lines[:4])}"

@@ -122,9 +122,13 @@ def main(argv: list[str]) -> None:
     set_up_jax()
     flags.adopt_module_key_flags(arguments)
     every = list(get_args(CovarianceType))
-    kinds = flags.DEFINE_multi_enum("covariances", every, every, "Kinds of covariances.")
+    kinds = flags.DEFINE_list("covariances", every, f"Kinds of covariances: {', '.join(every)}.")
     config, workdir = arguments.parse(argv)
-    results = measure(config, workdir, list(dict.fromkeys(kinds.value)))
+    named = list(dict.fromkeys(kinds.value))
+    if not named or not set(named) <= set(every):
+        found = ",".join(named)
+        raise InputError(f"--covariances is {found!r}, expected some of {','.join(every)}")
+    results = measure(config, workdir, named)
     if distributed.is_main():
         print(table(results))
 

@@ -66,3 +66,11 @@ def test_a_directory_of_another_config_is_refused(tmp_path):
     config.seed = 1
     with pytest.raises(InputError, match=r"seed \(0 there, 1 here\)"):
         measure(read(config), tmp_path / "m", ("spherical",), quiet=True)
+
+
+def test_the_program_takes_kinds_as_a_list(programs, tmp_path):
+    arguments = ["--config=configs/digits.py", f"--workdir={tmp_path / 'm'}"]
+    found = programs.run("experiments.membership", *arguments, "--covariances=diag,round")
+    assert found.returncode == 2, found.stderr
+    message = "error: --covariances is 'diag,round', expected some of diag,"
+    assert found.stderr.startswith(message) and not (tmp_path / "m").exists()

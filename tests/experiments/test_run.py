@@ -260,7 +260,13 @@ def test_shipped_configs_are_valid(config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/digits.py", "--config.sede=1", "--workdir=w"], "sede"),
+        (["--config=configs/digits.py", "--config.foo=1"], "error: --config: has no field 'foo'\n"),
+        (
+            ["--config=configs/digits.py", "--config.gmm.componets=1"],
+            "error: --config: has no field 'componets'; Did you mean \"components\"",
+        ),
+        (["--config=configs/digits.py", "--sets=pool"], "error: Unknown command line flag 'sets'"),
+        (["--config=configs/tiny_imagenet.py:a", "--workdir=w"], "file: 'a': model is 'a', exp"),
         (["--config=configs/missing.py", "--workdir=w"], "missing.py"),
         (["--config=configs/digits.py"], "--workdir is missing"),
         (["--config=configs/digits.py", "--workdir=w", "seed=1"], "unexpected argument 'seed=1'"),
