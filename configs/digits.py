@@ -71,12 +71,12 @@ def get_config():
     )
 
 
-def sweep():
-    """Four devices at four budgets, three criteria, with and without fine-tuning."""
+def sweep(config):
+    """Every device at four budgets, three criteria, with and without fine-tuning."""
     return grid(
         {
-            "seed": (0,),
-            "device": range(4),
+            "seed": (config.seed,),
+            "device": range(config.data.partition.num_devices),
             "criterion": ("tap", "tap_published", "taylor"),
             "budget": ("macs=0.7", "macs=0.5", "macs=0.35", "macs=0.25"),
             "recovery": ("none", "finetune"),

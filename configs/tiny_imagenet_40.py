@@ -58,11 +58,11 @@ def get_config(arg="tiny-imagenet-40,vit_tin40.safetensors"):
     )
 
 
-def sweep():
-    """Four devices at five budgets, units ranked by the published criterion and the mended one."""
+def sweep(config):
+    """Every device at five budgets, units ranked by the published criterion and the mended one."""
     return grid(
         {
-            "device": range(4),
+            "device": range(config.data.partition.num_devices),
             "criterion": ("tap", "tap_published"),
             "budget": tuple(f"macs={share}" for share in (0.8, 0.65, 0.5, 0.35, 0.25)),
         }

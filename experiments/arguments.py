@@ -1,7 +1,8 @@
 """The command-line arguments that the main job and sweeps have in common."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from tapvit_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results and unfinished work are kept.")
-
-Sweep = Callable[[], Iterable[Mapping[str, Any]]]
 
 
 def parse(argv: list[str]) -> tuple[ExperimentConfig, Path]:
@@ -56,13 +55,16 @@ def numbers(name: str, texts: Iterable[str]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, texts)))
 
 
-def sweep_of_config_file() -> Sweep | None:
-    """The function `sweep` that stands beside `get_config` in the config file, if there is one."""
+def sweep_of_config_file(config: ExperimentConfig) -> Iterable[Mapping[str, Any]] | None:
+    """The grid of the function `sweep` beside `get_config` in the config file, if there is one."""
     name = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)[0]
     spec = importlib.util.spec_from_file_location("sweep_config", name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, "sweep", None)
+    if not hasattr(module, "sweep"):
+        return None
+    # A grid that does not depend on the config needs no argument.
+    return module.sweep(*[config] * bool(inspect.signature(module.sweep).parameters))
 
 
 def _config_problem(error: Exception) -> str:

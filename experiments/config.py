@@ -222,9 +222,10 @@ def read(config: Any) -> ExperimentConfig:
 def grid(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
     """All combinations of the values of several fields, the first field changing slowest.
 
-    What a config file's `sweep()` returns: a list of overrides, one mapping of names to values for
-    every unit. Names are "device", "budget", "criterion", "recovery", or dotted fields of the
-    config such as "seed" and "prune.neurons.loss". A "recovery" is
+    What a config file's `sweep(config)` returns, the config as the command line left it (it may do
+    without): a list of overrides, one mapping of names to values for every unit. Names are
+    "device", "budget", "criterion", "recovery", or dotted fields of the config such as "seed" and
+    "prune.neurons.loss". A "recovery" is
 
         "none"           nothing
         "mean", "ridge"  that closed form, all else as in `compensate`, and no fine-tuning

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config import complete, grid
+from experiments.config import ExperimentConfig, complete, grid
 from tapvit_jax.errors import InputError
 from tapvit_jax.pipeline import PruneConfig
 from tapvit_jax.prune.recover import RecoverConfig
@@ -124,6 +124,7 @@ def _honest() -> dict[str, Any]:
     }
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep(config: ExperimentConfig) -> list[dict[str, Any]]:
     """Every device under every published budget."""
-    return grid({"device": range(DEVICES), "budget": BUDGETS})
+    devices = range(config.data.partition.num_devices)
+    return grid({"device": devices, "budget": BUDGETS})

@@ -2,7 +2,7 @@
 
     python -m experiments.sweep --config=configs/digits.py --workdir=runs/sweep
 
-The units of the grid are what `sweep()` beside `get_config()` in the config file returns (see
+The units of the grid are what `sweep(config)` beside `get_config()` in the config file returns (see
 `experiments.config.grid`). What units have in common is computed once. A sweep that was interrupted
 continues when the same command is given again, and the grid may grow in between. Several such
 commands at once, on one or many machines that see the directory, share the work; --work_unit=N does
@@ -103,7 +103,7 @@ class Unit:
 
 
 def default_grid(config: ExperimentConfig) -> list[dict[str, Any]]:
-    """Every device under a few budgets, for configs without `sweep()`."""
+    """Every device under a few budgets, for configs without `sweep`."""
     return grid({"device": range(config.data.partition.num_devices), "budget": DEFAULT_BUDGETS})
 
 
@@ -514,8 +514,8 @@ def main(argv: list[str]) -> dict[int, str]:
     only_list = flags.DEFINE_bool("list", False, "Say what the units are; compute nothing.")
     only_status = flags.DEFINE_bool("status", False, "Say how far the units are.")
     config, workdir = arguments.parse(argv)
-    overrides = arguments.sweep_of_config_file()
-    sweep = Sweep(config, default_grid(config) if overrides is None else overrides(), workdir)
+    overrides = arguments.sweep_of_config_file(config)
+    sweep = Sweep(config, default_grid(config) if overrides is None else overrides, workdir)
     if only_list.value:
         print_list(sweep)
         return {}

@@ -48,7 +48,7 @@ def test_every_config_loads_and_its_budgets_can_be_met(name, model, mode):
     for share, text in zip((0.9, 0.8, 0.7, 0.6, 0.5), config.budgets, strict=True):
         assert Budget.parse(text).encoder_params == share
         check_budget(network, Budget.parse(text), config.prune.allocate)
-    assert len(resolve(config, MODULES[name].sweep())) == 50
+    assert len(resolve(config, MODULES[name].sweep(config))) == 50
 
 
 def test_as_published_is_the_authors_recipe():

@@ -198,8 +198,13 @@ def test_default_grid_takes_every_device():
 
 @pytest.mark.parametrize("module", [digits, tiny_imagenet_40, tiny_imagenet_40_swin])
 def test_shipped_grids_are_valid(module):
-    found = units(module.sweep(), read(module.get_config()))
+    plain = module.get_config()
+    config = read(plain)
+    found = units(module.sweep(config), config)
     assert len({unit.key for unit in found}) == len(found) >= 40
+    plain.data.partition.num_devices = 2
+    fewer = units(module.sweep(read(plain)), read(plain))
+    assert {unit.device for unit in fewer} == {0, 1} and len(fewer) == len(found) / 2
 
 
 def test_partners_follow_from_the_grid():
@@ -507,6 +512,16 @@ def test_list_computes_nothing(programs, tmp_path):
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[2] == "   2  budget=macs=0.7  device=0  recovery=finetune"
     assert not (tmp_path / "w").exists()
+
+
+def test_a_grid_follows_the_config_that_the_arguments_make(programs, tmp_path):
+    arguments = ["--config=configs/digits.py", "--config.data.partition.num_devices=2"]
+    arguments += ["--config.seed=7", f"--workdir={tmp_path / 'w'}", "--list"]
+    found = programs.run("experiments.sweep", *arguments)
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert len(lines) == 48 and all("seed=7" in line for line in lines)
+    assert "device=1" in lines[-1]
 
 
 def test_killed_at_random_moments_the_results_are_the_same_bits(programs, tmp_path, compiled):
