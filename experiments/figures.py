@@ -64,6 +64,14 @@ def _percent_scale(axes: Axes, direction: str, values: list[float]) -> None:
     getattr(axes, f"set_{direction}lim")(max(low - edge, -2.0), min(high + edge, 102.0))
 
 
+def _cost_scale(axes: Axes, least: float) -> None:
+    """Show a span of `least` at least: models of one budget cost nearly the same."""
+    low, high = axes.get_xlim()
+    missing = max(least - (high - low), 0.0)
+    axes.set_xlim(low - missing / 2, high + missing / 2)
+    axes.ticklabel_format(axis="x", useOffset=False)
+
+
 def _number(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
     """Write a name right of every point, moved up where it would cover another."""
     width, height = np.ptp(axes.get_xlim()) * 0.03, np.ptp(axes.get_ylim()) * 0.05
@@ -203,6 +211,7 @@ def averaged(rows: list[dict[str, Any]], fronts: dict[str, list[int]], relative:
             style["label"] = _shorten(one_line(name), 40)
             axes.errorbar(x[at], y[at], errors[at], elinewidth=0.8, **style)
         axes.axhline(np.mean([row["dense_top1"] for row in rows]), color=_DENSE, ls="--", lw=1)
+        _cost_scale(axes, 4.0 if relative else 0.04 * axes.get_xlim()[1])
         axes.set_xlabel(_cost_label(title, cost, relative))
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("mean top-1 on the devices' test images, %")
@@ -225,7 +234,7 @@ def every_device(
         own = [k for k, r in enumerate(found) if (r["source"], r["device"]) == (source, device)]
         y = np.array([found[k]["recovered_top1"] for k in own])
         dense = np.mean([found[k]["dense_top1"] for k in own])
-        for axes, (cost, title) in zip(row, _COSTS.items(), strict=True):
+        for axes, cost in zip(row, _COSTS, strict=True):
             x = np.array([_cost(found[k], cost, relative) for k in own])
             front = pareto(x, y)
             _front(axes, x[front], y[front])
@@ -238,10 +247,12 @@ def every_device(
             _percent_scale(axes, "y", [*y, dense])
             axes.grid(alpha=0.25)
             axes.tick_params(labelsize=8)
-            if row is grid[-1]:
-                axes.set_xlabel(_cost_label(title, cost, relative), size=9)
         above = f"{_shorten(one_line(source), 30)}\n" if several else ""
         row[0].set_ylabel(f"{above}device {device}\ntop-1, %", size=9, parse_math=False)
+    for axes, (cost, title) in zip(grid[-1], _COSTS.items(), strict=True):
+        # Panels above share the scale.
+        _cost_scale(axes, 4.0 if relative else 0.04 * axes.get_xlim()[1])
+        axes.set_xlabel(_cost_label(title, cost, relative), size=9)
     _legend(figure)
     return _svg(figure, f"Accuracy against cost of {len(shown)} of {len(owners)} devices")
 
@@ -264,6 +275,7 @@ def compared(rows: list[dict[str, Any]], dense: dict[str, Any], where: str) -> s
         shown += [*np.subtract(y, errors), *np.add(y, errors)]
     axes.axhline(dense["mean"], color=_DENSE, ls="--", lw=1)
     _percent_scale(axes, "y", shown)
+    _cost_scale(axes, 4.0)
     axes.set_xlabel("MACs, % of the dense model's")
     axes.set_ylabel("mean top-1 on the devices' test images, %")
     axes.grid(alpha=0.25)

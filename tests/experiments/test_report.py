@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments import report
+from experiments import figures, report
 
 NAMES = ["cat", "<b>dog & co</b>", "$x_{", "line\nbreak\x1b[2J", "中文", "\udc80", *"ghijklmn"]
 
@@ -293,3 +293,25 @@ def test_one_device_and_two_classes():
     found["devices"][0]["selection"]["class_histogram"] = [0, 0]
     text = "".join(Page(report.page(found)).text)
     assert "1 device." in text and "cat, <b>dog & co</b>" in text
+
+
+def texts(svg):
+    return re.findall(r">([^<>]+)</text>", svg)
+
+
+def test_plots_of_one_budget_show_its_cost_and_no_offset():
+    mean = {"mean": 70.0, "half_width": 1.0}
+    rows = [
+        {"method": m, "macs_percent": x, "top1": mean} for m, x in (("a", 49.983), ("b", 49.985))
+    ]
+    shown = texts(figures.compared(rows, {"mean": 76.0}, "somewhere"))
+    assert "50.0" in shown and not any("e1" in text for text in shown)
+    costs = {"macs_percent": 49.983, "params_percent": 52.001, "ms_percent": 60.0}
+    found = [
+        {"source": "s", "device": d, "recovered_top1": 70.0, "dense_top1": 76.0}
+        | {name: value + 0.001 * d for name, value in costs.items()}
+        for d in (0, 1)
+    ]
+    shown = texts(figures.every_device(found, ["a", "b"], lambda x, y: [0], True))
+    assert shown.count("MACs, % of the dense model's") == 1
+    assert {"50.0", "52.0", "60.0"} <= set(shown) and not any("e1" in text for text in shown)
