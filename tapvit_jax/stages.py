@@ -38,6 +38,8 @@ _LAYOUT = 2
 _META = "stage.json"
 _ARRAYS = "arrays.safetensors"
 _PACKAGE = "tapvit-jax"
+# Of those in which a work directory's configuration is another.
+_NAMED_FIELDS = 8
 
 T = TypeVar("T")
 
@@ -338,9 +340,11 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: is not a configuration; choose another --workdir")
     differing = differences(found, config)
     if differing:
+        more = len(differing) - _NAMED_FIELDS
         raise InputError(
             f"{workdir}: belongs to another configuration; these fields differ: "
-            + ", ".join(differing)
+            + ", ".join(differing[:_NAMED_FIELDS])
+            + (f" and {more} more" if more > 0 else "")
             + ". Choose another --workdir or delete this one"
         )
 
@@ -349,7 +353,9 @@ def differences(found: Any, expected: Any, name: str = "") -> list[str]:
     """Dotted names of the fields in which two nested JSON values differ, with both values."""
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         result = []
-        for key in sorted(found.keys() | expected.keys()):
+        # Single values first: which program, whose data, what seed.
+        keys = sorted(found.keys() | expected.keys())
+        for key in sorted(keys, key=lambda k: isinstance(found.get(k, expected.get(k)), Mapping)):
             path = f"{name}.{key}" if name else str(key)
             if key not in found or key not in expected:
                 there = repr(found[key]) if key in found else "nothing"

@@ -309,6 +309,19 @@ def test_a_work_directory_serves_one_configuration(tmp_path):
     assert json.loads((workdir / "config.json").read_text()) == CONFIG
 
 
+def test_a_work_directory_of_quite_another_configuration_names_a_few_fields(tmp_path):
+    config = {"data": {f"a{i:02}": i for i in range(30)}, "program": "sweep", "seed": 0}
+    claim_workdir(tmp_path, config)
+    other = {"data": {f"a{i:02}": -i - 1 for i in range(30)}, "program": "compare", "seed": 1}
+    with pytest.raises(InputError) as caught:
+        claim_workdir(tmp_path, other)
+    text = str(caught.value)
+    assert (
+        "differ: program ('sweep' there, 'compare' here), seed (0 there, 1 here), data.a00" in text
+    )
+    assert "data.a05 (5 there, -6 here) and 24 more. Choose another" in text and "a06" not in text
+
+
 def test_an_empty_work_directory_is_claimed(tmp_path):
     claim_workdir(tmp_path, CONFIG)
     assert entries(tmp_path) == ["config.json"]
