@@ -287,6 +287,11 @@ def join(directories: list[Path], out: Path) -> list[joined.Record]:
     records, failed, unfinished = [], [], 0
     for directory, source in zip(directories, _sources(directories), strict=True):
         path = directory / "results.json"
+        if not path.exists() and (directory / "compare.json").exists():
+            raise InputError(
+                f"{directory}: is a comparison, which has its report in compare.html; expected "
+                "work directories of runs and sweeps"
+            )
         results = read_json(path)
         try:
             records += joined.records(results, source)
@@ -320,8 +325,14 @@ def main(argv: list[str]) -> None:
     Raises:
       InputError: as `join`.
     """
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", allow_abbrev=False)
-    parser.add_argument("directories", nargs="+", type=Path, help="work directories with results")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report",
+        description="Write one table and one HTML page of several work directories.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "directories", nargs="+", type=Path, help="work directories of runs and sweeps"
+    )
     parser.add_argument("--out", required=True, type=Path, help="where the report goes")
     arguments = parser.parse_args(argv)
     records = join(arguments.directories, arguments.out)

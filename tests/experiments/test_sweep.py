@@ -650,6 +650,9 @@ def test_a_report_tells_what_it_lacks_and_which_means_do_not_compare(tmp_path):
 def test_directories_without_results_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"results\.json: no such file"):
         report.join([tmp_path], tmp_path / "out")
+    (tmp_path / "compare.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is a comparison, .* in compare\.html"):
+        report.join([tmp_path], tmp_path / "out")
     for text in ("[]", '{"units": [{}]}'):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(InputError, match="holds no results"):
