@@ -171,6 +171,37 @@ def test_published_method_without_any_recovery(work, tmp_path, capsys):
     np.testing.assert_array_equal(found, dense.params["head"]["kernel"])
 
 
+def test_whole_heads_and_branches_may_go(work, tmp_path):
+    payload = ("--payload", work / "device.gmm", "--extractor", work / "extractor",
+               "--recover", "none", "--recover-epochs", "0")  # fmt: skip
+    prune(work, tmp_path / "heads", *payload, "--attention", "heads", budget="macs=0.6")
+    prune(work, tmp_path / "depth", *payload, "--widths", "exact", "--branches",
+          budget="macs=0.3")  # fmt: skip
+    prune(work, tmp_path / "floors", *payload, "--widths", "local", "--min-keep", "0.4",
+          "--min-dim", "5", budget="macs=0.8")  # fmt: skip
+    blocks = tap.load(tmp_path / "heads").config.blocks
+    assert min(block.num_heads for block in blocks) == 1
+    assert all(block.qk_dim == block.v_dim == 8 for block in blocks)
+    blocks = tap.load(tmp_path / "depth").config.blocks
+    assert not all(block.attn and block.mlp for block in blocks)
+    floors = tap.load(tmp_path / "floors")
+    assert all(min(b.qk_dim, b.v_dim) >= 5 and b.mlp_dim >= 26 for b in floors.config.blocks)
+    assert floors.history["widths"]["widths"] == "local"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--branches",), "branches needs widths 'greedy' or 'exact'"),
+        (("--min-keep", "2"), "min_keep is 2"),
+        (("--method", "tap_published", "--attention", "heads"), "heads' goes neither with ragged"),
+    ],
+)
+def test_widths_that_do_not_go_together_are_refused(work, tmp_path, options, message):
+    with pytest.raises(tap.InputError, match=message):
+        prune(work, tmp_path / "small", "--payload", work / "device.gmm", *options, pool="nowhere")
+
+
 def test_criteria_that_need_labels_are_refused_without_them(work, tmp_path):
     with pytest.raises(tap.InputError, match="--method fisher needs the labels of the pool, but"):
         prune(work, tmp_path / "small", "--payload", work / "device.gmm",

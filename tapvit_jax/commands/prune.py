@@ -52,13 +52,14 @@ from tapvit_jax.progress import Progress
 from tapvit_jax.proxy.features import Extractor, build_extractor
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.proxy.shares import fit_classes, mixture_shares, rows_for_classes
-from tapvit_jax.prune.allocate import RoundTo, allocate, check_budget
+from tapvit_jax.prune.allocate import RoundTo, Widths, allocate, check_budget
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import apply_masks
 from tapvit_jax.prune.recover import Method as RecoverMethod
 from tapvit_jax.prune.recover import RecoverConfig, recover
+from tapvit_jax.structs import to_plain
 from tapvit_jax.train.classes import class_weights, prior_weights
 from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
@@ -93,7 +94,32 @@ def register(command: Command) -> None:
         default="tap",
         help=f"criterion that ranks the units, tap by default; with a labelled pool only: {labels}",
     )
-    c.add_argument("--round-to", default="1", help="multiple of widths, such as 8 or mlp=64,qk=8")
+    widths = c.add_argument_group("widths", "see AllocateConfig in docs/methods.md")
+    widths.add_argument(
+        "--widths",
+        choices=get_args(Widths),
+        help="how they follow from the scores, sensitivity by default",
+    )
+    widths.add_argument(
+        "--attention",
+        choices=("dims", "heads"),
+        help="attention loses dims of every head (the default) or whole heads",
+    )
+    widths.add_argument(
+        "--branches",
+        action="store_true",
+        default=None,
+        help="whole MLPs and attentions may go, with --widths exact or greedy",
+    )
+    widths.add_argument(
+        "--min-keep",
+        type=float,
+        help="least share of units that a branch keeps, 0.1 by default",
+    )
+    widths.add_argument("--min-dim", type=int, help="least number of them, 1 by default")
+    widths.add_argument(
+        "--round-to", default="1", help="multiple of widths, such as 8 or mlp=64,qk=8"
+    )
     c.add_argument(
         "--recover",
         choices=get_args(RecoverMethod),
@@ -133,10 +159,10 @@ def prune(args: argparse.Namespace) -> None:
     recipe = TrainConfig(epochs=args.recover_epochs, learning_rate=args.learning_rate)
     if args.prior is None:
         args.prior = "metric" if args.payload is None else "mixture"
-    model = open_model(args)
-    preprocess = preprocess_of(model)
     budget = Budget.parse(args.budget)
     config = _prune_config(args)
+    model = open_model(args)
+    preprocess = preprocess_of(model)
     latency = None if args.latency_table is None else LatencyModel.load(args.latency_table)
     # Before any work: what cannot be met is refused now.
     check_budget(model, budget, config.allocate, latency)
@@ -211,6 +237,7 @@ def prune(args: argparse.Namespace) -> None:
         solved.replace(params=tuned.params), plan, source.load(metric[:32], preprocess)
     )
     history = {**small.history, "budget": str(budget), "criterion": args.method}
+    history["widths"] = to_plain(config.allocate)
     history |= {"recovery": args.recover, "recover_epochs": args.recover_epochs, "seed": args.seed}
     history |= {} if measured is None else {"latency": measured}
     small = small.replace(name=f"{model.name}-pruned", history=history)
@@ -286,8 +313,13 @@ def _prune_config(args: argparse.Namespace) -> PruneConfig:
     published = args.method == "tap_published"
     config = PruneConfig.as_published() if published else PruneConfig()
     config = dataclasses.replace(config, **config.ranked_by(args.method))
-    steps = dataclasses.replace(config.allocate, round_to=RoundTo.parse(args.round_to))
-    return dataclasses.replace(config, allocate=steps)
+    names = ("widths", "attention", "branches", "min_keep", "min_dim")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    allocate = dataclasses.replace(config.allocate, round_to=RoundTo.parse(args.round_to), **given)
+    layers = dataclasses.replace(config.layers, attention=allocate.attention)
+    if allocate.branches:
+        layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
+    return dataclasses.replace(config, allocate=allocate, layers=layers)
 
 
 def _select(
