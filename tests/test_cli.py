@@ -77,8 +77,13 @@ def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
          "--out", tmp_path / "selection.json")  # fmt: skip
     prune(work, tmp_path / "small", "--selection", tmp_path / "selection.json")
     printed = capsys.readouterr().out
-    assert "dense:" in printed
-    assert "pruned:" in printed
+    full, kept = (tap.cost(tap.load(p).config) for p in (work / "dense", tmp_path / "small"))
+    assert (
+        f"{full.encoder_params:,} encoder parameters, {full.model_bytes:,} model bytes" in printed
+    )
+    share = 100 * kept.activation_bytes / full.activation_bytes
+    assert f"pruned: {kept.params:,} parameters (" in printed
+    assert f"{kept.activation_bytes:,} activation bytes ({share:.1f} %)" in printed
     assert "top-1 under the device's prior on" in printed
     for stage in ("dense, ", "pruned, ", "recovered in closed form, ", "fine-tuned"):
         assert f" % {stage}" in printed

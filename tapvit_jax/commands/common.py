@@ -23,6 +23,15 @@ from tapvit_jax.prune.cost import Cost
 
 VALIDATION_SHARE = 0.1
 
+# As budgets call them, as far as that can be read.
+_COSTS = {
+    "params": "parameters",
+    "macs": "MACs",
+    "encoder_params": "encoder parameters",
+    "model_bytes": "model bytes",
+    "activation_bytes": "activation bytes",
+}
+
 Command = Callable[..., argparse.ArgumentParser]
 """Adds a command: (name, function) to its parser."""
 
@@ -243,9 +252,13 @@ def read_text(path: str) -> str:
 
 
 def print_costs(costs: dict[str, Cost]) -> None:
-    """Print parameters and MACs; of all but the first also as shares of the first."""
+    """Print what budgets bound; of all but the first also as shares of the first."""
     first = next(iter(costs.values()))
     for name, found in costs.items():
-        shares = "" if found is first else f"  ({100 * found.params / first.params:.1f} %"
-        shares += "" if found is first else f" and {100 * found.macs / first.macs:.1f} %)"
-        print(f"{name}: {found.params:,} parameters, {found.macs:,} MACs{shares}")
+        parts = []
+        for unit, label in _COSTS.items():
+            value, whole = getattr(found, unit), getattr(first, unit)
+            if whole:  # a ResNet has no encoder
+                share = "" if found is first else f" ({100 * value / whole:.1f} %)"
+                parts.append(f"{value:,} {label}{share}")
+        print(f"{name}: {', '.join(parts)}")
