@@ -18,6 +18,8 @@ from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone, vit
 from tapvit_jax.models.registry import Model
+from tapvit_jax.prune import latency
+from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.runtime import run_program
 
 CLASSES = ("0", "1", "2")
@@ -275,15 +277,41 @@ def test_a_pool_is_the_same_whatever_its_classes_are_called(work, tmp_path, monk
 def test_inspect_reads_everything(work, tmp_path, capsys):
     call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",
          "--pool", work / "pool", "--count", "20", "--out", tmp_path / "s.json")  # fmt: skip
+    (tmp_path / "s.txt").write_bytes((tmp_path / "s.json").read_bytes())
+    history = {"weights": {"file": "a.pth"}, "budget": "macs=0.5", "kept": list(range(1000))}
+    small = tap.load(work / "dense").replace(prior=True, history=history)
+    tap.save(small, tmp_path / "small")
+    call("export", tmp_path / "small", "--format", "onnx", "--images", work / "private",
+         "--out", tmp_path / "renamed.bin")  # fmt: skip
+    dense = small.config
+    features = tuple(float(x) for x in latency.features(dense))
+    LatencyModel(dense, (1.0,) * len(features), 2, 1, 0.1, 0.2, ((features, 3.0),), {}).save(
+        tmp_path / "table.json"
+    )
     expected = {
-        work / "dense": "block  1: 2 heads x (8 qk, 8 v)",
-        work / "extractor": "extractor: pooled, 4 features",
-        work / "device.gmm": "4 dimensions, diag covariance",
-        tmp_path / "s.json": "device.gmm",
-    }
-    for path, text in expected.items():
+        work / "dense": ["block  1: 2 heads x (8 qk, 8 v)", "classes: 3, 0, 1, 2\n"],
+        tmp_path / "small": ["images: 8 x 8 x 1, ", "mean [0.3]", '{"file": "a.pth"}',
+                             "budget: macs=0.5", "device's prior: true"],
+        work / "extractor": ["extractor: pooled, 4 features", "mean [0.3]"],
+        work / "device.gmm": ["4 dimensions, diag covariance"],
+        tmp_path / "s.json": ["device.gmm", "the first 20 of each"],
+        tmp_path / "s.txt": ["device.gmm"],
+        tmp_path / "renamed.bin": ["ONNX file: dense, ", "images: 8 x 8 x 1, ", "0, 1, 2\n"],
+        tmp_path / "renamed.bin.json": ["beside it as renamed.bin", '"difference": '],
+        tmp_path / "table.json": ["1 measurements, batch 2, 1 threads", "dense: 7,011 param"],
+    }  # fmt: skip
+    for path, texts in expected.items():
+        capsys.readouterr()
         call("inspect", path)
-        assert text in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "kept" not in printed
+        for text in texts:
+            assert text in printed
+    (tmp_path / "notes.txt").write_text("years of work")
+    (tmp_path / "other.json").write_text('{"format": ["tapvit-selection"]}')
+    for path in (work / "pool", tmp_path / "notes.txt", tmp_path / "other.json"):
+        with pytest.raises(tap.InputError, match="holds nothing of tapvit's, expected a model, an"):
+            call("inspect", path)
 
 
 def test_embedding_extractor(work, tmp_path, capsys):

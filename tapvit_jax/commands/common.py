@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,24 @@ from tapvit_jax.data.base import UNLABELLED, ImageSource, find_corrupt
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
+from tapvit_jax.export import check
 from tapvit_jax.export.runtime import OnnxModel
+from tapvit_jax.files import read_json
 from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model
+from tapvit_jax.proxy import features as extractors
+from tapvit_jax.prune import latency
 from tapvit_jax.prune.cost import Cost
 
 VALIDATION_SHARE = 0.1
+
+SELECTION_FORMAT = "tapvit-selection"
+
+_FORMATS = {
+    SELECTION_FORMAT: "a selection",
+    latency.FORMAT: "a latency table",
+    check.FORMAT: "an artefact's record",
+}
 
 # As budgets call them, as far as that can be read.
 _COSTS = {
@@ -234,6 +247,32 @@ def hold_out(indices: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.random.default_rng(seed).permutation(indices)
     count = max(1, round(VALIDATION_SHARE * len(indices)))
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def what_is(path: str | os.PathLike) -> str | None:
+    """What of ours stands at a path, by its content; None where it is nothing of ours.
+
+    Raises:
+      InputError: a file that begins as JSON and is not.
+    """
+    path = Path(path)
+    if path.is_dir():
+        specs = {store.SPEC_FILE: "a model", extractors.SPEC_FILE: "an extractor"}
+        return next((kind for name, kind in specs.items() if (path / name).is_file()), None)
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        head = file.read(512)
+    # safetensors: the header's length in eight bytes, then the header.
+    if b"\0" in head[:8] and head[8:9] == b"{":
+        return "a payload"
+    # protobuf: the version of the format is an ONNX file's first field.
+    if head[:1] == b"\x08":
+        return "an ONNX file"
+    if head.lstrip()[:1] != b"{":
+        return None
+    found = read_json(path)
+    return _FORMATS.get(found.get("format")) if isinstance(found.get("format"), str) else None
 
 
 def read_text(path: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tapvit_jax.commands.common import (
+    SELECTION_FORMAT,
     Command,
     Images,
     add_image_options,
@@ -40,7 +41,6 @@ from tapvit_jax.proxy.select import Method as SelectMethod
 from tapvit_jax.proxy.select import SelectConfig, select
 from tapvit_jax.train.finetune import TrainConfig, TrainData, train
 
-SELECTION_FORMAT = "tapvit-selection"
 SELECTION_VERSION = 1
 
 DEFAULT_EXTRACTOR = ExtractorConfig(kind="pooled", dim=16)

@@ -1,8 +1,11 @@
 """convert, evaluate, inspect: models as files."""
 
 import argparse
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tapvit_jax.commands.common import (
     Command,
@@ -15,20 +18,29 @@ from tapvit_jax.commands.common import (
     open_images,
     open_runnable,
     print_costs,
+    what_is,
 )
 from tapvit_jax.commands.devices import read_selection
+from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
+from tapvit_jax.export import check
 from tapvit_jax.export.runtime import OnnxModel, evaluate_onnx
 from tapvit_jax.files import check_directory
 from tapvit_jax.models import store
 from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.models.registry import preprocess_of
+from tapvit_jax.models.store import read_spec
 from tapvit_jax.pipeline import evaluate_model
-from tapvit_jax.proxy import features as extractors
 from tapvit_jax.proxy.features import Extractor
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.latency import LatencyModel
+from tapvit_jax.structs import to_plain
+
+# What is for programs: indices, configs, and versions.
+_UNREAD = {"kept", "dense_config", "config", "libraries", "format", "version"}
+_MOST_NAMES, _LONGEST = 10, 400
 
 
 def register(command: Command) -> None:
@@ -44,7 +56,10 @@ def register(command: Command) -> None:
     add_image_options(c)
 
     c = command("inspect", inspect)
-    c.add_argument("path", help="a payload, model, extractor or selection")
+    c.add_argument(
+        "path",
+        help="any folder or file that tapvit wrote",
+    )
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -84,32 +99,110 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Say what a payload, model, extractor or selection holds, after checking all of it."""
+    """Say what a file or folder of tapvit's holds, after checking all of it."""
     path = Path(args.path)
-    if (path / store.SPEC_FILE).is_file():
-        model = store.load(path)
-        print_costs({model.name: cost(model.config)})
-        if isinstance(model.config, TransformerConfig):
-            _print_blocks(model.config)
-    elif (path / extractors.SPEC_FILE).is_file():
-        extractor = Extractor.load(path)
-        print(f"extractor: {extractor.kind}, {extractor.dim} features")
-        print(f"fingerprint {extractor.fingerprint}")
-    elif path.suffix == ".json":
-        selection = read_selection(path)
-        print(
-            f"selection by {selection['method']!r} from a pool of {selection['pool_size']} images"
-        )
-        for device in selection["devices"]:
-            print(f"{device['payload']}: {len(device['indices'])} images")
-    else:
-        gmm = Gmm.load(path)
-        print(f"payload: {path.stat().st_size} bytes, {gmm.num_parameters} numbers")
-        print(
-            f"{gmm.components} components, {gmm.dim} dimensions, {gmm.covariance_type} covariance"
-        )
-        print(f"weights: {', '.join(f'{weight:.3f}' for weight in gmm.weights)}")
-        print(f"extractor {gmm.extractor or 'unknown'}")
+    kind = what_is(path)
+    if kind is None:
+        found = "holds nothing of tapvit's" if path.exists() else "no such file or folder"
+        raise InputError(f"{path}: {found}, expected {', '.join(_INSPECT)}")
+    _INSPECT[kind](path)
+
+
+def _inspect_model(path: Path) -> None:
+    model = store.load(path)
+    config = model.config
+    print_costs({model.name: cost(config)})
+    _print_use(
+        (config.image_size, config.image_size, config.in_channels),
+        model.preprocess,
+        model.class_names,
+        config.num_classes,
+    )
+    record = {"architecture": model.architecture, "device's prior": model.prior, **model.history}
+    _print_record(record)
+    if isinstance(config, TransformerConfig):
+        _print_blocks(config)
+
+
+def _inspect_extractor(path: Path) -> None:
+    extractor = Extractor.load(path)
+    print(f"extractor: {extractor.kind}, {extractor.dim} features")
+    print(f"images: {_prepared(extractor.preprocess)}")
+    print(f"fingerprint {extractor.fingerprint}")
+
+
+def _inspect_selection(path: Path) -> None:
+    selection = read_selection(path)
+    print(f"selection by {selection['method']!r} from a pool of {selection['pool_size']} images")
+    print(f"the first {selection['metric_count']} of each are the metric dataset")
+    for device in selection["devices"]:
+        print(f"{device['payload']}: {len(device['indices'])} images")
+
+
+def _inspect_payload(path: Path) -> None:
+    gmm = Gmm.load(path)
+    print(f"payload: {path.stat().st_size} bytes, {gmm.num_parameters} numbers")
+    print(f"{gmm.components} components, {gmm.dim} dimensions, {gmm.covariance_type} covariance")
+    print(f"weights: {', '.join(f'{weight:.3f}' for weight in gmm.weights)}")
+    print(f"extractor {gmm.extractor or 'unknown'}")
+
+
+def _inspect_latency(path: Path) -> None:
+    table = LatencyModel.load(path)
+    print(
+        f"latency table: {len(table.measured)} measurements, batch {table.batch_size}, "
+        f"{table.threads} threads; predictions of left-out ones are off by "
+        f"{100 * table.error_median:.1f} % in the median, {100 * table.error_max:.1f} % at most"
+    )
+    print_costs({"dense": cost(table.dense)})
+    _print_record(table.machine)
+
+
+def _inspect_onnx(path: Path) -> None:
+    model = OnnxModel(path)
+    print(f"ONNX file: {model.name}, {path.stat().st_size:,} bytes")
+    _print_use(model.image_shape, model.preprocess, model.class_names, model.num_classes)
+
+
+def _inspect_artefact(path: Path) -> None:
+    found = read_spec(path, check.FORMAT, check.VERSION)
+    print(f"record of an artefact, which is to stand beside it as {found.get('file')}")
+    _print_record(found)
+
+
+_INSPECT = {
+    "a model": _inspect_model,
+    "an extractor": _inspect_extractor,
+    "a payload": _inspect_payload,
+    "a selection": _inspect_selection,
+    "a latency table": _inspect_latency,
+    "an ONNX file": _inspect_onnx,
+    "an artefact's record": _inspect_artefact,
+}
+
+
+def _print_use(
+    shape: tuple[int, int, int],
+    preprocess: Preprocess | None,
+    class_names: tuple[str, ...],
+    classes: int,
+) -> None:
+    prepared = "how they are prepared is not said" if preprocess is None else _prepared(preprocess)
+    print(f"images: {' x '.join(map(str, shape))}, {prepared}")
+    names = ", ".join(class_names[:_MOST_NAMES]) or "without names"
+    print(f"classes: {classes}, {names}{', ...' if len(class_names) > _MOST_NAMES else ''}")
+
+
+def _prepared(preprocess: Preprocess) -> str:
+    return ", ".join(f"{name} {value}" for name, value in to_plain(preprocess).items())
+
+
+def _print_record(record: Mapping[str, Any]) -> None:
+    """A line for every entry, as far as people read them."""
+    for name, value in record.items():
+        if name not in _UNREAD and value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            print(f"{name}: {text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'}")
 
 
 def _print_blocks(config: TransformerConfig) -> None:
