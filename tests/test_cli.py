@@ -492,6 +492,16 @@ def test_a_selection_of_another_pool_is_refused(work, tmp_path):
         call("inspect", tmp_path / "bad.json")
 
 
+def test_what_is_no_selection_is_called_what_it_is(work):
+    cases = {"device.gmm": "a payload", "extractor": "an extractor", "dense": "a model",
+             "pool": "something else"}  # fmt: skip
+    for name, kind in cases.items():
+        with pytest.raises(tap.InputError, match=f"{name}: is {kind}, expected a selection"):
+            prune(work, work / "none", "--selection", work / name)
+    with pytest.raises(tap.InputError, match=r"missing\.json: no such file"):
+        prune(work, work / "none", "--selection", work / "missing.json")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

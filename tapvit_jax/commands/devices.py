@@ -19,6 +19,7 @@ from tapvit_jax.commands.common import (
     open_images,
     open_model,
     seed,
+    what_is,
 )
 from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.sources import open_source
@@ -298,6 +299,9 @@ def read_selection(path: Path) -> dict[str, Any]:
     Raises:
       InputError: missing, damaged, or indices that repeat or lie outside the pool.
     """
+    kind = what_is(path)
+    if path.exists() and kind != "a selection":
+        raise InputError(f"{path}: is {kind or 'something else'}, expected a selection")
     found = read_spec(path, SELECTION_FORMAT, SELECTION_VERSION)
     expected = {"pool": str, "pool_size": int, "method": str, "metric_count": int, "devices": list}
     for name, kind in expected.items():
