@@ -78,7 +78,9 @@ def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
          "--pool", work / "pool", "--count", "64", "--finetune-count", "100",
          "--out", tmp_path / "selection.json")  # fmt: skip
     prune(work, tmp_path / "small", "--selection", tmp_path / "selection.json")
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "10 images tell little, expected 50 or more" in captured.err
+    printed = captured.out
     full, kept = (tap.cost(tap.load(p).config) for p in (work / "dense", tmp_path / "small"))
     assert (
         f"{full.encoder_params:,} encoder parameters, {full.model_bytes:,} model bytes" in printed
@@ -86,7 +88,7 @@ def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
     share = 100 * kept.activation_bytes / full.activation_bytes
     assert f"pruned: {kept.params:,} parameters (" in printed
     assert f"{kept.activation_bytes:,} activation bytes ({share:.1f} %)" in printed
-    assert "top-1 under the device's prior on" in printed
+    assert "top-1 (weighted by the device's classes) on 10 of" in printed
     for stage in ("dense, ", "pruned, ", "recovered in closed form, ", "fine-tuned"):
         assert f" % {stage}" in printed
     small, dense = tap.load(tmp_path / "small"), tap.load(work / "dense")
@@ -106,7 +108,7 @@ def test_payload_can_be_given_instead_of_a_selection(work, tmp_path, capsys):
           "--extractor", work / "extractor", "--method", "magnitude_l2",
           "--recover", "mean", "--label-free")  # fmt: skip
     printed = capsys.readouterr().out
-    assert "agreement with the dense model under the device's prior on" in printed
+    assert "agreement with the dense model moved to the device's classes on" in printed
     small = tap.load(tmp_path / "small")
     assert small.name == "dense-pruned"
     assert (small.history["criterion"], small.history["recovery"]) == ("magnitude_l2", "mean")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -65,6 +66,8 @@ from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
 _BATCH = 256
+# Of so many images one is two points.
+_FEW = 50
 
 
 def register(command: Command) -> None:
@@ -264,11 +267,17 @@ def prune(args: argparse.Namespace) -> None:
         for name, found in models.items()
     ]
     compared = "top-1" if labelled else "agreement with the dense model"
-    compared += " under the device's prior" if "weights" in reference else ""
+    if "weights" in reference:
+        # With which the dense model as it is does not wholly agree.
+        compared += (
+            " (weighted by the device's classes)" if labelled else " moved to the device's classes"
+        )
     print(
         f"{compared} on {len(validation)} of the chosen public images, to which no weights were "
         f"fitted{', but which chose the epoch' if args.recover_epochs else ''}: {', '.join(shares)}"
     )
+    if len(validation) < _FEW:
+        print(f"{len(validation)} images tell little, expected {_FEW} or more", file=sys.stderr)
 
 
 def _check_choice(args: argparse.Namespace) -> None:
