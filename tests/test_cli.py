@@ -131,6 +131,9 @@ def test_the_prior_is_the_mixtures_the_images_or_the_dense_models(work, tmp_path
     assert np.abs(moved["mixture"] - moved["metric"]).max() > 1e-3
     with pytest.raises(tap.InputError, match="--prior mixture needs --payload"):
         prune(work, tmp_path / "none", "--selection", "any.json", "--prior", "mixture")
+    with pytest.raises(tap.InputError, match="--prior mixture needs --recover ridge or mean"):
+        prune(work, tmp_path / "none", "--payload", work / "device.gmm", "--recover", "none",
+              "--prior", "mixture")  # fmt: skip
     with pytest.raises(tap.InputError, match="--features needs --payload"):
         prune(work, tmp_path / "none", "--selection", "any.json", "--features", tmp_path / "f")
     # Also where it asks for what is the default.

@@ -289,6 +289,8 @@ def _check_choice(args: argparse.Namespace) -> None:
     if (args.selection is None) == (args.payload is None):
         found = "neither" if args.payload is None else "both"
         raise InputError(f"prune needs either --selection or --payload, found {found}")
+    if args.recover == "none" and args.prior is not None:
+        raise InputError(f"--prior {args.prior} needs --recover ridge or mean")
     if args.payload is not None:
         if args.device is not None:
             raise InputError("--device is of a --selection file, a --payload is one device's")
