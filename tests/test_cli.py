@@ -322,7 +322,15 @@ def test_inspect_reads_everything(work, tmp_path, capsys):
 def test_embedding_extractor(work, tmp_path, capsys):
     call("extractor", "--model", work / "dense", "--pool", work / "pool", "--kind", "embedding",
          "--epochs", "1", "--dim", "3", "--out", tmp_path / "extractor")  # fmt: skip
-    assert "3 features" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "3 features" in printed.out
+    assert [line[:4] for line in printed.err.splitlines()] == [" 50%", "100%"]
+
+
+def test_an_extractor_without_training_is_done_when_the_pca_is(work, tmp_path, capsys):
+    call("extractor", "--model", work / "dense", "--pool", work / "pool", "--dim", "3",
+         "--out", tmp_path / "extractor")  # fmt: skip
+    assert [line[:4] for line in capsys.readouterr().err.splitlines()] == ["100%"]
 
 
 def test_timm_weights_are_converted(work, tmp_path, capsys):

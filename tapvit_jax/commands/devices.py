@@ -143,7 +143,7 @@ def build(args: argparse.Namespace) -> None:
         open_source(args.pool), preprocess, split=args.split, skip_corrupt=args.skip_corrupt
     )
     network = params = None
-    progress = Progress(max(args.epochs, 1) + 1)
+    progress = Progress(1 + (args.epochs if args.kind == "embedding" else 0))
     if args.kind == "embedding":
         network = embedding_network(options, preprocess, len(pool.source.class_names))
         training, validation = hold_out(pool.indices, args.seed)
