@@ -327,6 +327,12 @@ def test_embedding_extractor(work, tmp_path, capsys):
     assert [line[:4] for line in printed.err.splitlines()] == [" 50%", "100%"]
 
 
+def test_an_embedding_extractor_needs_labels(work, tmp_path):
+    with pytest.raises(tap.InputError, match="trains on labels, which images of"):
+        call("extractor", "--model", work / "dense", "--pool", work / "pool" / "0", "--kind",
+             "embedding", "--out", tmp_path / "extractor")  # fmt: skip
+
+
 def test_an_extractor_without_training_is_done_when_the_pca_is(work, tmp_path, capsys):
     call("extractor", "--model", work / "dense", "--pool", work / "pool", "--dim", "3",
          "--out", tmp_path / "extractor")  # fmt: skip

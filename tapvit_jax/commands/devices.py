@@ -142,6 +142,8 @@ def build(args: argparse.Namespace) -> None:
     pool = open_images(
         open_source(args.pool), preprocess, split=args.split, skip_corrupt=args.skip_corrupt
     )
+    if args.kind == "embedding" and (pool.source.labels[pool.indices] < 0).any():
+        raise InputError(f"--kind embedding trains on labels, which images of {args.pool} lack")
     network = params = None
     progress = Progress(1 + (args.epochs if args.kind == "embedding" else 0))
     if args.kind == "embedding":
