@@ -137,11 +137,15 @@ def test_bad_exports_leave_nothing(work, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     with pytest.raises(tap.InputError, match="checked on real images: give --images"):
         call("export", work / "dense", "--format", "onnx", "--out", out)
-    with pytest.raises(tap.InputError, match="int8 is for"):
-        call("export", work / "dense", "--format", "stablehlo", "--precision", "int8",
-             "--images", work / "private", "--out", out)  # fmt: skip
-    with pytest.raises(tap.InputError, match="is for onnx and stablehlo"):
-        call("export", work / "dense", "--format", "timm", "--precision", "int8", "--out", out)
+    cases = {
+        ("stablehlo", "int8"): "int8 is for onnx, --format is stablehlo",
+        ("timm", "int8"): "int8 is for onnx, --format is timm",
+        ("timm", "float16"): "float16 is for onnx and stablehlo, --format is timm",
+    }
+    for (format, precision), message in cases.items():
+        with pytest.raises(tap.InputError, match=message):
+            call("export", work / "dense", "--format", format, "--precision", precision,
+                 "--images", "nowhere", "--out", out)  # fmt: skip
     with pytest.raises(tap.InputError, match="--opset is for onnx, --format is stablehlo"):
         call("export", work / "dense", "--format", "stablehlo", "--opset", "21", "--out", out)
     with pytest.raises(tap.InputError, match="no such file"):

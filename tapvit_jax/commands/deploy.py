@@ -31,13 +31,18 @@ from tapvit_jax.progress import Progress
 
 # More than machines have cores.
 _MOST_THREADS = 1024
+_FORMATS = {
+    "float32": ("onnx", "stablehlo", "timm"),
+    "float16": ("onnx", "stablehlo"),
+    "int8": ("onnx",),
+}
 
 
 def register(command: Command) -> None:
     """Add the commands of this module."""
     c = command("export", export)
     c.add_argument("model", help="a model's directory")
-    c.add_argument("--format", choices=("onnx", "stablehlo", "timm"), required=True)
+    c.add_argument("--format", choices=_FORMATS["float32"], required=True)
     c.add_argument("--precision", choices=get_args(Precision), default="float32")
     c.add_argument(
         "--opset",
@@ -87,8 +92,12 @@ def export(args: argparse.Namespace) -> None:
         check_file(args.out)
         check_file(spec_path(args.out))
     model = store.load(args.model)
-    if args.format == "timm" and args.precision != "float32":
-        raise InputError(f"--precision {args.precision} is for onnx and stablehlo")
+    formats = _FORMATS[args.precision]
+    if args.format not in formats:
+        raise InputError(
+            f"--precision {args.precision} is for {' and '.join(formats)}, --format is "
+            f"{args.format}"
+        )
     if args.opset is not None and args.format != "onnx":
         raise InputError(f"--opset is for onnx, --format is {args.format}")
     if args.images is None:
