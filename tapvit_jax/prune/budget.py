@@ -130,13 +130,19 @@ class Budget:
         return dataclasses.replace(self, **changed)
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{unit}={value:g}" if isinstance(value, float) else f"{unit}={value}"
-            for unit, value in self.bounds().items()
-        )
+        return ", ".join(f"{unit}={_show(unit, value)}" for unit, value in self.bounds().items())
+
+
+def _show(unit: str, value: float | int) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    # What has no point is read as an amount, but of time.
+    a_fraction = isinstance(value, float) and not unit.startswith("latency")
+    return repr(value) if a_fraction and text == "1" else text
 
 
 def _parse_amount(unit: str, amount: str) -> float | int:
+    if amount == "1" and not unit.startswith("latency"):
+        raise InputError(f"budget {unit}=1: is an amount of one; for all of it write {unit}=1.0")
     percent = re.fullmatch(r"(-?[0-9.]+)\s*%", amount)
     scaled = re.fullmatch(r"(-?[0-9.]+(?:[eE][0-9]+)?)\s*([kKmMgGtT]?)", amount)
     try:

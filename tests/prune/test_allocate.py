@@ -623,11 +623,14 @@ def test_scores_that_do_not_fit_are_refused(scores, message):
         ("macs=1.5G,params=12M", Budget(macs=1_500_000_000, params=12_000_000)),
         ("encoder_params=1234", Budget(encoder_params=1234)),
         ("macs=1.0", Budget(macs=1.0)),
+        ("macs=0.9999999", Budget(macs=0.9999999)),
     ],
 )
 def test_budgets_are_read_from_text(text, expected):
     assert Budget.parse(text) == expected
-    assert Budget.parse(str(expected)) == expected
+    again = Budget.parse(str(expected))
+    # Compared as text too: one and 1.0 are equal, but mean an amount and a fraction.
+    assert again == expected and repr(again) == repr(expected)
 
 
 @pytest.mark.parametrize(
@@ -641,6 +644,7 @@ def test_budgets_are_read_from_text(text, expected):
         ("macs", "UNIT=AMOUNT"),
         ("macs=half", "expected a fraction"),
         ("macs=nan", "expected a fraction"),
+        ("macs=1", "an amount of one; for all of it write macs=1.0"),
         ("macs=0.5,macs=0.4", "twice"),
     ],
 )
