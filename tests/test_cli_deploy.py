@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ import tapvit_jax as tap
 from tapvit_jax.convert.timm import save_timm
 from tapvit_jax.export.runtime import OnnxModel
 from tapvit_jax.export.stablehlo import load_stablehlo
+from tapvit_jax.models.backbone import init
 from tapvit_jax.prune.latency import LatencyModel
 from tests.test_cli import call, work  # noqa: F401 (a fixture)
 
@@ -68,6 +70,22 @@ def test_evaluating_a_preset(work, preset, capsys):  # noqa: F811
     from_weights = capsys.readouterr().out
     call("evaluate", "--model", work / "dense", "--images", work / "private")
     assert capsys.readouterr().out == from_weights
+
+
+@pytest.mark.parametrize("shown", ["1,2", "[1, 2]"])
+def test_lists_are_arguments_with_or_without_brackets(tmp_path, shown):
+    from tapvit_jax.models.presets import create
+
+    arguments = {"img_size": 16, "patch_size": 2, "window_size": 2, "embed_dim": 8,
+                 "num_classes": 3}  # fmt: skip
+    config, _ = create("swin_tiny_patch4_window7_224", **arguments, depths=(1, 2), num_heads=(1, 2))
+    save_timm(tmp_path / "swin.safetensors", config, init(config, jax.random.key(0)))
+    sets = [f"{name}={value}" for name, value in arguments.items()]
+    sets += [f"depths={shown}", f"num_heads={shown}"]
+    call("convert", "--preset", "swin_tiny_patch4_window7_224", "--weights",
+         tmp_path / "swin.safetensors", "--out", tmp_path / "swin",
+         *(part for text in sets for part in ("--set", text)))  # fmt: skip
+    assert tap.load(tmp_path / "swin").config == config
 
 
 @pytest.mark.parametrize(

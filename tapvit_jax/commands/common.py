@@ -1,6 +1,7 @@
 """What several commands share: models and images as arguments, and what is printed of them."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -116,7 +117,10 @@ def add_weights_options(parser: argparse.ArgumentParser, *, required: bool = Fal
         help="a .safetensors, .pth or .bin under timm's names, or hf-hub:OWNER/NAME",
     )
     parser.add_argument(
-        "--set", action="append", metavar="NAME=VALUE", help="timm argument, repeatable"
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="timm argument, repeatable; lists as 1,2",
     )
     parser.add_argument("--classes", help="a text file with a class name a line")
 
@@ -179,12 +183,13 @@ def load_preset(name: str, args: argparse.Namespace) -> Model:
         key, equals, value = item.partition("=")
         if not equals:
             raise InputError(f"--set {item!r}: expected NAME=VALUE, such as num_classes=40")
-        # JSON, or as Python spells constants; anything else is text.
+        # JSON, a list with or without brackets, or as Python spells constants; else it is text.
         value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
-        try:
-            overrides[key] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[key] = value
+        overrides[key] = value
+        for text in (value, f"[{value}]") if "," in value else (value,):
+            with contextlib.suppress(json.JSONDecodeError):
+                overrides[key] = json.loads(text)
+                break
     model = load_timm(name, args.weights, **overrides)
     if not args.classes:
         return model
