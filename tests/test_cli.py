@@ -233,6 +233,20 @@ def test_the_fine_tuning_set_lies_between_the_metric_dataset_and_the_pool(
     assert len(found["devices"][0]["indices"]) == expected
 
 
+def test_the_metric_dataset_is_no_larger_than_the_pool_unless_asked_for(work, tmp_path, capsys):
+    call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm", "--pool",
+         work / "pool", "--out", tmp_path / "s.json")  # fmt: skip
+    said = f"all 123 images of {work / 'pool'} are the metric dataset, which usually has 640"
+    assert said in capsys.readouterr().err
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["metric_count"] == len(found["devices"][0]["indices"]) == 123
+    call("prune", "--model", work / "dense", "--pool", work / "pool", "--payload",
+         work / "device.gmm", "--extractor", work / "extractor", "--budget", "macs=0.5", "--method",
+         "magnitude_l2", "--recover", "none", "--recover-epochs", "0",
+         "--out", tmp_path / "small")  # fmt: skip
+    assert said in capsys.readouterr().err
+
+
 def test_selections_are_deterministic(work, tmp_path):
     for name in ("a.json", "b.json"):
         call("select", "--extractor", work / "extractor", "--payload", work / "device.gmm",

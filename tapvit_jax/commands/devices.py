@@ -1,6 +1,7 @@
 """extractor, device-fit, select: from private images to a choice of public ones."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -48,11 +49,13 @@ DEFAULT_EXTRACTOR = ExtractorConfig(kind="pooled", dim=16)
 """Follows from the model and the pool alone, so that both sides can build it."""
 
 CHOICE = {
-    "count": SelectConfig.metric_count,
     "finetune_count": SelectConfig.finetune_count,
     "select_method": SelectConfig.method,
 }
 """How images are chosen unless the options say otherwise."""
+
+METRIC_COUNT = SelectConfig.metric_count
+"""How many are, where the pool has as many."""
 
 
 def register(command: Command) -> None:
@@ -95,7 +98,9 @@ def register(command: Command) -> None:
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
     """Add how many public images are chosen, and how; `fill_in_choice` gives the defaults."""
     parser.add_argument(
-        "--count", type=int, help=f"images in the metric dataset, {CHOICE['count']} by default"
+        "--count",
+        type=int,
+        help=f"images in the metric dataset; by default {METRIC_COUNT}, or all of a smaller pool",
     )
     parser.add_argument(
         "--finetune-count",
@@ -120,6 +125,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
 def fill_in_choice(args: argparse.Namespace) -> None:
     """Give the options of a choice that are not given their defaults, and check them.
 
+    The default of --count needs the pool: see `select_images`.
+
     Raises:
       InputError: a count below one.
     """
@@ -127,7 +134,7 @@ def fill_in_choice(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, usual)
     for name in ("count", "finetune_count"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is {getattr(args, name)}, expected 1 or more")
 
@@ -246,9 +253,19 @@ def select_images(
 ) -> tuple[Int[np.ndarray, "v n"], Float[np.ndarray, "p d"]]:
     """Indices of the images chosen for each mixture, metric dataset first; the pool's features.
 
+    Without --count, `args` gets the default: 640 images, or all of a smaller pool, which is said.
+
     Raises:
       InputError: a pool of fewer images than --count.
     """
+    if args.count is None:
+        args.count = min(METRIC_COUNT, len(pool.indices))
+        if args.count < METRIC_COUNT:
+            print(
+                f"all {args.count} images of {args.pool} are the metric dataset, which usually has "
+                f"{METRIC_COUNT}",
+                file=sys.stderr,
+            )
     if args.count > len(pool.indices):
         raise InputError(
             f"--count is {args.count}, but {args.pool} has {len(pool.indices)} images: expected as "

@@ -298,7 +298,7 @@ def _check_choice(args: argparse.Namespace) -> None:
         return
     if args.prior == "mixture":
         raise InputError("--prior mixture needs --payload, a selection file holds no mixture")
-    for name in ("extractor", "features", *CHOICE):
+    for name in ("extractor", "features", "count", *CHOICE):
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise InputError(f"--{option} needs --payload, in a selection file the choice is made")
