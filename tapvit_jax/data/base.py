@@ -53,11 +53,13 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def unknown_classes(where: str, unknown: Sequence[str], class_names: Sequence[str]) -> InputError:
+def unknown_classes(
+    where: str, unknown: Sequence[str], class_names: Sequence[str], kind: str = ""
+) -> InputError:
     """What to raise where labels are none of the model's classes; names some of both."""
     known = ", ".join(class_names[:_MOST_NAMED]) + (", ..." * (len(class_names) > _MOST_NAMED))
     return InputError(
-        f"{where}: labels out of range: {', '.join(unknown[:_MOST_NAMED])} are not among the "
+        f"{where}: labels out of range: {kind}{', '.join(unknown[:_MOST_NAMED])} are not among the "
         f"{len(class_names)} classes of the model ({known})"
     )
 

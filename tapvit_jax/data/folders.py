@@ -291,7 +291,7 @@ def _scan_folders(
     index = index_classes(names, labels, str(root))
     unknown = sorted(set(labels) - index.keys())
     if unknown:
-        raise unknown_classes(str(root), unknown, names)
+        raise unknown_classes(str(root), unknown, names, "folders ")
     rows = zip(filter(None, images), labels, classes, strict=True)
     groups = [(found, index[label], split) for found, label, (_, split) in rows]
     return groups, names

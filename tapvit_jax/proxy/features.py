@@ -298,7 +298,16 @@ def _sharded_features(
 def embedding_network(
     config: ExtractorConfig, preprocess: Preprocess, num_classes: int
 ) -> ConvNetConfig:
-    """Config of the small network that the cloud trains on the public pool for "embedding"."""
+    """Config of the small network that the cloud trains on the public pool for "embedding".
+
+    Raises:
+      InputError: no classes, as of a pool without labels.
+    """
+    if num_classes < 1:
+        raise InputError(
+            "kind 'embedding' trains on the pool's labels, and it has none: expected a folder of "
+            "images per class, or kind 'backbone' or 'pooled'"
+        )
     return ConvNetConfig(
         image_size=preprocess.image_size,
         num_classes=num_classes,

@@ -77,7 +77,7 @@ def test_folders_follow_the_models_classes(classes):
     source = FolderSource(classes, ("cat", "dog", "bee", "ant"))
     assert source.labels.tolist() == [3, 2, 2, 0, 0]
     with pytest.raises(
-        InputError, match=r"labels out of range: ant, bee are .* model \(cat, dog\)"
+        InputError, match=r"labels out of range: folders ant, bee are .* model \(cat, dog\)"
     ):
         FolderSource(classes, ("cat", "dog"))
     with pytest.raises(InputError, match=r"the 11 classes of the model \(0, 1, .*, 9, \.\.\.\)"):

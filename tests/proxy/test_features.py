@@ -321,6 +321,13 @@ def test_images_that_are_not_prepared_are_refused(extractors, kind):
         extractors[kind](np.ones((2, 8, 8, 3), np.uint8))
 
 
+def test_an_embedding_needs_labels():
+    with pytest.raises(
+        InputError, match="'embedding' trains on the pool's labels, and it has none"
+    ):
+        embedding_network(EMBEDDING, PREPROCESS, 0)
+
+
 def test_what_is_no_extractor(directory, tmp_path):
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense" / "model.json").write_text("{}")
