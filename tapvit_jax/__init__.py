@@ -47,13 +47,18 @@ if TYPE_CHECKING:
     from tapvit_jax.models.presets import list_models
     from tapvit_jax.models.registry import Model
     from tapvit_jax.models.store import load, save
-    from tapvit_jax.pipeline import PruneConfig, plan_masks
+    from tapvit_jax.pipeline import PruneConfig, evaluate_model, plan_masks
     from tapvit_jax.proxy.density import log_likelihood
     from tapvit_jax.proxy.features import Extractor, ExtractorConfig, build_extractor
     from tapvit_jax.proxy.gmm import Gmm, GmmConfig
     from tapvit_jax.proxy.pool_features import pool_features
     from tapvit_jax.proxy.select import SelectConfig, select
-    from tapvit_jax.proxy.shares import class_shares, fit_classes, mixture_shares
+    from tapvit_jax.proxy.shares import (
+        class_shares,
+        fit_classes,
+        mixture_shares,
+        rows_for_classes,
+    )
     from tapvit_jax.prune.allocate import AllocateConfig, RoundTo, allocate, check_budget
     from tapvit_jax.prune.budget import Budget
     from tapvit_jax.prune.cost import Cost, cost
@@ -83,13 +88,13 @@ _HOMES = {
     "models.presets": "list_models",
     "models.registry": "Model",
     "models.store": "load save",
-    "pipeline": "PruneConfig plan_masks",
+    "pipeline": "PruneConfig evaluate_model plan_masks",
     "proxy.density": "log_likelihood",
     "proxy.features": "Extractor ExtractorConfig build_extractor",
     "proxy.gmm": "Gmm GmmConfig",
     "proxy.pool_features": "pool_features",
     "proxy.select": "SelectConfig select",
-    "proxy.shares": "class_shares fit_classes mixture_shares",
+    "proxy.shares": "class_shares fit_classes mixture_shares rows_for_classes",
     "prune.allocate": "AllocateConfig RoundTo allocate check_budget",
     "prune.budget": "Budget",
     "prune.cost": "Cost cost",
@@ -138,6 +143,7 @@ __all__ = [
     "check_budget",
     "class_shares",
     "cost",
+    "evaluate_model",
     "export_onnx",
     "export_stablehlo",
     "export_timm",
@@ -161,6 +167,7 @@ __all__ = [
     "prior_weights",
     "recover",
     "reshape",
+    "rows_for_classes",
     "save",
     "save_timm",
     "select",

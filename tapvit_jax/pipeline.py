@@ -295,6 +295,8 @@ def evaluate_model(
 
     Raises:
       InputError: no images, images without labels, or a model without preprocessing.
+
+    Source: ours.
     """
     preprocess = preprocess_of(model)
     return evaluate_indices(

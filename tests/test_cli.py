@@ -131,7 +131,7 @@ def test_the_prior_is_the_mixtures_the_images_or_the_dense_models(work, tmp_path
     assert np.abs(moved["mixture"] - moved["metric"]).max() > 1e-3
     with pytest.raises(tap.InputError, match="--prior mixture needs --payload"):
         prune(work, tmp_path / "none", "--selection", "any.json", "--prior", "mixture")
-    with pytest.raises(tap.InputError, match="--prior mixture needs --recover ridge or mean"):
+    with pytest.raises(tap.InputError, match="--prior mixture needs another --recover than none"):
         prune(work, tmp_path / "none", "--payload", work / "device.gmm", "--recover", "none",
               "--prior", "mixture")  # fmt: skip
     with pytest.raises(tap.InputError, match="--features needs --payload"):

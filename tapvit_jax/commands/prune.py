@@ -134,7 +134,7 @@ def register(command: Command) -> None:
     c.add_argument(
         "--prior",
         choices=("mixture", "metric", "dense"),
-        help="with --recover ridge or mean: move the classifier's bias to the classes that the "
+        help="unless --recover is none: move the classifier's bias to the classes that the "
         "payload's mixture tells of (mixture, the default with --payload), to those that the "
         "chosen images show (metric, the default with --selection), or leave it as it is (dense)",
     )
@@ -290,7 +290,7 @@ def _check_choice(args: argparse.Namespace) -> None:
         found = "neither" if args.payload is None else "both"
         raise InputError(f"prune needs either --selection or --payload, found {found}")
     if args.recover == "none" and args.prior is not None:
-        raise InputError(f"--prior {args.prior} needs --recover ridge or mean")
+        raise InputError(f"--prior {args.prior} needs another --recover than none")
     if args.payload is not None:
         if args.device is not None:
             raise InputError("--device is of a --selection file, a --payload is one device's")

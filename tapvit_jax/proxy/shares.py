@@ -53,7 +53,7 @@ class ClassGaussians:
 
 
 def rows_for_classes(rows: int, classes: int, seed: int = 0) -> Int[np.ndarray, "n"]:
-    """Which of a pool's rows are enough for `fit_classes`, in random order."""
+    """Which of a pool's rows are enough for `fit_classes`, in random order. Source: ours."""
     order = np.random.default_rng([seed, rows]).permutation(rows)
     return order[: _IMAGES_PER_CLASS * classes]
 
