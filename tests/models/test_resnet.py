@@ -215,4 +215,4 @@ def test_images_that_are_not_prepared_are_refused():
     config = CONFIGS["basic"]
     struct = jax.ShapeDtypeStruct(image_struct(config).shape, np.uint8)
     with pytest.raises(InputError, match="dtype uint8, expected floats, prepared"):
-        jax.eval_shape(functools.partial(resnet.apply, config), resnet.param_shapes(config), struct)
+        jax.eval_shape(functools.partial(resnet.apply, config), param_shapes(config), struct)
