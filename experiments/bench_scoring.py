@@ -96,7 +96,7 @@ def block_evaluations(run: Callable[[], object], batch: int) -> int:
         return evaluate
 
     with contextlib.ExitStack() as stack:
-        for block in ("_run_block", "_gated_block"):
+        for block in ("run_block", "_gated_block"):
             replaced = counted(getattr(layer_scoring, block))
             stack.enter_context(mock.patch.object(layer_scoring, block, replaced))
         run()

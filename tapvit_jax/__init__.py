@@ -12,7 +12,8 @@ The public face, one line each, in the order of use:
     logp   = tap.log_likelihood([gmm, ...], features)
     chosen = tap.select([gmm, ...], features, count=640)
     batches = list(tap.batches(source, chosen[0], model.preprocess, 64))
-    shares = tap.mixture_shares(gmm, tap.fit_classes(features, predictions)) # of the classes
+    rows   = tap.rows_for_classes(len(features), classes)                   # enough of the pool
+    shares = tap.mixture_shares(gmm, tap.fit_classes(features[rows], predictions))
     units  = tap.unit_importance(model, batches, method="tap")              # any of tap.CRITERIA
     layers = tap.layer_importance(model, batches, units, sparsity=(0.5, 0.7, 0.9))
     plan   = tap.allocate(model, units, layers, tap.Budget(macs=0.5))

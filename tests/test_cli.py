@@ -131,6 +131,17 @@ def test_the_prior_is_the_mixtures_the_images_or_the_dense_models(work, tmp_path
     assert np.abs(moved["mixture"] - moved["metric"]).max() > 1e-3
     with pytest.raises(tap.InputError, match="--prior mixture needs --payload"):
         prune(work, tmp_path / "none", "--selection", "any.json", "--prior", "mixture")
+    with pytest.raises(tap.InputError, match="--recover prior does nothing with --prior dense"):
+        prune(
+            work,
+            tmp_path / "none",
+            "--payload",
+            "any.gmm",
+            "--recover",
+            "prior",
+            "--prior",
+            "dense",
+        )
     with pytest.raises(tap.InputError, match="--prior mixture needs another --recover than none"):
         prune(work, tmp_path / "none", "--payload", work / "device.gmm", "--recover", "none",
               "--prior", "mixture")  # fmt: skip
@@ -329,7 +340,9 @@ def test_inspect_reads_everything(work, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("years of work")
     (tmp_path / "other.json").write_text('{"format": ["tapvit-selection"]}')
     for path in (work / "pool", tmp_path / "notes.txt", tmp_path / "other.json"):
-        with pytest.raises(tap.InputError, match="holds nothing of tapvit's, expected a model, an"):
+        with pytest.raises(
+            tap.InputError, match="is nothing that inspect knows, expected a model, an"
+        ):
             call("inspect", path)
 
 

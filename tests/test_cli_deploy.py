@@ -167,6 +167,9 @@ def test_bad_exports_leave_nothing(work, tmp_path):  # noqa: F811
     with pytest.raises(tap.InputError, match="--opset is for onnx, --format is stablehlo"):
         call("export", work / "dense", "--format", "stablehlo", "--opset", "21", "--out", out)
     with pytest.raises(tap.InputError, match="no such file"):
+        call("export", tmp_path / "nothing", "--format", "timm", "--images", "nowhere",
+             "--out", out)  # fmt: skip
+    with pytest.raises(tap.InputError, match="give --images"):
         call("export", tmp_path / "nothing", "--format", "timm", "--out", out)
     assert list(tmp_path.iterdir()) == []
 

@@ -91,7 +91,6 @@ def export(args: argparse.Namespace) -> None:
     else:
         check_file(args.out)
         check_file(spec_path(args.out))
-    model = store.load(args.model)
     formats = _FORMATS[args.precision]
     if args.format not in formats:
         raise InputError(
@@ -102,6 +101,7 @@ def export(args: argparse.Namespace) -> None:
         raise InputError(f"--opset is for onnx, --format is {args.format}")
     if args.images is None:
         raise InputError(f"--format {args.format} is checked on real images: give --images")
+    model = store.load(args.model)
     preprocess = preprocess_of(model)
     source = open_labelled(args.images, model)
     images = open_images(source, preprocess, split=args.split, skip_corrupt=args.skip_corrupt)

@@ -150,7 +150,10 @@ def build(args: argparse.Namespace) -> None:
         open_source(args.pool), preprocess, split=args.split, skip_corrupt=args.skip_corrupt
     )
     if args.kind == "embedding" and (pool.source.labels[pool.indices] < 0).any():
-        raise InputError(f"--kind embedding trains on labels, which images of {args.pool} lack")
+        raise InputError(
+            f"--kind embedding trains on labels, which images of {args.pool} lack: expected a "
+            "folder of images per class, or --kind pooled or backbone"
+        )
     network = params = None
     progress = Progress(1 + (args.epochs if args.kind == "embedding" else 0))
     if args.kind == "embedding":

@@ -103,7 +103,7 @@ def inspect(args: argparse.Namespace) -> None:
     path = Path(args.path)
     kind = what_is(path)
     if kind is None:
-        found = "holds nothing of tapvit's" if path.exists() else "no such file or folder"
+        found = "is nothing that inspect knows" if path.exists() else "no such file or folder"
         raise InputError(f"{path}: {found}, expected {', '.join(_INSPECT)}")
     _INSPECT[kind](path)
 

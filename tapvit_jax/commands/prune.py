@@ -291,6 +291,8 @@ def _check_choice(args: argparse.Namespace) -> None:
         raise InputError(f"prune needs either --selection or --payload, found {found}")
     if args.recover == "none" and args.prior is not None:
         raise InputError(f"--prior {args.prior} needs another --recover than none")
+    if args.recover == "prior" and args.prior == "dense":
+        raise InputError("--recover prior does nothing with --prior dense")
     if args.payload is not None:
         if args.device is not None:
             raise InputError("--device is of a --selection file, a --payload is one device's")

@@ -272,28 +272,28 @@ def _scan_folders(
     # On threads: over a network most of the time is waiting.
     others: list[str] = []
     images = list(threads().map(lambda folder: _images_below(root, folder, others), below))
+    found = [c for c, files in zip(classes, images, strict=True) if files]
+    labels = [composed(folder.name) for folder, _ in found]
+    names = tuple(class_names or _in_timms_order(labels))
+    index = index_classes(names, labels, str(root))
+    # Before anything is said: whoever asked for other classes may look again without.
+    if unknown := sorted(set(labels) - index.keys()):
+        raise unknown_classes(str(root), unknown, names, "folders ")
     # No class, as for timm: it would shift the labels of those after it.
-    empty = [name for name, found in zip(below, images, strict=True) if not found]
+    empty = [name for name, files in zip(below, images, strict=True) if not files]
     if empty:
         log.warning(
             "%s: left out %d folders without images, such as %s", root, len(empty), empty[0]
         )
-    classes = [c for c, found in zip(classes, images, strict=True) if found]
-    if not classes:
+    if not found:
         others = []
         flat = _images_below(root, "", others)
         _say_others(root, others)
         return [(flat, UNLABELLED, "train")], class_names or ()
     _say_others(root, others)
     _say_unlabelled([root, *(part for part, _ in parts)])
-    labels = [composed(folder.name) for folder, _ in classes]
-    names = tuple(class_names or _in_timms_order(labels))
-    index = index_classes(names, labels, str(root))
-    unknown = sorted(set(labels) - index.keys())
-    if unknown:
-        raise unknown_classes(str(root), unknown, names, "folders ")
-    rows = zip(filter(None, images), labels, classes, strict=True)
-    groups = [(found, index[label], split) for found, label, (_, split) in rows]
+    rows = zip(filter(None, images), labels, found, strict=True)
+    groups = [(files, index[label], split) for files, label, (_, split) in rows]
     return groups, names
 
 

@@ -144,9 +144,10 @@ class AllocateConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.min_dim < 1 or (isinstance(self.round_to, int) and self.round_to < 1):
-            found = f"round_to is {self.round_to} and min_dim {self.min_dim}"
-            raise InputError(f"{found}, expected 1 or more")
+        for name in ("min_dim", "round_to"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise InputError(f"{name} is {value}, expected 1 or more")
         if self.branches and (self.widths not in ("greedy", "exact") or self.ragged):
             raise InputError("branches needs widths 'greedy' or 'exact', and no ragged heads")
         if self.attention == "heads" and (self.ragged or self.coupled):
@@ -165,9 +166,10 @@ class AllocateConfig:
             raise InputError("coupled qk and vo need the same round_to")
         if not math.isfinite(self.alpha):
             raise InputError(f"alpha is {self.alpha}, expected a finite number")
-        if not 0 <= self.min_keep <= 1 or not 0 < self.attn_share <= 1:
-            found = f"min_keep is {self.min_keep} and attn_share {self.attn_share}"
-            raise InputError(f"{found}, expected 0 to 1, and attn_share above 0")
+        if not 0 <= self.min_keep <= 1:
+            raise InputError(f"min_keep is {self.min_keep}, expected 0 to 1")
+        if not 0 < self.attn_share <= 1:
+            raise InputError(f"attn_share is {self.attn_share}, expected above 0, at most 1")
 
     def step(self, kind: str) -> int:
         """The multiple that widths of a kind are rounded to; heads are not."""

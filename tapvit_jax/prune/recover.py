@@ -72,6 +72,8 @@ class RecoverConfig:
 
     def __post_init__(self):
         check_fields(self)
+        if self.method == "prior" and self.prior == "dense":
+            raise InputError("method 'prior' does nothing with prior 'dense', expected another")
 
     @property
     def moves_prior(self) -> bool:

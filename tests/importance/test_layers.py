@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.bench_scoring import block_evaluations
 from tapvit_jax.errors import InputError
 from tapvit_jax.importance import layers
 from tapvit_jax.importance.layers import LayerConfig, layer_importance, probe_count, probe_mask
@@ -288,6 +289,9 @@ def test_probes_share_the_dense_prefix(tiny_model, images, units, monkeypatch):
     assert [n for name, n in evaluated if name == "_gated_block"] == [2 * probes] * depth
     total = depth + 2 * probes * depth + probes * depth * (depth - 1)
     assert sum(n for _, n in evaluated) == total
+    monkeypatch.undo()
+    scored = functools.partial(layer_importance, tiny_model, [images], units, (0.3, 0.75))
+    assert block_evaluations(scored, len(images)) == total
 
 
 def test_no_batch_beyond_max_batches_is_read(tiny_model, images, units):

@@ -647,9 +647,8 @@ def test_the_prior_alone_leaves_what_is_pruned_as_it_is(case):
     assert_same(move_prior(masked, weights).params, found.params)
     with pytest.raises(InputError, match="counts once"):
         move_prior(found, weights)
-    plain = recovered(model, plan, [images], config=RecoverConfig("prior"))
-    assert not plain.prior
-    assert_same(plain.params, masked.params)
+    with pytest.raises(InputError, match="method 'prior' does nothing with prior 'dense'"):
+        RecoverConfig("prior")
 
 
 @pytest.mark.parametrize(
