@@ -23,7 +23,6 @@ from tapvit_jax.export.runtime import OnnxModel
 from tapvit_jax.files import read_json
 from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model
-from tapvit_jax.proxy import features as extractors
 from tapvit_jax.prune import latency
 from tapvit_jax.prune.cost import Cost
 
@@ -262,8 +261,8 @@ def what_is(path: str | os.PathLike) -> str | None:
     """
     path = Path(path)
     if path.is_dir():
-        specs = {store.SPEC_FILE: "a model", extractors.SPEC_FILE: "an extractor"}
-        return next((kind for name, kind in specs.items() if (path / name).is_file()), None)
+        kind = store.kind_of(path)
+        return None if kind == store.FOREIGN else kind
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -321,10 +321,13 @@ def read_selection(path: Path) -> dict[str, Any]:
     Raises:
       InputError: missing, damaged, or indices that repeat or lie outside the pool.
     """
-    kind = what_is(path)
-    if path.exists() and kind != "a selection":
-        raise InputError(f"{path}: is {kind or 'something else'}, expected a selection")
-    found = read_spec(path, SELECTION_FORMAT, SELECTION_VERSION)
+    try:
+        found = read_spec(path, SELECTION_FORMAT, SELECTION_VERSION)
+    except InputError as error:
+        kind = what_is(path)
+        if not path.exists() or kind == "a selection":
+            raise
+        raise InputError(f"{path}: is {kind or 'something else'}, expected a selection") from error
     expected = {"pool": str, "pool_size": int, "method": str, "metric_count": int, "devices": list}
     for name, kind in expected.items():
         # By type, as True is an int too.

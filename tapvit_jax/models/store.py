@@ -27,12 +27,10 @@ VERSION = 2
 SPEC_FILE = "model.json"
 PARAMS_FILE = "params.safetensors"
 
+FOREIGN = "a folder of timm or Hugging Face"
+
 # What a directory is, by a file in it.
-_KINDS = {
-    SPEC_FILE: "a model",
-    "extractor.json": "an extractor",
-    "config.json": "a folder of timm or Hugging Face",
-}
+_KINDS = {SPEC_FILE: "a model", "extractor.json": "an extractor", "config.json": FOREIGN}
 
 
 def save(model: Model, directory: str | os.PathLike) -> None:
@@ -99,6 +97,11 @@ def _check_class_names(class_names: tuple[str, ...], config: Config, name: str) 
         )
 
 
+def kind_of(directory: Path) -> str | None:
+    """What a directory is, in words: a model, an extractor, or `FOREIGN`; None if none of these."""
+    return next((kind for name, kind in _KINDS.items() if (directory / name).is_file()), None)
+
+
 def spec_file(directory: Path, name: str, expected: str) -> Path:
     """The path of a directory's spec file.
 
@@ -108,8 +111,7 @@ def spec_file(directory: Path, name: str, expected: str) -> Path:
     path = directory / name
     if path.is_file():
         return path
-    inside = (what for other, what in _KINDS.items() if (directory / other).is_file())
-    found = "a file" if directory.is_file() else next(inside, None)
+    found = "a file" if directory.is_file() else kind_of(directory)
     if found is None:
         raise InputError(f"{path}: no such file, expected {expected}'s directory")
     raise InputError(f"{directory}: is {found}, expected {expected}'s directory")
