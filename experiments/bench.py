@@ -35,13 +35,21 @@ _PAUSE = 0.05
 _RECORD = "TAPVIT_BENCH_RECORD"
 
 
-def alternate(runs: dict[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
-    """Median seconds of every run, in turns, after one warm-up each."""
+def alternate(
+    runs: dict[str, Callable[[], object]], repeats: int = REPEATS, *, warm: bool = False
+) -> dict[str, float]:
+    """Median seconds of every run, in turns, after one warm-up each.
+
+    `warm` runs each once more, untimed, right before it is timed: after the pause that keeps runs
+    apart, what takes milliseconds would be timed on cold caches and slow clocks.
+    """
     for run in runs.values():
         jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            if warm:
+                jax.block_until_ready(run())
             start = time.perf_counter()
             jax.block_until_ready(run())
             times[name].append(time.perf_counter() - start)

@@ -2,7 +2,8 @@
 
     python -m experiments.bench_pool [one] [many] [memory]
 
-Everything is in float32, scikit-learn's mixtures too, and timed in turns in one process.
+Everything is in float32, scikit-learn's mixtures too, and timed in turns in one process, each right
+after an untimed run of the same.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def against_scikit_learn(shape: tuple[int, int, int], covariance_type: str, flop
         whole: lambda: product(left, right),
         part: lambda: product(left[:chunk], right),
     }
-    times = alternate(runs, REPEATS)
+    times = alternate(runs, REPEATS, warm=True)
     title = f"pool scoring, {devices} x {covariance_type}, K = {COMPONENTS}, d = {dim}"
     report(f"{title}, {rows} rows", times)
     ours, expected = log_likelihood(gmms, features), np.stack(runs["scikit-learn"]())

@@ -224,10 +224,14 @@ class Gmm:
             than 256 components or 4096 dimensions, NaN or infinity, negative weights or weights
             that do not sum to 1 within 1e-3, covariances that are not positive (definite).
         """
+        if self.__dict__.get("_proper"):
+            return
         _check_covariance_type(f"{name}: covariance type", self.covariance_type)
         _check_extractor(name, self.extractor)
         _check_shapes(name, self)
         _check_numbers(name, self)
+        # Nothing in it changes any more, and full covariances take longer to check than to use.
+        object.__setattr__(self, "_proper", True)
 
 
 def fit_report(

@@ -200,7 +200,9 @@ def test_features_already_on_a_device_are_taken():
     )
 
 
-@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (5, 5000), (4096, 1), (1000, 37), (1025, 4)])
+@pytest.mark.parametrize(
+    ("rows", "dim"), [(1, 1), (5, 5000), (4096, 1), (1000, 37), (1025, 4), (3001, 64)]
+)
 def test_the_range_of_rows(rows, dim):
     data = pool(rows, dim, offset=0.0)
     for found in (data, np.asfortranarray(data)):
