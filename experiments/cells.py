@@ -59,6 +59,9 @@ class Grid:
             unknown = [value for value in values if value not in known]
             if unknown:
                 raise InputError(f"--{name} names {unknown[0]!r}, expected {', '.join(known)}")
+        for name, method in self.methods.items():
+            if method.changes_recipe and not any(self.epochs):
+                raise InputError(f"{name} changes how it is fine-tuned, which needs --epochs")
         for text in self.budgets:
             parse_budget(text)
 
@@ -129,12 +132,6 @@ def as_published(config: ExperimentConfig) -> ExperimentConfig:
     )
 
 
-def recipe(config: ExperimentConfig, epochs: int) -> TrainConfig:
-    """The fine-tuning of so many epochs: the config's, its warm-up at most a fifth of them."""
-    warmup = min(config.recover.warmup_epochs, epochs / 5)
-    return dataclasses.replace(config.recover, epochs=epochs, warmup_epochs=warmup)
-
-
 def cells_of(config: ExperimentConfig, grid: Grid) -> list[Cell]:
     """All cells, those that share most next to each other.
 
@@ -183,7 +180,7 @@ def _content(config: ExperimentConfig, method: Method, epochs: int) -> dict[str,
     content = {"method": plain, "prune": to_plain(method.prune(config.prune))}
     content["recover"] = to_plain(RECOVERIES[method.recover])
     if epochs:
-        content["recipe"] = recipe(config, epochs).identity()
+        content["recipe"] = method.recipe(config.recover, epochs).identity()
         content |= {"recover_on": config.recover_on, "likely_share": config.likely_share}
     return content
 

@@ -29,7 +29,6 @@ from experiments.cells import (
     as_published,
     cells_of,
     parse_budget,
-    recipe,
     seed_config,
 )
 from experiments.config import ExperimentConfig, NamedFiles, identity
@@ -43,6 +42,7 @@ from experiments.methods import (
     SETS,
     find_methods,
     image_sets,
+    split_changes,
 )
 from experiments.peers import PEERS, available
 from experiments.preparation import UNITS, Found, ImageSets
@@ -274,8 +274,9 @@ class Comparison:
     def _finetuned(
         self, job: Job, cell: Cell, sets: ImageSets, plan: Found | None, start: Found
     ) -> tuple[Found, int]:
-        title, options = f"{cell.method}, {cell.epochs} epochs", recipe(job.config, cell.epochs)
-        recovery = RECOVERIES[self.grid.methods[cell.method].recover]
+        method, title = self.grid.methods[cell.method], f"{cell.method}, {cell.epochs} epochs"
+        options = method.recipe(job.config.recover, cell.epochs)
+        recovery = RECOVERIES[method.recover]
         if not cell.partners:
             pruned = Pruned(cell.device, plan, sets, start, recovery)
             return job.recover(title, pruned, options, job.config.recover_on)
@@ -355,7 +356,8 @@ def _peer_names(wanted: bool, methods: Sequence[str]) -> tuple[str, ...]:
     Raises:
       InputError: they are not installed.
     """
-    if not wanted and not {name.removesuffix(f"_{PRIOR_ONLY}") for name in methods} & set(PEERS):
+    bases = {split_changes(name)[0].removesuffix(f"_{PRIOR_ONLY}") for name in methods}
+    if not wanted and not bases & set(PEERS):
         return ()
     if not available():
         raise InputError("--peers: torch-pruning is not installed; `make peers` does it")

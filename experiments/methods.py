@@ -1,7 +1,7 @@
 """The methods that `experiments.compare` sets side by side, and the metric sets that they see.
 
 Either name may carry changes of the config, NAME:FIELD=VALUE+FIELD=VALUE, each a row of its own:
-"ours:relevance=0", "selected:method=quota".
+"ours:relevance=0", "ours:recover.ema=0.99", "selected:method=quota".
 """
 
 import ast
@@ -25,6 +25,7 @@ from tapvit_jax.proxy.select import SelectConfig
 from tapvit_jax.prune.allocate import AllocateConfig
 from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.structs import from_plain, to_plain
+from tapvit_jax.train.finetune import TrainConfig
 
 SETS = {
     SELECTED: "chosen by the device's mixture",
@@ -73,6 +74,8 @@ _RULES: dict[str, dict[str, Any]] = {
 """What a name for widths that is no rule of its own stands for, in `AllocateConfig`'s fields."""
 _TERMS = tuple(field.name for field in dataclasses.fields(TermWeights))
 
+_RECIPE = "recover."  # before the fields of the recipe, as in the config
+
 Changes = Mapping[str, Any]
 
 
@@ -107,7 +110,8 @@ class Method:
         published; "published", all of TAP-ViTs' rules; "peer", whatever the peer does.
       recover: closed-form recovery behind it, a name in `RECOVERIES`.
       loop: layers are probed with recovery in the loop.
-      changes: of `NeuronConfig`'s fields, or of a term's weight for MLP and attention both.
+      changes: of `NeuronConfig`'s fields, or of a term's weight for MLP and attention both; of the
+        recipe's fields, as "recover.FIELD".
     """
 
     criterion: str
@@ -127,10 +131,13 @@ class Method:
         Raises:
           InputError: widths that do not go with the criterion, or changes that it does not know.
         """
-        if self.changes and self.criterion not in get_args(Composite):
-            raise InputError(f"{self.criterion} knows no changes: {', '.join(self.changes)}")
+        changes = {n: value for n, value in self.changes.items() if not n.startswith(_RECIPE)}
+        if changes and self.criterion not in get_args(Composite):
+            raise InputError(
+                f"{self.criterion} knows no changes but of {_RECIPE}FIELD: {', '.join(changes)}"
+            )
         ranked = {} if self.widths == PEER else base.ranked_by(self.criterion)
-        neurons = _changed(ranked.get("neurons", base.neurons), self.changes)
+        neurons = _changed(ranked.get("neurons", base.neurons), changes)
         layers, allocate = base.layers, base.allocate
         if self.widths == "published":
             layers = LayerConfig.as_published()
@@ -147,6 +154,28 @@ class Method:
             layers = dataclasses.replace(layers, **changed)
         named = ranked.get("criterion")
         return PruneConfig(neurons, layers, allocate, base.batch_size, named, base.deletion_images)
+
+    @property
+    def changes_recipe(self) -> bool:
+        """Whether it is fine-tuned otherwise than the config says."""
+        return any(name.startswith(_RECIPE) for name in self.changes)
+
+    def recipe(self, base: TrainConfig, epochs: int) -> TrainConfig:
+        """How it is fine-tuned for so many epochs, the warm-up at most a fifth of them.
+
+        Raises:
+          InputError: changes that a recipe does not know, or values out of range.
+        """
+        plain = to_plain(base)
+        for name, value in self.changes.items():
+            if name.startswith(_RECIPE):
+                field = name.removeprefix(_RECIPE)
+                if field == "epochs":
+                    raise InputError(f"{name} is not a method's to change, --epochs says how many")
+                plain[field] = value
+        changed = from_plain(TrainConfig, plain, "recover")
+        warmup = min(changed.warmup_epochs, epochs / 5)
+        return dataclasses.replace(changed, epochs=epochs, warmup_epochs=warmup)
 
 
 def _changed(neurons: NeuronConfig, changes: Changes) -> NeuronConfig:
@@ -187,8 +216,7 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
     """The methods of these names, each once, in their order.
 
     Args:
-      names: keys of `METHODS`, with changes or without, or external peers, with "_prior_only" or
-        without.
+      names: keys of `METHODS`, or external peers, with "_prior_only" or without; any with changes.
       peers: names that are external peers.
 
     Raises:
@@ -197,18 +225,20 @@ def find_methods(names: Iterable[str], peers: Iterable[str] = ()) -> dict[str, M
     peers, found = tuple(peers), {}
     for name in names:
         base, changes = split_changes(name)
-        peer = name.removesuffix(f"_{PRIOR_ONLY}")
+        peer = base.removesuffix(f"_{PRIOR_ONLY}")
         if peer in peers:
-            found[name] = Method(peer, PEER, "none" if peer == name else PRIOR_ONLY)
+            found[name] = Method(peer, PEER, "none" if peer == base else PRIOR_ONLY)
         elif base in METHODS:
-            found[name] = dataclasses.replace(METHODS[base], changes=changes)
-            found[name].prune(PruneConfig())
+            found[name] = METHODS[base]
         else:
             raise InputError(
                 f"method is {name!r}, expected ours or CRITERION[_loop][_WIDTHS][_RECOVERY]; "
                 f"criteria are {', '.join((*CRITERIA, *peers))}; widths {', '.join(_WIDTHS)}; "
                 f"recoveries {', '.join(RECOVERIES)}"
             )
+        found[name] = dataclasses.replace(found[name], changes=changes)
+        found[name].prune(PruneConfig())
+        found[name].recipe(TrainConfig(), epochs=1)
     if not found:
         raise InputError("no method is named, expected at least one")
     return found

@@ -13,7 +13,7 @@ import pytest
 
 from configs import tiny_imagenet_40
 from experiments import arguments, comparison
-from experiments.cells import Grid, as_published, cells_of, parse_budget, recipe
+from experiments.cells import Grid, as_published, cells_of, parse_budget
 from experiments.compare import Comparison
 from experiments.config import identity, read
 from experiments.job import Job, Pruned
@@ -163,11 +163,32 @@ def test_partners_are_of_one_method_set_and_recipe():
 
 
 def test_recipes_differ_in_nothing_but_their_length():
-    config = dataclasses.replace(
-        tiny(), recover=dataclasses.replace(tiny().recover, warmup_epochs=2.0)
+    base = dataclasses.replace(tiny().recover, warmup_epochs=2.0)
+    assert METHODS["ours"].recipe(base, 20) == dataclasses.replace(base, epochs=20)
+    assert METHODS["ours"].recipe(base, 5).warmup_epochs == 1.0
+
+
+def test_a_name_can_carry_its_own_recipe():
+    names = (
+        "tap",
+        "tap:recover.ema=0.5",
+        "tap:redundancy=0+recover.ema=0.5",
+        "tp_l2:recover.ema=0.5",
     )
-    assert recipe(config, 20) == dataclasses.replace(config.recover, epochs=20)
-    assert recipe(config, 5).warmup_epochs == 1.0
+    methods = find_methods(names, PEERS)
+    base = tiny().recover
+    changed = dataclasses.replace(base, epochs=3, ema=0.5)
+    assert [m.recipe(base, 3) == changed for m in methods.values()] == [False, True, True, True]
+    assert methods[names[3]].criterion == "tp_l2" and methods[names[3]].widths == PEER
+    scored = [m.prune(PruneConfig()).neurons for m in methods.values()]
+    assert scored[0] == scored[1] and scored[2].mlp.redundancy == 0
+    config = dataclasses.replace(tiny(), recover_together=2)
+    tuned = dataclasses.replace(grid(("tap",), epochs=(0, 2), **_ONE), methods=methods)
+    found = {(c.method, c.epochs): c for c in cells_of(config, tuned)}
+    plain, own = (found[names[0], epochs].key for epochs in (0, 2)), found[names[1], 2]
+    # Without fine-tuning it is the same; with it, a row of its own that shares no program.
+    assert found[names[1], 0].key == next(plain) and own.key != next(plain)
+    assert own.partners != found[names[0], 2].partners
 
 
 @pytest.mark.parametrize(
@@ -179,7 +200,15 @@ def test_recipes_differ_in_nothing_but_their_length():
         (lambda: find_methods(["ours:bandwith=fixed"]), "did you mean bandwidth"),
         (lambda: find_methods(["ours:relevance=-1"]), "term weights are"),
         (lambda: find_methods(["ours:relevance"]), "'relevance' is no change, expected FIELD="),
-        (lambda: find_methods(["random:relevance=0"]), "random knows no changes: relevance"),
+        (lambda: find_methods(["random:relevance=0"]), "random knows no changes but of recover.F"),
+        (lambda: find_methods(["tp_l2:relevance=0"], PEERS), "tp_l2 knows no changes but of recov"),
+        (lambda: find_methods(["ours:recover.emma=0.9"]), "unknown field recover.emma"),
+        (
+            lambda: find_methods(["ours:recover.ema=2"]),
+            "recover: ema is 2.0, expected between 0 and 1",
+        ),
+        (lambda: find_methods(["ours:recover.epochs=2"]), "recover.epochs is not a method's to ch"),
+        (lambda: grid(("tap:recover.ema=0.5",)), "changes how it is fine-tuned, which needs --ep"),
         (lambda: grid(sets=("selected:k=3",)), "unknown field select.k"),
         (lambda: grid(sets=("random:method=top",)), "method changes nothing of 'random'"),
         (lambda: grid(sets=("pool:metric_count=3",)), "metric_count changes nothing of 'pool'"),
