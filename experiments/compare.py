@@ -317,7 +317,7 @@ class Comparison:
 
     def _weight(self, cell: Cell) -> float:
         # Everything is counted for every cell that uses it, computed or found.
-        weight = UNITS["score"] * 1.25 + UNITS["compensate"]
+        weight = sum(UNITS[name] for name in ("units", "layers", "compensate"))
         if self.grid.methods[cell.method].widths == PEER:
             weight = UNITS["peer"]
         return weight + UNITS["recover"] * bool(cell.epochs)

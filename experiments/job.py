@@ -38,12 +38,10 @@ from tapvit_jax.pipeline import (
     latencies,
     plan_masks,
     reshape_checked,
-    score,
-    score_arrays,
     score_units,
-    scores_from_arrays,
     scoring_batches,
 )
+from tapvit_jax.progress import Step
 from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
@@ -100,32 +98,11 @@ class Job(Preparation):
         Raises:
           InputError: a budget that cannot be met.
         """
-        seed = self._scoring_seed(device, prune.criterion == "random")
-
-        def compute_scores(step, scratch):
-            workers = self.config.data.workers
-            found = score(
-                self.dense,
-                self.source,
-                sets.metric,
-                prune,
-                seed=seed,
-                workers=workers,
-                on_share=step.advance,
-            )
-            return score_arrays(*found), {}
-
-        inputs = {
-            "dense": self._dense.key,
-            **self._images_key(sets.metric),
-            **_scored_by(prune),
-            "layers": to_plain(prune.layers),
-            "batch_size": prune.batch_size,
-            "seed": seed,
-        }
-        scores = self._stage("score", f"{title}: score", UNITS["score"], inputs, compute_scores)
-        units, layers = scores_from_arrays(scores.arrays, prune.layers.sparsity)
-        return self._allocated(scores.key, units, layers, prune.allocate, budget)
+        units = self.unit_scores(title, device, sets.metric, prune)
+        layers = None
+        if prune.allocate.reads_layers:
+            layers = self.layer_scores(title, sets.metric, units, prune)
+        return self.plan_from(units, layers, prune.allocate, budget)
 
     def _allocated(
         self,
@@ -154,7 +131,7 @@ class Job(Preparation):
         seed = self._scoring_seed(device, prune.criterion == "random")
 
         def compute(step, scratch):
-            found = self._scoring_batches(metric, prune, prune.neurons.max_batches)
+            found = self._scoring_batches(step, metric, prune, prune.neurons.max_batches)
             return score_units(self.dense, found, prune, seed), {}
 
         inputs = {
@@ -164,7 +141,7 @@ class Job(Preparation):
             "batch_size": prune.batch_size,
             "seed": seed,
         }
-        found = self._stage("units", f"{title}: score units", UNITS["score"] / 4, inputs, compute)
+        found = self._stage("units", f"{title}: score units", UNITS["units"], inputs, compute)
         return Found(found.key, found.arrays)
 
     def layer_scores(
@@ -173,7 +150,7 @@ class Job(Preparation):
         """What pruning each branch by these unit scores does to the output."""
 
         def compute(step, scratch):
-            found = self._scoring_batches(metric, prune, prune.layers.batches_read)
+            found = self._scoring_batches(step, metric, prune, prune.layers.batches_read)
             layers = layer_importance(self.dense, found, units.value, config=prune.layers)
             return layers.arrays(), {}
 
@@ -183,7 +160,7 @@ class Job(Preparation):
             "layers": to_plain(prune.layers),
             "batch_size": prune.batch_size,
         }
-        found = self._stage("layers", f"{title}: score layers", UNITS["score"], inputs, compute)
+        found = self._stage("layers", f"{title}: score layers", UNITS["layers"], inputs, compute)
         return Found(found.key, LayerScores(prune.layers.sparsity, **found.arrays))
 
     def plan_from(
@@ -198,10 +175,13 @@ class Job(Preparation):
         return self._allocated(key, units.value, layers and layers.value, options, budget)
 
     def _scoring_batches(
-        self, metric: Int[np.ndarray, "m"], prune: PruneConfig, most: int
+        self, step: Step, metric: Int[np.ndarray, "m"], prune: PruneConfig, most: int
     ) -> Iterator[dict[str, np.ndarray]]:
         size = even_batch_size(len(metric), prune.batch_size)
-        return self._even_batches(metric[: most * size], prune.batch_size)
+        count = min(len(metric) // size, most)
+        for batch in self._even_batches(metric[: most * size], prune.batch_size):
+            yield batch
+            step.advance(distributed.process_count() / count)
 
     def _even_batches(
         self, metric: Int[np.ndarray, "m"], most: int

@@ -56,8 +56,8 @@ BATCH = 256
 """Images of one step where nothing depends on how many."""
 
 # Rough costs of the steps, in seconds on two cores; only their ratios matter, for the ETA.
-UNITS = {"data": 1, "dense": 60, "extractor": 10, "device": 1, "select": 3, "score": 8}
-UNITS |= {"peer": 30, "compensate": 2, "recover": 10, "latency": 3, "report": 3}
+UNITS = {"data": 1, "dense": 60, "extractor": 10, "device": 1, "select": 3, "units": 2}
+UNITS |= {"layers": 8, "peer": 30, "compensate": 2, "recover": 10, "latency": 3, "report": 3}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

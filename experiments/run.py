@@ -66,7 +66,8 @@ class Experiment:
         devices, variants = config.data.partition.num_devices, 1 + len(config.comparisons)
         total = sum(UNITS[name] for name in ("data", "dense", "extractor", "select", "report"))
         total += devices * (UNITS["device"] + UNITS["latency"])
-        total += devices * variants * sum(UNITS[n] for n in ("score", "compensate", "recover"))
+        steps = ("units", "layers", "compensate", "recover")
+        total += devices * variants * sum(UNITS[name] for name in steps)
         self.progress = Progress(total, self.quiet)
         self.job = job = Job(config, self.stages, workdir / "payloads", self.progress)
         for device in range(len(job.parts.devices)):

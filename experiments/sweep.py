@@ -466,7 +466,7 @@ class Sweep:
 
 def _weight(unit: Unit) -> float:
     recover = UNITS["recover"] if unit.finetuned else 0
-    return UNITS["score"] + UNITS["compensate"] + recover + UNITS["latency"]
+    return recover + sum(UNITS[n] for n in ("units", "layers", "compensate", "latency"))
 
 
 def _shared_weight(config: ExperimentConfig) -> float:

@@ -98,14 +98,14 @@ def score(
     seed: int = 0,
     workers: int = 0,
     on_share: Callable[[float], None] = lambda share: None,
-) -> tuple[Scores, LayerScores]:
-    """Neuron and layer scores of a model on a metric dataset.
+) -> tuple[Scores, LayerScores | None]:
+    """Neuron and layer scores of a model on a metric dataset; None for layers that nothing reads.
 
     Args:
       model: the dense model.
       source: images.
       metric: indices of the metric dataset.
-      config: how units and layers are scored.
+      config: how units and layers are scored, and by which rule widths will be chosen.
       seed: for the classes that losses draw, and for random scores.
       workers: processes that decode images; see `data.pipeline.batches`.
       on_share: called with every share of the work that is done.
@@ -117,7 +117,7 @@ def score(
     size = even_batch_size(len(metric), config.batch_size)
     count = len(metric) // size
     # Layer probes run the network many times over, neuron scores a few times.
-    effort = {"neurons": 4, "layers": 20}
+    effort = {"neurons": 4, "layers": 20 if config.allocate.reads_layers else 0}
     most = {"neurons": config.neurons.max_batches, "layers": config.layers.batches_read}
     whole = sum(effort[k] * min(count, most[k]) for k in effort)
     processes = distributed.process_count()
@@ -128,6 +128,8 @@ def score(
             on_share(effort[kind] * processes / whole)
 
     units = score_units(model, metric_batches("neurons"), config, seed)
+    if not config.allocate.reads_layers:
+        return units, None
     return units, layer_importance(model, metric_batches("layers"), units, config=config.layers)
 
 
@@ -166,7 +168,7 @@ def scoring_batches(
 def allocate_measured(
     model: Model,
     units: Scores,
-    layers: LayerScores,
+    layers: LayerScores | None,
     budget: Budget,
     latency: LatencyModel,
     *,
@@ -182,7 +184,7 @@ def allocate_measured(
     Args:
       model: the dense model.
       units: neuron scores.
-      layers: layer scores.
+      layers: layer scores; None as in `allocate`.
       budget: with a bound on latency; `latency` is a fraction of the dense time measured here.
       latency: predicts times.
       config: see `allocate`.
@@ -235,21 +237,6 @@ def even_batch_size(count: int, most: int) -> int:
     if count <= most:
         return max(count, 1)
     return min(range(most, most // 2, -1), key=lambda size: count % size)
-
-
-def score_arrays(units: Scores, layers: LayerScores) -> dict[str, np.ndarray]:
-    """Scores as named arrays, for storage."""
-    arrays = {f"units/{key}": value for key, value in units.items()}
-    return arrays | {f"layers/{name}": value for name, value in layers.arrays().items()}
-
-
-def scores_from_arrays(
-    arrays: dict[str, np.ndarray], sparsity: tuple[float, ...]
-) -> tuple[Scores, LayerScores]:
-    """The inverse of `score_arrays`."""
-    units = {key[6:]: value for key, value in arrays.items() if key.startswith("units/")}
-    layers = {key[7:]: value for key, value in arrays.items() if key.startswith("layers/")}
-    return units, LayerScores(sparsity, **layers)
 
 
 def plan_masks(plan: Plan) -> Params:

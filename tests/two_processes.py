@@ -29,7 +29,6 @@ from tapvit_jax.pipeline import (
     evaluate_model,
     plan_masks,
     score,
-    score_arrays,
     scoring_batches,
 )
 from tapvit_jax.proxy.density import log_likelihood
@@ -81,7 +80,8 @@ def job(shared: Path) -> dict[str, np.ndarray]:
     metric = rng.permutation(IMAGES)[:38]
     options = PruneConfig(batch_size=8, layers=LayerConfig(sparsity=(0.5,)))
     units, layers = score(model, source, metric, options)
-    found |= {f"score_{name}": array for name, array in score_arrays(units, layers).items()}
+    scored = units | layers.arrays()
+    found |= {f"score_{name}": array for name, array in scored.items()}
 
     plans = [allocate(model, units, layers, Budget.parse(f"macs={share}")) for share in (0.5, 0.7)]
     own = scoring_batches(source, metric, PREPROCESS, options.batch_size)

@@ -50,6 +50,7 @@ from tapvit_jax.prune.widths import (
 from tapvit_jax.structs import check_fields
 
 Widths = Literal["sensitivity", "greedy", "exact", "softmax", "local", "global", "isomorphic"]
+_BY_UNITS = ("local", "global", "isomorphic")
 
 Urgency = Callable[[tuple[str, ...], Counts], float]
 """How badly widths that grow together want one more step, at given counts."""
@@ -181,6 +182,11 @@ class AllocateConfig:
     def kinds(self) -> tuple[Kind, ...]:
         """Kinds of units whose counts are chosen."""
         return HEAD_KINDS if self.attention == "heads" else WIDTH_KINDS
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether widths depend on layer scores, which cost far more than those of units."""
+        return self.widths not in _BY_UNITS
 
     @classmethod
     def as_published(cls) -> "AllocateConfig":

@@ -28,8 +28,9 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.files import WriteError, file_lock, write_json
 from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.importance.neurons import NeuronConfig
-from tapvit_jax.pipeline import PruneConfig
+from tapvit_jax.pipeline import PruneConfig, score
 from tapvit_jax.progress import Progress
+from tapvit_jax.prune.allocate import allocate as allocate_by
 from tapvit_jax.prune.recover import RecoverConfig
 from tapvit_jax.stages import claim_workdir, write_row
 from tapvit_jax.structs import from_plain, to_plain
@@ -256,7 +257,7 @@ def finished(tmp_path_factory, compiled):
 def test_more_budgets_compute_no_shared_stage_again(finished):
     first, second, _ = finished
     assert counts(first) == {
-        **dict.fromkeys(("dense", "extractor", "select", "score", "plan", "latency"), 1),
+        **dict.fromkeys(("dense", "extractor", "select", "units", "layers", "plan", "latency"), 1),
         **dict.fromkeys(("gmm", "evaluate"), 2),
     }
     # Four plans and models more, one of them recovered, for which the classes' prior is needed;
@@ -383,6 +384,23 @@ def test_recovery_sees_no_more_images_than_criteria_read_at_most(finished):
     # As in a run and a comparison of the same config.
     np.testing.assert_array_equal(sets.metric, image_sets(job, 0, "selected").metric)
     assert len(sets.metric) == 20
+
+
+def test_layers_are_probed_only_for_widths_that_read_them(finished):
+    _, sweep, _ = finished
+    allocate = dataclasses.replace(tiny().prune.allocate, widths="global")
+    prune = dataclasses.replace(tiny().prune, allocate=allocate)
+    unit = dataclasses.replace(sweep.units[2], config=dataclasses.replace(tiny(), prune=prune))
+    before = counts(sweep)
+    job = Job(unit.config, sweep.stages, sweep.workdir / "payloads" / "few", Progress(1.0, True))
+    sets, plan = sweep._plan(job, unit)
+    # The scores of units are those of all other widths.
+    assert counts(sweep) - before == {"plan": 1}
+    units, layers = score(job.dense, job.source, sets.metric, prune)
+    assert layers is None
+    again = allocate_by(job.dense, units, None, unit.budget, config=allocate)
+    for name, kept in plan.value.keep.items():
+        np.testing.assert_array_equal(kept, again.keep[name])
 
 
 def test_fewer_pool_images_than_asked_for_are_refused(tmp_path):
