@@ -26,7 +26,8 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.files import write_json
 from tapvit_jax.progress import Progress
 from tapvit_jax.proxy.density import log_likelihood
-from tapvit_jax.proxy.gmm import CovarianceType, Gmm
+from tapvit_jax.proxy.gmm import Gmm
+from tapvit_jax.proxy.payload import CovarianceType
 from tapvit_jax.runtime import run_program, set_up_jax
 from tapvit_jax.stages import Stages, claim_workdir, on_main
 from tapvit_jax.versions import library_versions

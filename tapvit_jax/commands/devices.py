@@ -37,7 +37,8 @@ from tapvit_jax.proxy.features import (
     build_extractor,
     embedding_network,
 )
-from tapvit_jax.proxy.gmm import CovarianceType, Gmm, GmmConfig, fit_report
+from tapvit_jax.proxy.gmm import Gmm, GmmConfig, fit_report
+from tapvit_jax.proxy.payload import CovarianceType
 from tapvit_jax.proxy.pool_features import pool_features
 from tapvit_jax.proxy.select import Method as SelectMethod
 from tapvit_jax.proxy.select import SelectConfig, select

@@ -1,65 +1,44 @@
-"""The Gaussian mixture that a device fits on its private features and uploads as its only payload.
-
-The payload, version 1, is one safetensors file (no code can hide in it, nothing is unpickled):
-
-- tensors `weights` (g,), `means` (g, d) and `covariances` (diag (g, d); spherical (g,);
-  tied (d, d); full (g, d, d)), all little-endian float32;
-- one metadata key, `tapvit_gmm`, holding a JSON object with exactly these fields: `version` (1),
-  `covariance_type`, `components` (g), `dim` (d), `extractor` (fingerprint of the feature extractor,
-  lower-case hex, or empty when unknown) and `sha256` (hex, over the bytes of weights, means and
-  covariances in this order).
-
-There is a single metadata key because safetensors writes several in an order of its own, and the
-same mixture must give the same bytes. The checksum finds damage, not forgery: a payload comes from
-an untrusted device, so everything in it is checked again on loading.
-"""
+"""The Gaussian mixture that a device fits on its private features and uploads (`payload`)."""
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
-import re
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import Float
 from threadpoolctl import ThreadpoolController
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file
+from tapvit_jax.proxy.payload import (
+    TENSORS,
+    CovarianceType,
+    check_covariance_type,
+    check_extractor,
+    payload_bytes,
+    read_payload,
+)
 from tapvit_jax.structs import check_fields
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
-CovarianceType = Literal["diag", "tied", "spherical", "full"]
-
-PAYLOAD_VERSION = 1
-MAX_PAYLOAD_BYTES = 16 * 2**20
 MAX_COMPONENTS = 256
 MAX_DIM = 4096
 
 # Factored in a few milliseconds by one thread.
 _FEW_DIMENSIONS = 512
 
-_METADATA_KEY = "tapvit_gmm"
-_METADATA_LIMIT = 4096
-_TENSORS = ("weights", "means", "covariances")
-_FIELDS = ("version", "covariance_type", "components", "dim", "extractor", "sha256")
 _WEIGHT_TOLERANCE = 1e-3
 # Rounding weights that sum to one to float32 moves their sum by less than 2^-24. Rescaling only
 # beyond that makes loading idempotent: a payload read and written again keeps its bytes.
 _ROUNDING = 1e-6
-_EXTRACTOR = re.compile(r"[0-9a-f]{0,128}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +113,7 @@ class Gmm:
     extractor: str = ""
 
     def __post_init__(self):
-        for name in _TENSORS:
+        for name in TENSORS:
             try:
                 with np.errstate(over="ignore"):  # infinities are for validate to name
                     value = np.array(getattr(self, name), dtype=np.float32, order="C")
@@ -170,15 +149,35 @@ class Gmm:
     def load(
         cls, path: str | os.PathLike, dim: int | None = None, extractor: str | None = None
     ) -> "Gmm":
-        """Read a payload of the format in this module's docstring and check all of it.
+        """Read a payload (see `payload`) and check all of it.
 
         With `dim` or `extractor`, a mixture over other features is refused.
 
         Raises:
           InputError: missing, too large, not a payload, damaged, or not a proper mixture.
         """
-        path = Path(path)
-        return _parse(str(path), _read(path), dim, extractor)
+        name = str(path)
+        header, tensors = read_payload(Path(path))
+        gmm = cls(
+            **tensors, covariance_type=header["covariance_type"], extractor=header["extractor"]
+        )
+        gmm.validate(name)
+        if (header["components"], header["dim"]) != gmm.means.shape:
+            raise InputError(
+                f"{name}: means have shape {gmm.means.shape}, expected the header's "
+                f"({header['components']}, {header['dim']})"
+            )
+        if dim is not None and gmm.dim != dim:
+            raise InputError(f"{name}: fitted on {gmm.dim}-dimensional features, expected {dim}")
+        if extractor is not None and gmm.extractor != extractor:
+            raise InputError(
+                f"{name}: fitted on the features of extractor {gmm.extractor or '(unknown)'}, "
+                f"expected {extractor or '(unknown)'}"
+            )
+        weights = gmm.weights.astype(np.float64)
+        if abs(weights.sum() - 1) > _ROUNDING:
+            gmm = dataclasses.replace(gmm, weights=weights / weights.sum())
+        return gmm
 
     def save(self, path: str | os.PathLike, extractor: str | None = None) -> None:
         """Write the payload atomically, stamped with `extractor` when given.
@@ -198,23 +197,13 @@ class Gmm:
           InputError: the mixture is not valid, or its payload exceeds MAX_PAYLOAD_BYTES.
         """
         self.validate("gmm")
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        header = {
-            "version": PAYLOAD_VERSION,
+        fields = {
             "covariance_type": self.covariance_type,
             "components": self.components,
             "dim": self.dim,
             "extractor": self.extractor,
-            "sha256": _checksum(tensors),
         }
-        text = json.dumps(header, separators=(",", ":"))
-        data = safetensors.numpy.save(tensors, metadata={_METADATA_KEY: text})
-        if len(data) > MAX_PAYLOAD_BYTES:
-            raise InputError(
-                f"gmm: its payload has {len(data)} bytes, expected at most {MAX_PAYLOAD_BYTES}: "
-                "fewer components or dimensions, or diag instead of full or tied"
-            )
-        return data
+        return payload_bytes({name: getattr(self, name) for name in TENSORS}, fields)
 
     def validate(self, name: str) -> None:
         """Check that this is a proper mixture; `name` (a path, say) begins every message.
@@ -226,8 +215,8 @@ class Gmm:
         """
         if self.__dict__.get("_proper"):
             return
-        _check_covariance_type(f"{name}: covariance type", self.covariance_type)
-        _check_extractor(name, self.extractor)
+        check_covariance_type(f"{name}: covariance type", self.covariance_type)
+        check_extractor(name, self.extractor)
         _check_shapes(name, self)
         _check_numbers(name, self)
         # Nothing in it changes any more, and full covariances take longer to check than to use.
@@ -365,26 +354,6 @@ def _check_private_features(features: Any) -> Float[np.ndarray, "n d"]:
     return data
 
 
-def _shown(value: Any) -> str:
-    # What an untrusted file says may be long, or hold control characters for the terminal.
-    text = ascii(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _check_covariance_type(name: str, value: Any) -> None:
-    kinds = get_args(CovarianceType)
-    if value not in kinds:
-        raise InputError(f"{name} is {_shown(value)}, expected one of {', '.join(kinds)}")
-
-
-def _check_extractor(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not _EXTRACTOR.fullmatch(value):
-        raise InputError(
-            f"{name}: extractor is {_shown(value)}, expected a fingerprint of at most 128 "
-            "lower-case hex digits"
-        )
-
-
 def _covariance_shape(kind: str, components: int, dim: int) -> tuple[int, ...]:
     return {
         "diag": (components, dim),
@@ -417,7 +386,7 @@ def _check_shapes(name: str, gmm: Gmm) -> None:
 
 
 def _check_numbers(name: str, gmm: Gmm) -> None:
-    for tensor in _TENSORS:
+    for tensor in TENSORS:
         bad = int(np.count_nonzero(~np.isfinite(getattr(gmm, tensor))))
         if bad:
             raise InputError(
@@ -475,130 +444,7 @@ def one_blas_thread(dim: int) -> AbstractContextManager[Any]:
 
 @functools.cache
 def _blas() -> ThreadpoolController:
-    """The BLAS libraries that are loaded."""
+    """NumPy's BLAS library and SciPy's, which is another one."""
+    import scipy.linalg  # noqa: F401, loads it
+
     return ThreadpoolController()
-
-
-def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in _TENSORS:
-        digest.update(np.ascontiguousarray(tensors[name], dtype="<f4").tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, expected a GMM payload")
-    try:
-        with path.open("rb") as file:
-            # One byte more than allowed tells a file that is too large without reading it whole.
-            size = os.fstat(file.fileno()).st_size
-            data = b"" if size > MAX_PAYLOAD_BYTES else file.read(MAX_PAYLOAD_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    size = max(size, len(data))
-    if size > MAX_PAYLOAD_BYTES:
-        raise InputError(f"{path}: {size} bytes, expected at most {MAX_PAYLOAD_BYTES}")
-    return data
-
-
-def _parse(name: str, data: bytes, dim: int | None, extractor: str | None) -> Gmm:
-    try:
-        entries = dict(safetensors.deserialize(data))
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(f"{name}: {_not_a_payload(data)}") from error
-    header = _parse_header(name, metadata)
-    tensors = _parse_tensors(name, entries)
-    gmm = Gmm(**tensors, covariance_type=header["covariance_type"], extractor=header["extractor"])
-    _check_shapes(name, gmm)
-    if (header["components"], header["dim"]) != gmm.means.shape:
-        raise InputError(
-            f"{name}: means have shape {gmm.means.shape}, expected the header's "
-            f"({header['components']}, {header['dim']})"
-        )
-    found = _checksum(tensors)
-    if header["sha256"] != found:
-        raise InputError(
-            f"{name}: damaged: the tensors' SHA-256 is {found}, expected {_shown(header['sha256'])}"
-        )
-    gmm.validate(name)
-    if dim is not None and gmm.dim != dim:
-        raise InputError(f"{name}: fitted on {gmm.dim}-dimensional features, expected {dim}")
-    if extractor is not None and gmm.extractor != extractor:
-        raise InputError(
-            f"{name}: fitted on the features of extractor {gmm.extractor or '(unknown)'}, expected "
-            f"{extractor or '(unknown)'}"
-        )
-    weights = gmm.weights.astype(np.float64)
-    if abs(weights.sum() - 1) > _ROUNDING:
-        gmm = dataclasses.replace(gmm, weights=weights / weights.sum())
-    return gmm
-
-
-def _not_a_payload(data: bytes) -> str:
-    # Asked only once safetensors has refused the bytes: a sound header of 640 bytes also begins
-    # with 0x80 0x02, as a pickle does.
-    refused = "refused, and never executed; expected a GMM payload (safetensors)"
-    if data[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return f"is a zip archive (as .npz and .pt files are), {refused}"
-    if data[:6] == b"\x93NUMPY":
-        return f"is a .npy file, {refused}"
-    binary = data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    if binary or (data[:1] in (b"(", b"c", b"]", b"}") and data[-1:] == b"."):
-        return f"looks like a pickle, {refused}"
-    return (
-        f"truncated or not a GMM payload ({len(data)} bytes that are not sound safetensors), "
-        f"expected version {PAYLOAD_VERSION} of it"
-    )
-
-
-def _parse_header(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(_METADATA_KEY)
-    if text is None:
-        raise InputError(
-            f"{name}: a safetensors file without the metadata key {_METADATA_KEY!r}, "
-            "expected a GMM payload"
-        )
-    if len(text) > _METADATA_LIMIT:
-        raise InputError(
-            f"{name}: its header has {len(text)} characters, expected at most {_METADATA_LIMIT}"
-        )
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: its header is not valid JSON, expected an object") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{name}: its header is a {type(header).__name__}, expected an object")
-    version = header.get("version")
-    if type(version) is not int or version != PAYLOAD_VERSION:
-        raise InputError(f"{name}: payload version {_shown(version)}, expected {PAYLOAD_VERSION}")
-    if sorted(header) != sorted(_FIELDS):
-        raise InputError(
-            f"{name}: its header has the fields {_shown(sorted(header))}, expected "
-            f"{', '.join(sorted(_FIELDS))}"
-        )
-    _check_covariance_type(f"{name}: covariance type", header["covariance_type"])
-    for field in ("components", "dim"):
-        if type(header[field]) is not int:
-            raise InputError(
-                f"{name}: its header's {field} is {_shown(header[field])}, expected a whole number"
-            )
-    _check_extractor(name, header["extractor"])
-    return header
-
-
-def _parse_tensors(name: str, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    if sorted(entries) != sorted(_TENSORS):
-        raise InputError(
-            f"{name}: holds the tensors {_shown(sorted(entries))}, expected {', '.join(_TENSORS)}"
-        )
-    tensors = {}
-    for tensor in _TENSORS:
-        entry = entries[tensor]
-        if entry["dtype"] != "F32":
-            raise InputError(f"{name}: {tensor} have type {entry['dtype']}, expected F32")
-        flat = np.frombuffer(entry["data"], dtype="<f4")
-        tensors[tensor] = flat.reshape(entry["shape"])
-    return tensors

@@ -16,7 +16,9 @@ from threadpoolctl import threadpool_info
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.proxy import gmm as gmm_module
-from tapvit_jax.proxy.gmm import MAX_PAYLOAD_BYTES, Gmm, GmmConfig, fit_report
+from tapvit_jax.proxy import payload
+from tapvit_jax.proxy.gmm import Gmm, GmmConfig, fit_report
+from tapvit_jax.proxy.payload import MAX_PAYLOAD_BYTES
 from tapvit_jax.structs import from_plain, to_plain
 
 KINDS = ("diag", "tied", "spherical", "full")
@@ -329,7 +331,7 @@ def test_missing_and_huge_files(tmp_path):
 
 def test_a_payload_too_large_to_load_is_not_written(tmp_path, monkeypatch):
     gmm = random_gmm("full", 4, 16)
-    monkeypatch.setattr(gmm_module, "MAX_PAYLOAD_BYTES", 4000)
+    monkeypatch.setattr(payload, "MAX_PAYLOAD_BYTES", 4000)
     with pytest.raises(InputError, match="expected at most 4000"):
         gmm.save(tmp_path / "x.gmm")
     assert list(tmp_path.iterdir()) == []
