@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -54,8 +55,8 @@ def export_onnx(
         the same in all of them.
 
     Raises:
-      InputError: another opset, a failed check, a model too large for one file, or a path that
-        cannot be written; nothing is left behind.
+      InputError: another opset, a failed check, a model too large for one file, a path that cannot
+        be written, or versions of JAX and Flax that do not go together; nothing is left behind.
 
     Source: jax2onnx and ONNX Runtime's quantiser; float16 and the checks are ours.
     """
@@ -94,7 +95,14 @@ def write_onnx(
 
 def _trace(model: Model, opset: int) -> onnx.ModelProto:
     # Imported here: it patches Flax's layers and takes seconds.
-    from jax2onnx import to_onnx
+    try:
+        import flax.nnx  # noqa: F401, what jax2onnx patches
+        from jax2onnx import to_onnx
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"jax2onnx {version('jax2onnx')} needs flax.nnx, which flax {version('flax')} does not "
+            f"have for jax {version('jax')} ({error}): another version of flax may"
+        ) from error
 
     forward, params = traced_model(model, "float32")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

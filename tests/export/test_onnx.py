@@ -254,6 +254,15 @@ def test_what_cannot_be_exported_is_said(tiny_model, images, tmp_path, monkeypat
     assert_nothing_left(tmp_path)
 
 
+def test_versions_that_do_not_go_together_are_named(tiny_model, images, tmp_path, monkeypatch):
+    # As when importing flax.nnx fails because JAX has moved on.
+    monkeypatch.setitem(sys.modules, "flax.nnx", None)
+    message = r"jax2onnx [\d.]+ needs flax.nnx, which flax [\d.]+ does not have for jax"
+    with pytest.raises(InputError, match=message):
+        export_onnx(tiny_model, tmp_path / "model.onnx", images=images)
+    assert_nothing_left(tmp_path)
+
+
 def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"nothing")
