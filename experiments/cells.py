@@ -175,7 +175,7 @@ def seed_config(config: ExperimentConfig, grid: Grid, seed: int) -> ExperimentCo
 def _content(config: ExperimentConfig, method: Method, epochs: int) -> dict[str, Any]:
     """What a method and its fine-tuning add to a cell's identity."""
     plain = to_plain(method)
-    # Whatever was changed is in how it prunes.
+    # Whatever was changed is in how it prunes, or in its recipe.
     del plain["changes"]
     content = {"method": plain, "prune": to_plain(method.prune(config.prune))}
     content["recover"] = to_plain(RECOVERIES[method.recover])

@@ -263,11 +263,8 @@ class Comparison:
         prune = method.prune(job.config.prune)
         # Before any work: a budget that cannot be met is refused now.
         check_budget(job.dense_config, budget, prune.allocate, job.latency_for(budget))
-        units = job.unit_scores(title, cell.device, sets.metric, prune)
-        layers = None
-        if method.by_layers:
-            layers = job.layer_scores(title, sets.metric, units, prune)
-        plan = job.plan_from(units, layers, prune.allocate, budget)
+        probe = method.probes(job.config.prune)
+        plan = job.plan(title, cell.device, sets, prune, budget, probe=probe)
         options, size = RECOVERIES[method.recover], prune.batch_size
         return plan, job.compensate(title, plan, sets, options, size)
 
@@ -317,8 +314,10 @@ class Comparison:
 
     def _weight(self, cell: Cell) -> float:
         # Everything is counted for every cell that uses it, computed or found.
-        weight = sum(UNITS[name] for name in ("units", "layers", "compensate"))
-        if self.grid.methods[cell.method].widths == PEER:
+        method = self.grid.methods[cell.method]
+        weight = UNITS["units"] + UNITS["compensate"]
+        weight += UNITS["layers"] * method.probes(self.config.prune)
+        if method.widths == PEER:
             weight = UNITS["peer"]
         return weight + UNITS["recover"] * bool(cell.epochs)
 

@@ -29,7 +29,6 @@ from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import content_hash
 from tapvit_jax.importance.layers import LayerScores, layer_importance
-from tapvit_jax.importance.neurons import Scores
 from tapvit_jax.models import backbone
 from tapvit_jax.models.registry import Model
 from tapvit_jax.pipeline import (
@@ -42,7 +41,7 @@ from tapvit_jax.pipeline import (
     scoring_batches,
 )
 from tapvit_jax.progress import Step
-from tapvit_jax.prune.allocate import AllocateConfig, allocate
+from tapvit_jax.prune.allocate import allocate
 from tapvit_jax.prune.budget import Budget
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.mask import Plan, apply_masks
@@ -91,33 +90,39 @@ class Job(Preparation):
         return content_hash({name: plain[name] for name in plain if name not in _OF_UNITS})
 
     def plan(
-        self, title: str, device: int, sets: ImageSets, prune: PruneConfig, budget: Budget
+        self,
+        title: str,
+        device: int,
+        sets: ImageSets,
+        prune: PruneConfig,
+        budget: Budget,
+        *,
+        probe: bool = True,
     ) -> Found:
-        """Which units stay under a budget, and why: their scores on the metric dataset.
+        """Which units stay under a budget, by their scores on the metric dataset.
+
+        Args:
+          title: for the progress.
+          device: its number.
+          sets: images.
+          prune: how units and layers are scored and widths chosen.
+          budget: what must be met.
+          probe: layers are probed where widths read that; without, all lose the same share.
 
         Raises:
           InputError: a budget that cannot be met.
         """
-        units = self.unit_scores(title, device, sets.metric, prune)
-        layers = None
-        if prune.allocate.reads_layers:
+        units, layers = self.unit_scores(title, device, sets.metric, prune), None
+        if probe and prune.allocate.reads_layers:
             layers = self.layer_scores(title, sets.metric, units, prune)
-        return self.plan_from(units, layers, prune.allocate, budget)
-
-    def _allocated(
-        self,
-        scores: str,
-        units: Scores,
-        layers: LayerScores | None,
-        options: AllocateConfig,
-        budget: Budget,
-    ) -> Found:
-        latency = self.latency_for(budget)
+        options, latency = prune.allocate, self.latency_for(budget)
 
         def compute():
-            plan = allocate(self.dense, units, layers, budget, config=options, latency=latency)
+            found = layers and layers.value
+            plan = allocate(self.dense, units.value, found, budget, config=options, latency=latency)
             return plan.keep, {}
 
+        scores = content_hash([units.key, layers and layers.key])
         inputs = {"scores": scores, "budget": to_plain(budget), "allocate": to_plain(options)}
         if latency is not None:
             inputs["latency"] = to_plain(latency)
@@ -163,31 +168,23 @@ class Job(Preparation):
         found = self._stage("layers", f"{title}: score layers", UNITS["layers"], inputs, compute)
         return Found(found.key, LayerScores(prune.layers.sparsity, **found.arrays))
 
-    def plan_from(
-        self, units: Found, layers: Found | None, options: AllocateConfig, budget: Budget
-    ) -> Found:
-        """Which units stay under a budget; without layer scores all layers lose the same share.
-
-        Raises:
-          InputError: a budget that cannot be met.
-        """
-        key = content_hash([units.key, layers and layers.key])
-        return self._allocated(key, units.value, layers and layers.value, options, budget)
-
     def _scoring_batches(
         self, step: Step, metric: Int[np.ndarray, "m"], prune: PruneConfig, most: int
     ) -> Iterator[dict[str, np.ndarray]]:
         size = even_batch_size(len(metric), prune.batch_size)
         count = min(len(metric) // size, most)
-        for batch in self._even_batches(metric[: most * size], prune.batch_size):
+        read = metric[: count * size]
+        for batch in self._batches(read, size):
             yield batch
             step.advance(distributed.process_count() / count)
 
     def _even_batches(
         self, metric: Int[np.ndarray, "m"], most: int
     ) -> Iterator[dict[str, np.ndarray]]:
+        return self._batches(metric, even_batch_size(len(metric), most))
+
+    def _batches(self, metric: Int[np.ndarray, "m"], size: int) -> Iterator[dict[str, np.ndarray]]:
         preprocess, workers = self.config.data.preprocess, self.config.data.workers
-        size = even_batch_size(len(metric), most)
         return scoring_batches(self.source, metric, preprocess, size, workers=workers)
 
     def pruned(self, plan: Found) -> Found:

@@ -75,6 +75,12 @@ _RULES: dict[str, dict[str, Any]] = {
 _TERMS = tuple(field.name for field in dataclasses.fields(TermWeights))
 
 _RECIPE = "recover."  # before the fields of the recipe, as in the config
+_GIVEN = {
+    "epochs": "--epochs says how many",
+    "images_per_epoch": "select.finetune_count says how many, of all alike",
+    "checkpoint_epochs": "it changes no result",
+    "checkpoint_steps": "it changes no result",
+}
 
 Changes = Mapping[str, Any]
 
@@ -120,11 +126,6 @@ class Method:
     loop: bool = False
     changes: Changes = dataclasses.field(default_factory=dict)
 
-    @property
-    def by_layers(self) -> bool:
-        """Whether its widths follow from layer scores."""
-        return self.widths not in ("uniform", *_RANKED)
-
     def prune(self, base: PruneConfig) -> PruneConfig:
         """How it scores and chooses widths, limits and floors as in the experiment's config.
 
@@ -134,7 +135,8 @@ class Method:
         changes = {n: value for n, value in self.changes.items() if not n.startswith(_RECIPE)}
         if changes and self.criterion not in get_args(Composite):
             raise InputError(
-                f"{self.criterion} knows no changes but of {_RECIPE}FIELD: {', '.join(changes)}"
+                f"{self.criterion} knows no changes but of the recipe ({_RECIPE}FIELD): "
+                f"{', '.join(changes)}"
             )
         ranked = {} if self.widths == PEER else base.ranked_by(self.criterion)
         neurons = _changed(ranked.get("neurons", base.neurons), changes)
@@ -155,6 +157,10 @@ class Method:
         named = ranked.get("criterion")
         return PruneConfig(neurons, layers, allocate, base.batch_size, named, base.deletion_images)
 
+    def probes(self, base: PruneConfig) -> bool:
+        """Whether its widths follow from layer scores."""
+        return self.widths not in (PEER, "uniform") and self.prune(base).allocate.reads_layers
+
     @property
     def changes_recipe(self) -> bool:
         """Whether it is fine-tuned otherwise than the config says."""
@@ -170,8 +176,8 @@ class Method:
         for name, value in self.changes.items():
             if name.startswith(_RECIPE):
                 field = name.removeprefix(_RECIPE)
-                if field == "epochs":
-                    raise InputError(f"{name} is not a method's to change, --epochs says how many")
+                if field in _GIVEN:
+                    raise InputError(f"{name} is not a method's to change: {_GIVEN[field]}")
                 plain[field] = value
         changed = from_plain(TrainConfig, plain, "recover")
         warmup = min(changed.warmup_epochs, epochs / 5)

@@ -66,8 +66,9 @@ class Experiment:
         devices, variants = config.data.partition.num_devices, 1 + len(config.comparisons)
         total = sum(UNITS[name] for name in ("data", "dense", "extractor", "select", "report"))
         total += devices * (UNITS["device"] + UNITS["latency"])
-        steps = ("units", "layers", "compensate", "recover")
-        total += devices * variants * sum(UNITS[name] for name in steps)
+        each = sum(UNITS[name] for name in ("units", "compensate", "recover"))
+        each += UNITS["layers"] * config.prune.allocate.reads_layers
+        total += devices * variants * each
         self.progress = Progress(total, self.quiet)
         self.job = job = Job(config, self.stages, workdir / "payloads", self.progress)
         for device in range(len(job.parts.devices)):

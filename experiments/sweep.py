@@ -465,8 +465,9 @@ class Sweep:
 
 
 def _weight(unit: Unit) -> float:
-    recover = UNITS["recover"] if unit.finetuned else 0
-    return recover + sum(UNITS[n] for n in ("units", "layers", "compensate", "latency"))
+    found = sum(UNITS[name] for name in ("units", "compensate", "latency"))
+    found += UNITS["layers"] * unit.config.prune.allocate.reads_layers
+    return found + UNITS["recover"] * unit.finetuned
 
 
 def _shared_weight(config: ExperimentConfig) -> float:

@@ -182,7 +182,8 @@ def prune(args: argparse.Namespace) -> None:
     if CRITERIA[args.method].needs_labels and not labelled:
         why = "--label-free is given" if args.label_free else f"{args.pool} has none that fit"
         raise InputError(f"--method {args.method} needs the labels of the pool, but {why}")
-    with progress.step("score units and layers", 2) as step:
+    scored = "units and layers" if config.allocate.reads_layers else "units"
+    with progress.step(f"score {scored}", 2) as step:
         units, layers = score(model, source, metric, config, seed=args.seed, on_share=step.advance)
     with progress.step("plan", 0):
         if budget.needs_latency:

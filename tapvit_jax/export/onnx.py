@@ -97,11 +97,17 @@ def _trace(model: Model, opset: int) -> onnx.ModelProto:
     # Imported here: it patches Flax's layers and takes seconds.
     try:
         import flax.nnx  # noqa: F401, what jax2onnx patches
-        from jax2onnx import to_onnx
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"jax2onnx {version('jax2onnx')} needs flax.nnx, which flax {version('flax')} does not "
-            f"have for jax {version('jax')} ({error}): another version of flax may"
+            f"ONNX export needs flax.nnx, which flax {version('flax')} cannot import beside jax "
+            f"{version('jax')} ({error}): another version of flax may go with it"
+        ) from error
+    try:
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise InputError(
+            f"ONNX export needs jax2onnx, which cannot be imported beside jax {version('jax')}, "
+            f"flax {version('flax')} and orbax-checkpoint {version('orbax-checkpoint')} ({error})"
         ) from error
 
     forward, params = traced_model(model, "float32")

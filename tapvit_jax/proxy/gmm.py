@@ -122,6 +122,10 @@ class Gmm:
             value.setflags(write=False)
             object.__setattr__(self, name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies are made anew: else their arrays could be written to, and would pass as checked.
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     @property
     def components(self) -> int:
         """The number of components, g."""
@@ -194,7 +198,7 @@ class Gmm:
         """Return the payload, byte for byte what `save` writes; its length is the upload's size.
 
         Raises:
-          InputError: the mixture is not valid, or its payload exceeds MAX_PAYLOAD_BYTES.
+          InputError: the mixture is not valid, or its payload exceeds `payload.MAX_PAYLOAD_BYTES`.
         """
         self.validate("gmm")
         fields = {

@@ -44,7 +44,7 @@ def payload_bytes(tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) 
     """The payload of these tensors, with the header's fields but version and checksum.
 
     Raises:
-      InputError: more than MAX_PAYLOAD_BYTES.
+      InputError: more than `MAX_PAYLOAD_BYTES`.
     """
     header = {"version": PAYLOAD_VERSION, **fields, "sha256": _checksum(tensors)}
     text = json.dumps(header, separators=(",", ":"))

@@ -38,7 +38,6 @@ from tapvit_jax.prune.widths import (
 from tapvit_jax.structs import check_fields
 
 Widths = Literal["sensitivity", "greedy", "exact", "softmax", "local", "global", "isomorphic"]
-_BY_UNITS = ("local", "global", "isomorphic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +162,7 @@ class AllocateConfig:
             return 1
         return self.round_to if isinstance(self.round_to, int) else getattr(self.round_to, kind)
 
-    def least(self, kind: Kind, size: int) -> int:
+    def least_units(self, kind: Kind, size: int) -> int:
         """Fewest units of a branch that stays, of those of an MLP, a head's dims or the heads."""
         fewest = 1 if kind == "head" else self.min_dim
         floor = min(size, max(fewest, math.ceil(self.min_keep * size)))
@@ -179,7 +178,7 @@ class AllocateConfig:
     @property
     def reads_layers(self) -> bool:
         """Whether widths depend on layer scores, which cost far more than those of units."""
-        return self.widths not in _BY_UNITS
+        return self.widths not in get_args(Ranking)
 
     @classmethod
     def as_published(cls) -> "AllocateConfig":
@@ -222,6 +221,7 @@ def allocate(
     dense: TransformerConfig = getattr(model, "config", model)
     config = config or AllocateConfig()
     check_budget(dense, budget, config, latency)
+    layers = layers if config.reads_layers else None
     if config.branches and (layers is None or 1.0 not in layers.sparsity):
         raise InputError("branches needs layers that were probed at sparsity 1")
     limits = budget.limits(dense, latency)
@@ -316,7 +316,7 @@ def smallest_cost(
         least = {}
         for group in unit_table(dense):
             if group.block == i and group.kind in config.kinds:
-                least[WIDTH_FIELDS[group.kind]] = config.least(group.kind, group.shape[-1])
+                least[WIDTH_FIELDS[group.kind]] = config.least_units(group.kind, group.shape[-1])
         blocks.append(dataclasses.replace(block, **least))
     return cost(dataclasses.replace(dense, blocks=tuple(blocks)), latency)
 

@@ -114,7 +114,7 @@ class Planner:
         return group.size if self.config.ragged else group.shape[-1]
 
     def _group_floor(self, group: UnitGroup) -> int:
-        least = self.config.least(group.kind, group.shape[-1])
+        least = self.config.least_units(group.kind, group.shape[-1])
         return least * group.shape[0] if self.config.ragged and group.kind != "mlp" else least
 
     def ideal(self, keeps: GroupKeeps) -> dict[str, float]:

@@ -72,7 +72,8 @@ def test_every_method_of_the_table_can_be_planned_with():
     fair = METHODS["taylor_global_per_cost"].prune(base).allocate
     assert fair == AllocateConfig(widths="global", per_cost=True, normalize=True)
     assert METHODS["tap_local"].prune(base).allocate == AllocateConfig(widths="local")
-    assert not METHODS["tap_local"].by_layers and METHODS["tap_heads"].by_layers
+    assert not METHODS["tap_local"].probes(base) and METHODS["tap_heads"].probes(base)
+    assert not METHODS["tap_uniform"].probes(base) and METHODS["tap_softmax"].probes(base)
     with pytest.raises(InputError, match="attention 'dims', expected the same"):
         PruneConfig(allocate=AllocateConfig(attention="heads"))
 
@@ -200,14 +201,18 @@ def test_a_name_can_carry_its_own_recipe():
         (lambda: find_methods(["ours:bandwith=fixed"]), "did you mean bandwidth"),
         (lambda: find_methods(["ours:relevance=-1"]), "term weights are"),
         (lambda: find_methods(["ours:relevance"]), "'relevance' is no change, expected FIELD="),
-        (lambda: find_methods(["random:relevance=0"]), "random knows no changes but of recover.F"),
-        (lambda: find_methods(["tp_l2:relevance=0"], PEERS), "tp_l2 knows no changes but of recov"),
+        (lambda: find_methods(["random:relevance=0"]), "random knows no changes but of the rec"),
+        (
+            lambda: find_methods(["tp_l2:relevance=0"], PEERS),
+            "tp_l2 knows no changes but of the",
+        ),
         (lambda: find_methods(["ours:recover.emma=0.9"]), "unknown field recover.emma"),
         (
             lambda: find_methods(["ours:recover.ema=2"]),
             "recover: ema is 2.0, expected between 0 and 1",
         ),
         (lambda: find_methods(["ours:recover.epochs=2"]), "recover.epochs is not a method's to ch"),
+        (lambda: find_methods(["ours:recover.images_per_epoch=9"]), "select.finetune_count says"),
         (lambda: grid(("tap:recover.ema=0.5",)), "changes how it is fine-tuned, which needs --ep"),
         (lambda: grid(sets=("selected:k=3",)), "unknown field select.k"),
         (lambda: grid(sets=("random:method=top",)), "method changes nothing of 'random'"),
@@ -474,8 +479,7 @@ def test_random_scores_are_drawn_anew_on_every_device(job):
 
 def test_fine_tuning_starts_where_it_is_told_to(job):
     sets, prune = image_sets(job, 0, "random"), METHODS["random_uniform"].prune(job.config.prune)
-    units = job.unit_scores("", 0, sets.metric, prune)
-    plan = job.plan_from(units, None, prune.allocate, parse_budget("macs=0.6"))
+    plan = job.plan("", 0, sets, prune, parse_budget("macs=0.6"), probe=False)
     pruned = job.pruned(plan)
     moved = jax.tree.map(lambda leaf: 1.5 * leaf, pruned.value.params)
     start = dataclasses.replace(pruned, key="moved", value=pruned.value.replace(params=moved))

@@ -254,10 +254,18 @@ def test_what_cannot_be_exported_is_said(tiny_model, images, tmp_path, monkeypat
     assert_nothing_left(tmp_path)
 
 
-def test_versions_that_do_not_go_together_are_named(tiny_model, images, tmp_path, monkeypatch):
-    # As when importing flax.nnx fails because JAX has moved on.
-    monkeypatch.setitem(sys.modules, "flax.nnx", None)
-    message = r"jax2onnx [\d.]+ needs flax.nnx, which flax [\d.]+ does not have for jax"
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("flax.nnx", r"needs flax.nnx, which flax [\d.]+ cannot import beside jax [\d.]+"),
+        ("jax2onnx", r"needs jax2onnx, which cannot be imported beside jax [\d.]+, flax .*orbax"),
+    ],
+)
+def test_versions_that_do_not_go_together_are_named(
+    tiny_model, images, tmp_path, monkeypatch, module, message
+):
+    # As when its import fails because what it is built on has moved on.
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=message):
         export_onnx(tiny_model, tmp_path / "model.onnx", images=images)
     assert_nothing_left(tmp_path)

@@ -1,9 +1,12 @@
+import copy
 import dataclasses
 import hashlib
 import io
 import json
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -352,6 +355,10 @@ def test_handmade_mixtures_are_checked():
         dataclasses.replace(sound, means=[["a"]])
     with pytest.raises(ValueError, match="read-only"):
         sound.means[0] = 0
+    for again in (copy.deepcopy(sound), pickle.loads(pickle.dumps(sound))):
+        with pytest.raises(ValueError, match="read-only"):
+            again.means[0] = 0
+        np.testing.assert_array_equal(again.covariances, sound.covariances)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -469,6 +476,8 @@ def test_small_factorizations_take_one_thread():
     def threads():
         return [found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"]
 
+    import scipy.linalg  # noqa: F401, whose library is another than NumPy's
+
     before = threads()
     if max(before, default=1) == 1:
         pytest.skip("BLAS has one thread here")
@@ -477,6 +486,22 @@ def test_small_factorizations_take_one_thread():
     assert threads() == before
     with gmm_module.one_blas_thread(4096):
         assert threads() == before
+
+
+def test_libraries_that_are_loaded_later_take_one_thread_too():
+    program = """
+from threadpoolctl import threadpool_info
+from tapvit_jax.proxy.gmm import one_blas_thread
+
+with one_blas_thread(64):
+    pass
+import scipy.linalg
+
+with one_blas_thread(64):
+    found = [i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"]
+assert set(found) <= {1}, found
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_config_survives_json():
