@@ -60,7 +60,7 @@ class Grid:
             if unknown:
                 raise InputError(f"--{name} names {unknown[0]!r}, expected {', '.join(known)}")
         for name, method in self.methods.items():
-            if method.changes_recipe and not any(self.epochs):
+            if method.recipe_changes and not any(self.epochs):
                 raise InputError(f"{name} changes how it is fine-tuned, which needs --epochs")
         for text in self.budgets:
             parse_budget(text)

@@ -173,8 +173,7 @@ class Job(Preparation):
     ) -> Iterator[dict[str, np.ndarray]]:
         size = even_batch_size(len(metric), prune.batch_size)
         count = min(len(metric) // size, most)
-        read = metric[: count * size]
-        for batch in self._batches(read, size):
+        for batch in self._batches(metric[: count * size], size):
             yield batch
             step.advance(distributed.process_count() / count)
 

@@ -162,9 +162,10 @@ class Method:
         return self.widths not in (PEER, "uniform") and self.prune(base).allocate.reads_layers
 
     @property
-    def changes_recipe(self) -> bool:
-        """Whether it is fine-tuned otherwise than the config says."""
-        return any(name.startswith(_RECIPE) for name in self.changes)
+    def recipe_changes(self) -> Changes:
+        """The fields of the recipe in which its fine-tuning differs from the config's."""
+        named = self.changes.items()
+        return {n.removeprefix(_RECIPE): value for n, value in named if n.startswith(_RECIPE)}
 
     def recipe(self, base: TrainConfig, epochs: int) -> TrainConfig:
         """How it is fine-tuned for so many epochs, the warm-up at most a fifth of them.
@@ -172,14 +173,10 @@ class Method:
         Raises:
           InputError: changes that a recipe does not know, or values out of range.
         """
-        plain = to_plain(base)
-        for name, value in self.changes.items():
-            if name.startswith(_RECIPE):
-                field = name.removeprefix(_RECIPE)
-                if field in _GIVEN:
-                    raise InputError(f"{name} is not a method's to change: {_GIVEN[field]}")
-                plain[field] = value
-        changed = from_plain(TrainConfig, plain, "recover")
+        for field in self.recipe_changes:
+            if field in _GIVEN:
+                raise InputError(f"{_RECIPE}{field} is not a method's to change: {_GIVEN[field]}")
+        changed = from_plain(TrainConfig, {**to_plain(base), **self.recipe_changes}, "recover")
         warmup = min(changed.warmup_epochs, epochs / 5)
         return dataclasses.replace(changed, epochs=epochs, warmup_epochs=warmup)
 

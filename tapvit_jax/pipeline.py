@@ -96,7 +96,6 @@ def score(
     config: PruneConfig,
     *,
     seed: int = 0,
-    workers: int = 0,
     on_share: Callable[[float], None] = lambda share: None,
 ) -> tuple[Scores, LayerScores | None]:
     """Neuron and layer scores of a model on a metric dataset; None for layers that nothing reads.
@@ -107,7 +106,6 @@ def score(
       metric: indices of the metric dataset.
       config: how units and layers are scored, and by which rule widths will be chosen.
       seed: for the classes that losses draw, and for random scores.
-      workers: processes that decode images; see `data.pipeline.batches`.
       on_share: called with every share of the work that is done.
 
     Raises:
@@ -123,7 +121,7 @@ def score(
     processes = distributed.process_count()
 
     def metric_batches(kind: str) -> Iterator[dict[str, np.ndarray]]:
-        for batch in scoring_batches(source, metric, preprocess, size, workers=workers):
+        for batch in scoring_batches(source, metric, preprocess, size):
             yield batch
             on_share(effort[kind] * processes / whole)
 
