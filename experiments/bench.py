@@ -30,7 +30,7 @@ from tapvit_jax.versions import library_versions
 
 REPEATS = 3
 MODULES = ("scoring", "recover", "pool", "variants", "sweep", "data", "latency")
-_PAUSE = 0.05
+_PAUSE, _WARM = 0.05, 0.1
 # Where a benchmark that the runner starts leaves what it prints as JSON lines.
 _RECORD = "TAPVIT_BENCH_RECORD"
 
@@ -40,15 +40,16 @@ def alternate(
 ) -> dict[str, float]:
     """Median seconds of every run, in turns, after one warm-up each.
 
-    `warm` runs each once more, untimed, right before it is timed: after the pause that keeps runs
-    apart, what takes milliseconds would be timed on cold caches and slow clocks.
+    `warm` runs each for a tenth of a second, untimed, right before it is timed: after the pause
+    that keeps runs apart, what takes milliseconds would be timed on cold caches and slow clocks.
     """
     for run in runs.values():
         jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            if warm:
+            start = time.perf_counter()
+            while warm and time.perf_counter() - start < _WARM:
                 jax.block_until_ready(run())
             start = time.perf_counter()
             jax.block_until_ready(run())

@@ -3,7 +3,7 @@
     python -m experiments.bench_pool [one] [many] [memory]
 
 Everything is in float32, scikit-learn's mixtures too, and timed in turns in one process, each right
-after an untimed run of the same.
+after a tenth of a second of the same.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tapvit_jax.proxy.select import Method, select
 from tapvit_jax.runtime import set_up_jax
 
 COMPONENTS = 10
-REPEATS = 5
+REPEATS = 9
 ONE = (1, 128, 40_000)  # devices, dimensions, rows
 MANY = (50, 64, 20_000)
 MEMORY_ROWS = (1_000_000, 10_000_000)

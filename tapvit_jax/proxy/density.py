@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
-from scipy.linalg import solve_triangular
+from scipy.linalg import lapack
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.proxy.gmm import Gmm, one_blas_thread
@@ -36,8 +36,10 @@ _FURTHEST = 1e19
 # Differences are kept where both they and their reciprocals are normal float32 numbers: compilers
 # turn divisions into products with the reciprocal, and flush subnormal numbers to zero.
 _LARGEST, _SMALLEST = 1e37, 1e-30
-# Floats of one chunk's largest intermediate array: 3 MiB stay in a core's caches.
-_CHUNK_FLOATS = 3 * 2**18
+# Floats of one chunk's largest intermediate array: 4 MiB stay in the processor's caches.
+_CHUNK_FLOATS = 2**20
+# Rows of a chunk are a multiple of this: each output line then ends with a line of the cache.
+_ROUND = 16
 # And of the differences of its rows and all means, where they are needed: 32 MiB.
 _DIFFERENCE_FLOATS = 2**23
 # Most rows of a chunk, however few mixtures there are: more take longer, each of them.
@@ -57,7 +59,7 @@ _BLOCK = 32
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 # What only mixtures that are evaluated from differences need.
-_FOR_DIFFERENCES = ("means", "precision", "factor", "scale")
+_FOR_DIFFERENCES = ("means", "precision", "direct")
 
 Parameters = dict[str, Float[Array, "..."]]
 
@@ -153,10 +155,13 @@ def _evaluate(
         raise _not_finite(data)
     mesh = data_mesh() if mesh is None else mesh
     groups, order = group(gmms, low, high)
-    if chunk is None:
-        chunk = chunk_rows(gmms)
     sharded, rows = shard_rows(data, mesh)
-    chunk = min(chunk, sharded.shape[0] // mesh.shape[AXIS])
+    share = sharded.shape[0] // mesh.shape[AXIS]
+    if chunk is None:
+        # As few chunks as their rows allow, all of one length: the last would begin anew otherwise.
+        chunks = -(-share // chunk_rows(gmms))
+        chunk = -(-share // (chunks * _ROUND)) * _ROUND
+    chunk = min(chunk, share)
     placed, places = replicate((groups, order), mesh)
     values = pool_pass(
         placed, places, sharded, mesh=mesh, chunk=chunk, joint=joint, mixed=any_direct(groups)
@@ -214,7 +219,7 @@ def chunk_rows(gmms: Sequence[Gmm]) -> int:
     widths = [together[kind] * gmm.components for kind, gmm in zip(kinds, gmms, strict=True)]
     rows = _CHUNK_FLOATS // max(*widths, gmms[0].dim)
     most = _DIFFERENCE_FLOATS // (max(gmm.components for gmm in gmms) * gmms[0].dim)
-    return min(max(min(rows, most), 64), _MOST_ROWS)
+    return min(max(min(rows, most) // _ROUND * _ROUND, 64), _MOST_ROWS)
 
 
 def group(
@@ -226,7 +231,7 @@ def group(
 
     Source: ours.
     """
-    centre = np.mean([gmm.means.mean(axis=0, dtype=np.float64) for gmm in gmms], axis=0)
+    centre = np.concatenate([gmm.means for gmm in gmms]).mean(axis=0, dtype=np.float64)
     centre = centre.astype(np.float32).astype(np.float64)
     reach = np.maximum(np.float64(high) - centre, centre - np.float64(low))
     kinds = [_kind(gmm) for gmm in gmms]
@@ -246,11 +251,15 @@ def group(
             groups[kind] = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         order[members] = np.arange(position, position + len(members))
         position += len(members)
-    if not any_direct(groups):
-        groups = {
-            kind: {name: part for name, part in parameters.items() if name not in _FOR_DIFFERENCES}
-            for kind, parameters in groups.items()
-        }
+    differences = any_direct(groups)
+    for kind, parameters in groups.items():
+        inverse = parameters.pop("inverse", None)
+        if not differences:
+            for name in _FOR_DIFFERENCES:
+                parameters.pop(name, None)
+        elif inverse is not None:
+            parameters |= _difference_factors(inverse)
+        groups[kind] = _to_float32(parameters)
     return groups, order
 
 
@@ -268,23 +277,32 @@ def _spread(
     return ((reach + np.abs(means - centre)) ** 2 * precisions).sum(axis=-1).max(axis=-1)
 
 
-def _inverse_factor(gmm: Gmm) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+def _inverse_factor(gmm: Gmm) -> tuple[Float[np.ndarray, "*g d d"], Float[np.ndarray, "*g"]]:
     """L^-1 and log det Sigma, for full and tied covariances."""
     covariances = gmm.covariances.astype(np.float64)
     symmetric = (covariances + np.swapaxes(covariances, -1, -2)) / 2
+    inverses = np.empty_like(symmetric)
+    # LAPACK's own routines know a triangle's form, and take half the time of NumPy's. They read
+    # columns: as the upper factor of the transpose, nothing is copied into another order.
     with one_blas_thread(gmm.dim):
-        lower = np.linalg.cholesky(symmetric)
-        inverse = _triangular_inverse(lower)
-    diagonal = np.diagonal(lower, axis1=-2, axis2=-1)
-    return inverse, 2 * np.log(diagonal).sum(axis=-1)
+        for index in np.ndindex(symmetric.shape[:-2]):
+            upper, failed = lapack.dpotrf(symmetric[index].T, lower=0)
+            inverse, singular = lapack.dtrtri(upper, lower=0)
+            if failed or singular:
+                raise np.linalg.LinAlgError("an unchecked covariance is not positive definite")
+            inverses[index] = inverse.T
+    diagonal = np.diagonal(inverses, axis1=-2, axis2=-1)
+    return inverses, -2 * np.log(diagonal).sum(axis=-1)
 
 
-def _triangular_inverse(lower: Float[np.ndarray, "*g d d"]) -> Float[np.ndarray, "*g d d"]:
-    """L^-1; a solver that knows L's form takes a third of the time of one that does not."""
-    eye = np.eye(lower.shape[-1])
-    flat = lower.reshape(-1, *eye.shape)
-    solved = [solve_triangular(one, eye, lower=True, check_finite=False) for one in flat]
-    return np.stack(solved).reshape(lower.shape)
+def _difference_factors(inverse: Float[np.ndarray, "v *g d d"]) -> dict[str, np.ndarray]:
+    """L^-T with entries of at most one, and the scale apart, so that products cannot overflow."""
+    scale = np.abs(inverse).max(axis=(-2, -1))
+    return {
+        "scale": scale,
+        # Of components that a mixture does not have, the factor is zero.
+        "factor": np.swapaxes(inverse / np.where(scale > 0, scale, 1)[..., None, None], -1, -2),
+    }
 
 
 def _diagonal_factors(
@@ -307,7 +325,7 @@ def _diagonal_factors(
     # Of components that a mixture does not have, nothing is to count: not even towards its spread.
     precisions = np.where(there[..., None], 1 / covariances, 0.0)
     exact = _spread(means, precisions, centre, reach) <= _SPREAD["diag"]
-    parts = {
+    return {
         "centre": np.broadcast_to(centre, (count, dim)),
         "means": means,
         "precision": np.sqrt(precisions),
@@ -317,7 +335,6 @@ def _diagonal_factors(
         "direct": ~(exact & (precisions.max(axis=(-2, -1)) <= _MOST_PRECISE)),
         "constant": _constants(weights, np.log(covariances).sum(axis=-1), dim),
     }
-    return _to_float32(parts)
 
 
 def _factors(
@@ -334,9 +351,7 @@ def _factors(
     inverse, log_det = _inverse_factor(gmm)
     log_det = np.broadcast_to(log_det, (found,))
     parts = shared if gmm.covariance_type == "tied" else own
-    # Entries of at most one, and the scale apart, so that products cannot overflow.
-    parts["scale"] = np.abs(inverse).max(axis=(-2, -1))
-    parts["factor"] = np.swapaxes(inverse / parts["scale"][..., None, None], -1, -2)
+    parts["inverse"] = inverse
     own["offset"] = (inverse @ offsets[..., None])[..., 0]
     step = dim if parts is shared else _BLOCK
     for start in range(0, dim, step):
@@ -348,7 +363,7 @@ def _factors(
     extra = components - found
     padded = {k: np.pad(v, [(0, extra)] + [(0, 0)] * (v.ndim - 1)) for k, v in own.items()}
     padded["constant"] = np.pad(constant, (0, extra), constant_values=-np.inf)
-    return _to_float32(shared | padded)
+    return shared | padded
 
 
 def _constants(
@@ -430,7 +445,7 @@ _KERNELS = {
 
 def any_direct(groups: dict[str, Parameters]) -> bool:
     """Whether some mixture of `group` is to be evaluated from differences."""
-    return any(np.any(parameters["direct"]) for parameters in groups.values())
+    return any(np.any(parameters.get("direct", False)) for parameters in groups.values())
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "chunk", "joint", "mixed"))
@@ -453,18 +468,18 @@ def pool_pass(
     def on_device(
         groups: dict[str, Parameters], order: Array, rows: Float[Array, "r d"]
     ) -> Float[Array, "..."]:
-        # The last chunk begins early enough to be full: padding would copy all rows.
         count = rows.shape[0]
-        starts = np.minimum(np.arange(0, count, chunk), count - chunk)
 
-        def one(start: Int[Array, ""]) -> Float[Array, "..."]:
+        def one(index: Int[Array, ""], values: Float[Array, "..."]) -> Float[Array, "..."]:
+            # The last chunk begins early enough to be full: padding would copy all rows.
+            start = jnp.minimum(index * chunk, count - chunk)
             part = jax.lax.dynamic_slice_in_dim(rows, start, chunk)
-            return _chunk_values(groups, order, joint, mixed, part)
+            found = _chunk_values(groups, order, joint, mixed, part)
+            # Written where it belongs, while it is in the caches.
+            return jax.lax.dynamic_update_slice_in_dim(values, found, start, axis=-1)
 
-        values = jax.lax.map(one, jnp.asarray(starts))
-        whole = jnp.moveaxis(values[:-1], 0, -2)
-        whole = whole.reshape(*whole.shape[:-2], -1)
-        return jnp.concatenate([whole, values[-1][..., whole.shape[-1] - count :]], axis=-1)
+        shape = jax.eval_shape(lambda r: _chunk_values(groups, order, joint, mixed, r), rows).shape
+        return jax.lax.fori_loop(0, -(-count // chunk), one, jnp.zeros_like(rows, shape=shape))
 
     leading = (None, None) if joint else (None,)
     return jax.shard_map(
@@ -517,7 +532,8 @@ def _chunk_values(
         else:
             values = _log_sum_exp(values)
         parts.append(values)
-    return jnp.concatenate(parts)[order]
+    # Mixtures of one kind are in order.
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)[order]
 
 
 def _log_sum_exp(values: Float[Array, "n g c"]) -> Float[Array, "n c"]:

@@ -224,8 +224,9 @@ def test_chunks_are_bounded_by_what_is_multiplied(kind, count, components, dim):
     gmm = Gmm(zeros[:, 0], zeros, np.zeros(shape, np.float32), kind)
     rows = density.chunk_rows([gmm] * count)
     assert 64 <= rows <= density._MOST_ROWS == 3072
+    assert rows % 16 == 0
     block = {"full": 32 * components, "diag": count * components, "tied": dim}[kind]
-    assert rows == 64 or rows * block <= 3 * 2**18
+    assert rows == 64 or rows * block <= 2**20
     # The differences of all rows and means, where products would lose too many digits.
     assert rows == 64 or rows * components * dim <= 2**23
 
