@@ -32,8 +32,8 @@ MOST_RESIDUAL_BYTES = 13 * 2**28
 
 # Up to here, the parts hand over their activations; kernels then take twice as much on the way.
 _MOST_TAP_BYTES = 7 * 2**28
-# What a CPU's caches serve best.
-_CACHED_RESIDUAL_BYTES = 2**28
+# What a CPU's caches serve best; parts that hand over their activations had better be fewer.
+_CACHED_RESIDUAL_BYTES, _HANDING_RESIDUAL_BYTES = 2**28, 2**30
 
 
 def dense_pass(
@@ -59,9 +59,7 @@ def dense_pass(
         return gate_gradients(model_config, params, images, labels, loss, key, summarize)
     few = _tap_bytes(model_config, len(images)) <= _MOST_TAP_BYTES
     handed = needed if loss is not None and few else ()
-    if handed:
-        parts = gradient_parts(model_config, len(images), min(most_bytes, part_bytes()))
-    else:
+    if not handed:
         logits, found = _forward(model_config, params, images, None, summarize)
     if loss is None:
         return logits, found, {}
@@ -85,9 +83,11 @@ def dense_pass(
     return logits, found, gradients
 
 
-def part_bytes() -> int:
-    """What one part's backward pass should keep, where parts cost nothing."""
-    return _CACHED_RESIDUAL_BYTES if jax.default_backend() == "cpu" else MOST_RESIDUAL_BYTES
+def part_bytes(*, handing: bool = False) -> int:
+    """What one part's backward pass should keep, of parts that hand over activations or do not."""
+    if jax.default_backend() != "cpu":
+        return MOST_RESIDUAL_BYTES
+    return _HANDING_RESIDUAL_BYTES if handing else _CACHED_RESIDUAL_BYTES
 
 
 def class_noise(key: Array, images: int, config: TransformerConfig) -> Float[Array, "b c"]:

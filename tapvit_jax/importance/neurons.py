@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.importance.gradients import MOST_RESIDUAL_BYTES, Loss, dense_pass, part_bytes
+from tapvit_jax.importance.gradients import Loss, dense_pass, part_bytes
 from tapvit_jax.importance.hsic import (
     Bandwidth,
     centred_by_unit,
@@ -259,8 +259,7 @@ def batch_terms(
     loss = config.loss if config.needs_gradient else None
     summarize = functools.partial(_block_terms, config)
     needed = _needed_taps(config)
-    # A CPU's caches serve small parts best, where no kernels need a batch's images together.
-    most = MOST_RESIDUAL_BYTES if needed else part_bytes()
+    most = part_bytes(handing=bool(needed))
     logits, blocks, gradients = dense_pass(
         model_config, params, images, labels, loss, key, summarize, most, needed
     )
