@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 Bandwidth = Literal["fixed", "mean"]
 
-_NUM_BANDWIDTHS = 5
 # The first of the bandwidths, from the largest on, that an exponential serves, and how many: every
 # fourth power makes four times its rounding.
 _EXPONENTIALS = ((0, 2), (2, 3))
+_NUM_BANDWIDTHS = sum(count for _, count in _EXPONENTIALS)
 _LARGEST_FIXED = 16.0
 _LARGEST_RELATIVE = 4.0
 
