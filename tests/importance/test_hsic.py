@@ -80,6 +80,11 @@ def test_kernels_are_as_exact_as_their_distances(scale, bandwidth):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_compilers_leave_powers_of_an_exponential_as_they_are(points):
+    compiled = jax.jit(rbf_kernel).lower(squared_distances(points)).compile()
+    assert compiled.as_text().count(" exponential(") == 2
+
+
 def test_hsic_is_the_trace_of_the_centred_product(points):
     kernels = np.asarray(rbf_kernel(squared_distances(points)))
     rng = np.random.default_rng(1)
