@@ -93,7 +93,9 @@ class Report:
         return "\n".join(lines)
 
 
-def traced_model(model: Model, precision: Precision) -> tuple[Callable, Params]:
+def traced_model(
+    model: Model, precision: Precision, *, standard_ops: bool = False
+) -> tuple[Callable, Params]:
     """The function to export and its parameters, at the artefact's precision.
 
     In float16 the matrix products and their parameters are float16; the residual stream,
@@ -106,7 +108,7 @@ def traced_model(model: Model, precision: Precision) -> tuple[Callable, Params]:
         config, params = dataclasses.replace(config, dtype="float16"), _halved(params)
     # A copy on the host: exporters turn parameters into constants one by one.
     params = jax.tree.map(np.asarray, params)
-    return (lambda images: apply(config, params, images)), params
+    return (lambda images: apply(config, params, images, standard_ops=standard_ops)), params
 
 
 def _without_empty_widths(config: Config, params: Params) -> tuple[Config, Params]:

@@ -110,7 +110,8 @@ def _trace(model: Model, opset: int) -> onnx.ModelProto:
             f"flax {version('flax')} and orbax-checkpoint {version('orbax-checkpoint')} ({error})"
         ) from error
 
-    forward, params = traced_model(model, "float32")
+    # One node for a softmax or GELU, which runtimes have kernels for.
+    forward, params = traced_model(model, "float32", standard_ops=True)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if size > _MOST_BYTES:
         raise InputError(

@@ -59,8 +59,9 @@ def check_prunable(config: Config) -> None:
         )
 
 
-def _module(config: TransformerConfig) -> nn.Module:
-    return Swin(config) if isinstance(config, SwinConfig) else ViT(config)
+def _module(config: TransformerConfig, standard_ops: bool = False) -> nn.Module:
+    kind = Swin if isinstance(config, SwinConfig) else ViT
+    return kind(config, standard_ops)
 
 
 def init(config: Config, key: Array) -> Params:
@@ -77,11 +78,17 @@ def param_shapes(config: Config) -> Params:
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
-def apply(config: Config, params: Params, images: Float[Array, "b s s ch"]) -> Float[Array, "b c"]:
-    """Logits of a batch of images."""
+def apply(
+    config: Config,
+    params: Params,
+    images: Float[Array, "b s s ch"],
+    *,
+    standard_ops: bool = False,
+) -> Float[Array, "b c"]:
+    """Logits of a batch of images; with `standard_ops` by those of `layers.Block`."""
     if isinstance(config, ResNetConfig):
         return resnet.apply(config, params, images)
-    return apply_with_taps(config, params, images)[0]
+    return _module(config, standard_ops).apply({"params": params}, images)[0]
 
 
 def apply_with_taps(

@@ -116,6 +116,43 @@ def _apply_gate(x: Array, gates: Gates | None, kind: str) -> Array:
     return x * gate.reshape(gate.shape[0], *between, *unit, *behind).astype(x.dtype)
 
 
+@jax.custom_vjp
+def attend(
+    logits: Float[Array, "*h n m"], values: Float[Array, "*h m v"]
+) -> Float[Array, "*h n v"]:
+    """Softmax of float32 logits, times the values; in the values' dtype.
+
+        exp(l - max l) v / sum exp(l - max l)
+
+    The sum divides the few outputs instead of the many weights. That also keeps CPUs' compilers
+    from making the product a part of the softmax, where it runs on one core.
+    """
+    return _attend_forward(logits, values)[0]
+
+
+def _attend_forward(logits: Array, values: Array) -> tuple[Array, tuple[Array, ...]]:
+    highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    out = (out / total).astype(values.dtype)
+    return out, (weights, total, values, out)
+
+
+def _attend_backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array]:
+    weights, total, values, out = kept
+    gradient = gradient.astype(jnp.float32) / total
+    # The mean gradient of a row's weights: a sum over values is shorter than one over tokens.
+    mean = (gradient * out).sum(axis=-1, keepdims=True)
+    gradient = gradient.astype(values.dtype)
+    of_weights = gradient @ jnp.swapaxes(values, -1, -2)
+    of_values = jnp.swapaxes(weights.astype(values.dtype), -1, -2) @ gradient
+    return weights * (of_weights - mean), of_values
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with separate widths for queries/keys and values.
 
@@ -124,6 +161,7 @@ class Attention(nn.Module):
     """
 
     spec: BlockSpec
+    standard_ops: bool = False
 
     @nn.compact
     def __call__(
@@ -151,9 +189,9 @@ class Attention(nn.Module):
             logits = logits + bias[relative_positions(spec.window)].transpose(2, 0, 1)
             if spec.shift:
                 logits = logits + shift_mask(spec.grid, spec.window, spec.shift)[:, None]
-        attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        taps["attention"] = attention
-        out = jnp.swapaxes(attention @ v, -2, -3)
+        taps["attention"] = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        out = taps["attention"] @ v if self.standard_ops else attend(logits, v)
+        out = jnp.swapaxes(out, -2, -3)
         taps["vo"] = out
         out = _apply_gate(_apply_gate(out, gates, "vo"), gates, "head")
         project = nn.DenseGeneral(
@@ -170,10 +208,11 @@ class Attention(nn.Module):
 def exact_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The exact GELU, x Phi(x), with a derivative that is computed from x alone.
 
-    JAX's own derivative goes through the pieces of erfc and keeps four arrays of the MLP's size:
-    backward passes through a ViT take a fifth longer.
+    By erf, as in PyTorch: JAX's own goes through the pieces of erfc, which take CPUs more than
+    twice as long, and its derivative keeps four arrays of the MLP's size.
     """
-    return nn.gelu(x, approximate=False)
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_distribution(wide)).astype(x.dtype)
 
 
 def _gelu_forward(x: Array) -> tuple[Array, Array]:
@@ -181,9 +220,16 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
-    distribution = 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
-    density = jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
-    return (gradient * (distribution + x * density),)
+    # Behind the barrier it is computed again: kept from the pass before, it is one more array of
+    # the MLP's size.
+    wide = jax.lax.optimization_barrier(x).astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
+    slope = _normal_distribution(wide) + wide * density
+    return (gradient * slope.astype(x.dtype),)
+
+
+def _normal_distribution(x: Array) -> Array:
+    return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 exact_gelu.defvjp(_gelu_forward, _gelu_backward)
@@ -193,13 +239,15 @@ class Mlp(nn.Module):
     """Two dense layers around the exact GELU."""
 
     spec: BlockSpec
+    standard_ops: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n d"], gates: Gates | None = None
     ) -> tuple[Float[Array, "b n d"], Taps]:
         dense = functools.partial(nn.Dense, kernel_init=kernel_init, dtype=self.spec.dtype)
-        hidden = exact_gelu(dense(self.spec.widths.mlp_dim, name="fc1")(x))
+        hidden = dense(self.spec.widths.mlp_dim, name="fc1")(x)
+        hidden = nn.gelu(hidden, approximate=False) if self.standard_ops else exact_gelu(hidden)
         taps = {"mlp": hidden}
         hidden = _apply_gate(hidden, gates, "mlp")
         return dense(self.spec.embed_dim, name="fc2")(hidden), taps
@@ -246,9 +294,13 @@ class Block(nn.Module):
 
     With `outputs`, which windows do not know, only so many of the first tokens leave the block and
     are queries; all are keys and values.
+
+    With `standard_ops`, softmax and GELU are those of `jax.nn`, which exporters know by name; the
+    same numbers but for rounding, slower on CPUs.
     """
 
     spec: BlockSpec
+    standard_ops: bool = False
 
     @nn.compact
     def __call__(
@@ -261,7 +313,7 @@ class Block(nn.Module):
         if spec.widths.attn:
             found = nn.LayerNorm(spec.layer_norm_eps, name="norm1")(x)
             found = to_windows(found, spec) if spec.window else found
-            found, taps = Attention(spec, name="attn")(found, gates, outputs)
+            found, taps = Attention(spec, self.standard_ops, name="attn")(found, gates, outputs)
             found = from_windows(found, spec) if spec.window else found
             found = LayerScale(name="ls1")(found) if spec.layer_scale else found
             found = _apply_gate(found, gates, "attn_branch")
@@ -269,7 +321,7 @@ class Block(nn.Module):
         x = x[:, :outputs]
         if spec.widths.mlp:
             normed = nn.LayerNorm(spec.layer_norm_eps, name="norm2")(x)
-            found, tap = Mlp(spec, name="mlp")(normed, gates)
+            found, tap = Mlp(spec, self.standard_ops, name="mlp")(normed, gates)
             taps = taps | tap
             found = LayerScale(name="ls2")(found) if spec.layer_scale else found
             found = _apply_gate(found, gates, "mlp_branch")
@@ -326,6 +378,7 @@ class Transformer(nn.Module):
     """What all backbones of transformer blocks share; they add `setup`, `embed` and `pooled`."""
 
     config: Any
+    standard_ops: bool = False
 
     def classify(self, x: Float[Array, "b n d"]) -> Float[Array, "b c"]:
         """Final norm, pooling and head, in float32."""

@@ -199,7 +199,8 @@ class Swin(Transformer):
         config = self.config
         self.patch_embed = patch_embedding(config)
         self.patch_norm = nn.LayerNorm(config.layer_norm_eps)
-        self.blocks = [Block(config.block_spec(i)) for i in range(len(config.blocks))]
+        specs = [config.block_spec(i) for i in range(len(config.blocks))]
+        self.blocks = [Block(spec, self.standard_ops) for spec in specs]
         self.norm = nn.LayerNorm(config.layer_norm_eps)
         self.head = nn.Dense(config.num_classes, kernel_init=kernel_init)
 

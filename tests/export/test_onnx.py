@@ -167,6 +167,15 @@ def test_files_ask_no_more_of_the_runtime_than_they_need(tiny_model, images, tmp
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.parametrize("family", ["tiny_model", "swin_model"])
+def test_softmax_and_gelu_are_nodes_that_runtimes_know(request, images, tmp_path, family):
+    model = request.getfixturevalue(family)
+    export_onnx(model, tmp_path / "model.onnx", images=images)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    found = [kinds.count(kind) for kind in ("Softmax", "Gelu", "Exp", "Erf")]
+    assert found == [len(model.config.blocks), len(model.config.blocks), 0, 0]
+
+
 @pytest.mark.parametrize("opset", [19, 24])
 def test_other_opsets_are_refused(tiny_model, images, tmp_path, opset):
     with pytest.raises(InputError, match=f"opset is {opset}, expected 20 to 23"):
