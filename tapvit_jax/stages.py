@@ -32,6 +32,7 @@ from tapvit_jax.files import (
     remove_leftovers,
     write_json,
 )
+from tapvit_jax.runtime import forget_programs
 from tapvit_jax.versions import library_versions
 
 _LAYOUT = 2
@@ -109,6 +110,8 @@ class Stages:
           InputError: on every process, what `compute` raises on any of them, inputs that differ
             between processes, or an artefact that cannot be written or is not seen by all.
         """
+        # A program may have hundreds of units, each with shapes of its own.
+        forget_programs()
         # Else each would add its own part to another sum, under the key of the first.
         distributed.check_agreement({"stage": name, "inputs": inputs}, "the hosts")
         key = self.key(name, inputs)

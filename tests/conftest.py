@@ -26,6 +26,7 @@ from hypothesis import settings
 from tapvit_jax.models import backbone, vit
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.swin import swin_config
+from tapvit_jax.runtime import forget_programs
 
 # Compiling takes longer than hypothesis' deadline allows for; nothing here is timed.
 settings.register_profile("tapvit", deadline=None, derandomize=True, print_blob=True)
@@ -38,6 +39,13 @@ LONGEST = ("test_sweep.py", "test_distributed.py", "test_configs.py", "test_run.
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_programs():
+    """A worker that runs half of all tests would hold more programs than a process may."""
+    yield
+    forget_programs()
 
 
 def realistic(params, seed=0):

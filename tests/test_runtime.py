@@ -2,14 +2,18 @@ import errno
 import importlib.metadata
 import os
 import platform
+import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tapvit_jax import versions
+from tapvit_jax import runtime, versions
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
-from tapvit_jax.runtime import run_program, set_up_jax
+from tapvit_jax.runtime import forget_programs, run_program, set_up_jax
 
 
 def program(error):
@@ -107,3 +111,30 @@ def test_versions_name_what_decides_results(monkeypatch):
         "no-such-library": "not installed",
         "numpy": found["numpy"],
     }
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="maps of memory are Linux's")
+def test_programs_are_forgotten_before_there_are_too_many(tmp_path, monkeypatch):
+    def maps():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    def compile_all():
+        return [float(f(np.ones((4, 4), np.float32))) for f in programs]
+
+    programs = [jax.jit(lambda x, i=i: jnp.tanh(x @ x + i).sum()) for i in range(40)]
+    before = maps()
+    values = compile_all()
+    held = maps()
+    assert held - before > 40
+    most = tmp_path / "max_map_count"
+    monkeypatch.setattr(runtime, "_MOST_MAPS", most)
+    most.write_text(f"{2 * held + 100}\n")
+    forget_programs()
+    assert maps() == pytest.approx(held, abs=20)
+    most.write_text(f"{2 * before}\n")
+    forget_programs()
+    assert maps() < held - 40
+    # They can be called as before.
+    assert compile_all() == values
+    most.unlink()
+    forget_programs()
