@@ -7,6 +7,7 @@ Every pair is timed in turns in one process, so that a machine that slows down s
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -50,12 +51,16 @@ def neurons(name: str, batch: int, repeats: int) -> None:
     """Composite scores of one batch against the plain forward pass."""
     model = dense(name)
     images = jax.device_put(random_images(model, batch))
-    runs = {"forward pass": lambda: model.apply(images)}
+    standard = jax.jit(functools.partial(backbone.apply, model.config, standard_ops=True))
+    runs = {
+        "forward pass": lambda: model.apply(images),
+        "the same, softmax and GELU of jax.nn": lambda: standard(model.params, images),
+    }
     published = NeuronConfig.as_published()
     mlp, attn = (dataclasses.replace(w, gradient=0.5) for w in (published.mlp, published.attn))
     methods = {
         "relevance, redundancy, activation (tap_published)": published,
-        "the same and Taylor": dataclasses.replace(published, mlp=mlp, attn=attn),
+        "these and Taylor": dataclasses.replace(published, mlp=mlp, attn=attn),
         "mended, queries and keys apart, and Taylor (tap)": NeuronConfig(),
     }
     for title, scoring in methods.items():
