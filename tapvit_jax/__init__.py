@@ -2,6 +2,7 @@
 
 The public face, one line each, in the order of use:
 
+    tap.set_up_jax()                                     # first; memory, compile cache, other hosts
     model  = tap.load_timm("deit_small_patch16_224", "model.safetensors")
     source = tap.open_source("path/of/images")
     extractor = tap.build_extractor(tap.ExtractorConfig("pooled"), source, indices,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from tapvit_jax.prune.mask import Plan, apply_masks
     from tapvit_jax.prune.recover import RecoverConfig, move_prior, recover
     from tapvit_jax.prune.reshape import reshape
+    from tapvit_jax.runtime import set_up_jax
     from tapvit_jax.train.classes import likely_classes, prior_weights
     from tapvit_jax.train.evaluate import Teacher, predict
     from tapvit_jax.train.finetune import TrainData
@@ -103,6 +105,7 @@ _HOMES = {
     "prune.mask": "Plan apply_masks",
     "prune.recover": "RecoverConfig move_prior recover",
     "prune.reshape": "reshape",
+    "runtime": "set_up_jax",
     "train.classes": "likely_classes prior_weights",
     "train.evaluate": "Teacher predict",
     "train.finetune": "TrainData",
@@ -172,6 +175,7 @@ __all__ = [
     "save",
     "save_timm",
     "select",
+    "set_up_jax",
     "train_variants",
     "unit_importance",
 ]

@@ -28,11 +28,18 @@ _MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 def set_up_jax() -> None:
     """Join the other processes of a job; keep freed memory, and compiled programs on disk.
 
-    A second run of a program then does not compile again. The directory of the compiled programs
-    is $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's cache directory.
+    The first thing that a program does: both fail or have no effect once JAX has computed anything.
+    A second run of a program then does not compile again. The directory of the compiled programs is
+    $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's cache directory.
+
+    Raises:
+      InputError: the job is not fully named, or its other processes cannot be reached.
+
+    Source: ours.
     """
-    initialize()
+    # Joining starts threads, and threads that are there keep what memory they have apart.
     keep_freed_memory()
+    initialize()
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not directory:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -45,8 +52,9 @@ def keep_freed_memory() -> None:
     """Let glibc reuse freed memory instead of handing it back to the system.
 
     XLA allocates the temporaries of every call on the CPU anew, hundreds of megabytes at a time,
-    and touching fresh pages takes longer than the arithmetic of a backward pass. Does nothing
-    elsewhere, or where the user has set MALLOC_ variables.
+    and touching fresh pages takes longer than the arithmetic of a backward pass. To be called
+    before other threads are started; does nothing elsewhere, or where the user has set MALLOC_
+    variables.
     """
     if not sys.platform.startswith("linux") or any(n.startswith("MALLOC_") for n in os.environ):
         return

@@ -2,6 +2,7 @@ import errno
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tapvit_jax import runtime, versions
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.runtime import forget_programs, run_program, set_up_jax
+from tests.processes import ROOT, free_port
 
 
 def program(error):
@@ -98,6 +100,51 @@ def test_compiled_programs_are_kept_where_the_user_says(settings, monkeypatch, t
     set_up_jax()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "tapvit_jax")
     assert list(tmp_path.iterdir()) == []
+
+
+_FAULTS = """
+import resource
+import jax, jax.numpy as jnp
+from tapvit_jax import runtime
+runtime.set_up_jax()
+
+@jax.jit
+def run(x):
+    stacked = jnp.stack([jnp.tanh(x + i) for i in range(8)])
+    return jax.lax.scan(lambda c, y: (jnp.tanh(c @ y), c * 2), x, stacked)[1].sum()
+
+def faults(calls):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        run(jnp.ones((1000, 1000))).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(20)
+print(faults(5) // 5)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.parametrize("job", [False, True])
+def test_temporaries_take_no_fresh_pages_once_they_have_been_there(job):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    env["XLA_FLAGS"] = ""
+
+    def pages(**more):
+        command = [sys.executable, "-c", _FAULTS]
+        found = subprocess.run(command, env=env | more, cwd=ROOT, stdout=-1, check=True, text=True)
+        return int(found.stdout)
+
+    if job:
+        # Joining a job starts threads before JAX starts those that compute.
+        with free_port() as port:
+            address = f"127.0.0.1:{port}"
+            job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "1"}
+            assert pages(**job, JAX_PROCESS_ID="0") < 100
+    else:
+        assert pages() < 100
+        # Where users set something of their own, which here changes nothing, glibc is let alone.
+        assert pages(MALLOC_PERTURB_="0") > 1000
 
 
 def test_versions_name_what_decides_results(monkeypatch):
