@@ -85,7 +85,7 @@ def apply(
     *,
     standard_ops: bool = False,
 ) -> Float[Array, "b c"]:
-    """Logits of a batch of images; with `standard_ops` by those of `layers.Block`."""
+    """Logits of a batch of images; with `standard_ops` as `layers.BlockSpec` says."""
     if isinstance(config, ResNetConfig):
         return resnet.apply(config, params, images)
     return _module(config, standard_ops).apply({"params": params}, images)[0]

@@ -71,6 +71,8 @@ class BlockSpec:
       layer_scale: whether each branch's output is scaled channel by channel.
       dtype: what the matrix products are computed in; parameters, normalisation and softmax stay
         in float32.
+      standard_ops: whether softmax and GELU are those of `jax.nn`, which exporters know by name;
+        the same numbers but for rounding, slower on CPUs.
     """
 
     widths: BlockConfig
@@ -84,6 +86,7 @@ class BlockSpec:
     layer_scale: bool = False
     qkv_bias: bool = True
     dtype: Dtype = "float32"
+    standard_ops: bool = False
 
     @property
     def grid(self) -> int:
@@ -161,7 +164,6 @@ class Attention(nn.Module):
     """
 
     spec: BlockSpec
-    standard_ops: bool = False
 
     @nn.compact
     def __call__(
@@ -190,7 +192,7 @@ class Attention(nn.Module):
             if spec.shift:
                 logits = logits + shift_mask(spec.grid, spec.window, spec.shift)[:, None]
         taps["attention"] = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = taps["attention"] @ v if self.standard_ops else attend(logits, v)
+        out = taps["attention"] @ v if spec.standard_ops else attend(logits, v)
         out = jnp.swapaxes(out, -2, -3)
         taps["vo"] = out
         out = _apply_gate(_apply_gate(out, gates, "vo"), gates, "head")
@@ -239,18 +241,18 @@ class Mlp(nn.Module):
     """Two dense layers around the exact GELU."""
 
     spec: BlockSpec
-    standard_ops: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n d"], gates: Gates | None = None
     ) -> tuple[Float[Array, "b n d"], Taps]:
-        dense = functools.partial(nn.Dense, kernel_init=kernel_init, dtype=self.spec.dtype)
-        hidden = dense(self.spec.widths.mlp_dim, name="fc1")(x)
-        hidden = nn.gelu(hidden, approximate=False) if self.standard_ops else exact_gelu(hidden)
+        spec = self.spec
+        dense = functools.partial(nn.Dense, kernel_init=kernel_init, dtype=spec.dtype)
+        hidden = dense(spec.widths.mlp_dim, name="fc1")(x)
+        hidden = nn.gelu(hidden, approximate=False) if spec.standard_ops else exact_gelu(hidden)
         taps = {"mlp": hidden}
         hidden = _apply_gate(hidden, gates, "mlp")
-        return dense(self.spec.embed_dim, name="fc2")(hidden), taps
+        return dense(spec.embed_dim, name="fc2")(hidden), taps
 
 
 class LayerScale(nn.Module):
@@ -294,13 +296,9 @@ class Block(nn.Module):
 
     With `outputs`, which windows do not know, only so many of the first tokens leave the block and
     are queries; all are keys and values.
-
-    With `standard_ops`, softmax and GELU are those of `jax.nn`, which exporters know by name; the
-    same numbers but for rounding, slower on CPUs.
     """
 
     spec: BlockSpec
-    standard_ops: bool = False
 
     @nn.compact
     def __call__(
@@ -313,7 +311,7 @@ class Block(nn.Module):
         if spec.widths.attn:
             found = nn.LayerNorm(spec.layer_norm_eps, name="norm1")(x)
             found = to_windows(found, spec) if spec.window else found
-            found, taps = Attention(spec, self.standard_ops, name="attn")(found, gates, outputs)
+            found, taps = Attention(spec, name="attn")(found, gates, outputs)
             found = from_windows(found, spec) if spec.window else found
             found = LayerScale(name="ls1")(found) if spec.layer_scale else found
             found = _apply_gate(found, gates, "attn_branch")
@@ -321,7 +319,7 @@ class Block(nn.Module):
         x = x[:, :outputs]
         if spec.widths.mlp:
             normed = nn.LayerNorm(spec.layer_norm_eps, name="norm2")(x)
-            found, tap = Mlp(spec, self.standard_ops, name="mlp")(normed, gates)
+            found, tap = Mlp(spec, name="mlp")(normed, gates)
             taps = taps | tap
             found = LayerScale(name="ls2")(found) if spec.layer_scale else found
             found = _apply_gate(found, gates, "mlp_branch")
@@ -379,6 +377,12 @@ class Transformer(nn.Module):
 
     config: Any
     standard_ops: bool = False
+
+    @nn.nowrap
+    def all_blocks(self) -> list[Block]:
+        """The config's blocks, for `setup`."""
+        specs = [self.config.block_spec(i) for i in range(len(self.config.blocks))]
+        return [Block(dataclasses.replace(s, standard_ops=self.standard_ops)) for s in specs]
 
     def classify(self, x: Float[Array, "b n d"]) -> Float[Array, "b c"]:
         """Final norm, pooling and head, in float32."""

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.layers import (
-    Block,
     BlockConfig,
     BlockSpec,
     Dtype,
@@ -199,8 +198,7 @@ class Swin(Transformer):
         config = self.config
         self.patch_embed = patch_embedding(config)
         self.patch_norm = nn.LayerNorm(config.layer_norm_eps)
-        specs = [config.block_spec(i) for i in range(len(config.blocks))]
-        self.blocks = [Block(spec, self.standard_ops) for spec in specs]
+        self.blocks = self.all_blocks()
         self.norm = nn.LayerNorm(config.layer_norm_eps)
         self.head = nn.Dense(config.num_classes, kernel_init=kernel_init)
 

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 from tapvit_jax.errors import InputError
 from tapvit_jax.models.layers import (
     MOST_BLOCKS,
-    Block,
     BlockConfig,
     BlockSpec,
     Dtype,
@@ -162,8 +161,7 @@ class ViT(Transformer):
             self.dist_token = self.param("dist_token", zeros, (1, 1, config.embed_dim))
         positions = (1, config.num_positions, config.embed_dim)
         self.pos_embed = self.param("pos_embed", _position_init, positions)
-        specs = [config.block_spec(i) for i in range(len(config.blocks))]
-        self.blocks = [Block(spec, self.standard_ops) for spec in specs]
+        self.blocks = self.all_blocks()
         final_norm = nn.LayerNorm(config.layer_norm_eps)
         if config.pool == "mean":
             self.fc_norm = final_norm
