@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +183,7 @@ def _images_below(root: Path, folder: str, others: list[str]) -> list[str]:
     Those of images in formats that are not read are added to `others`.
     """
     names = []
-    try:
-        with os.scandir(root / folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{root / folder}: cannot be read ({error.strerror})") from error
-    for entry in found:
+    for entry in _entries(root / folder):
         name = f"{folder}/{entry.name}" if folder else entry.name
         # Neither asks the file system again, except about links.
         if entry.is_dir(follow_symlinks=False):
@@ -211,8 +206,21 @@ def _is_image(name: str) -> bool:
     return _suffix(name) in _SUFFIXES
 
 
-def _folders_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def _folders_and_images(folder: Path) -> tuple[list[Path], list[str]]:
+    """The folders in a folder, and the names of the images that are right in it."""
+    entries = [entry for entry in _entries(folder) if not entry.name.startswith(".")]
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    images = [entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir()]
+    return [folder / name for name in folders], images
 
 
 def _in_timms_order(names: Iterable[str]) -> list[str]:
@@ -233,7 +241,7 @@ def _split_folders(root: Path, folders: Sequence[Path]) -> list[tuple[Path, str]
     by_name = {folder.name.lower(): folder for folder in named}
     if len(by_name) < len(folders):
         # One such name, right above images, may be a class: there are pictures of trains.
-        if not named or (len(named) == 1 and not _folders_in(named[0])):
+        if not named or (len(named) == 1 and not _folders_and_images(named[0])[0]):
             return []
         listed = ", ".join(folder.name for folder in folders[:10])
         raise InputError(
@@ -244,12 +252,9 @@ def _split_folders(root: Path, folders: Sequence[Path]) -> list[tuple[Path, str]
     return sorted((folder, split) for split, folder in found.items())
 
 
-def _say_unlabelled(parts: Iterable[Path]) -> None:
+def _say_unlabelled(images: Mapping[Path, Sequence[str]]) -> None:
     """Say which images beside classes are left out: test sets without labels, or strays."""
-    for part in parts:
-        with os.scandir(part) as entries:
-            left = sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir())
-        left = [name for name in left if not name.startswith(".")]
+    for part, left in images.items():
         if left:
             log.warning("%s: left out %d images in no class, such as %s", part, len(left), left[0])
 
@@ -263,11 +268,13 @@ def _say_others(root: Path, others: Sequence[str]) -> None:
 def _scan_folders(
     root: Path, class_names: Sequence[str] | None
 ) -> tuple[list[_Group], Sequence[str]]:
-    folders = _folders_in(root)
+    beside: dict[Path, list[str]] = {}
+    folders, beside[root] = _folders_and_images(root)
     parts = _split_folders(root, folders)
-    classes = [(c, split) for part, split in parts for c in _folders_in(part)]
-    if not parts:
-        classes = [(folder, "train") for folder in folders]
+    classes = [] if parts else [(folder, "train") for folder in folders]
+    for part, split in parts:
+        inner, beside[part] = _folders_and_images(part)
+        classes += [(folder, split) for folder in inner]
     below = [folder.relative_to(root).as_posix() for folder, _ in classes]
     # On threads: over a network most of the time is waiting.
     others: list[str] = []
@@ -291,7 +298,7 @@ def _scan_folders(
         _say_others(root, others)
         return [(flat, UNLABELLED, "train")], class_names or ()
     _say_others(root, others)
-    _say_unlabelled([root, *(part for part, _ in parts)])
+    _say_unlabelled(beside)
     rows = zip(filter(None, images), labels, found, strict=True)
     groups = [(files, index[label], split) for files, label, (_, split) in rows]
     return groups, names

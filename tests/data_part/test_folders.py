@@ -2,8 +2,10 @@ import collections
 import errno
 import os
 import pickle
+import re
 import unicodedata
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -590,12 +592,17 @@ def test_names_that_are_no_text(tmp_path):
     assert len(source.fingerprint()) == 64
 
 
-def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
-    save(tmp_path / "ant" / "1.png", 10)
+@pytest.mark.parametrize("closed", [".", "train", "train/ant"])
+def test_folders_that_cannot_be_listed(tmp_path, monkeypatch, closed):
+    save(tmp_path / "train" / "ant" / "1.png", 10)
+    closed, scandir = tmp_path / closed, os.scandir
 
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied")
+    def listing(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
 
-    monkeypatch.setattr(folders.os, "scandir", refuse)
-    with pytest.raises(InputError, match=r"ant: cannot be read \(Permission denied\)"):
+    monkeypatch.setattr(folders.os, "scandir", listing)
+    message = rf"{re.escape(str(closed))}: cannot be read \(Permission denied\)"
+    with pytest.raises(InputError, match=message):
         FolderSource(tmp_path)
