@@ -311,8 +311,14 @@ def test_inspect_reads_everything(work, tmp_path, capsys):
     history = {"weights": {"file": "a.pth"}, "budget": "macs=0.5", "kept": list(range(1000))}
     small = tap.load(work / "dense").replace(prior=True, history=history)
     tap.save(small, tmp_path / "small")
-    call("export", tmp_path / "small", "--format", "onnx", "--images", work / "private",
-         "--out", tmp_path / "renamed.bin")  # fmt: skip
+    for file, kind in (("renamed.bin", "onnx"), ("small.hlo", "stablehlo")):
+        call("export", tmp_path / "small", "--format", kind, "--images", work / "private",
+             "--out", tmp_path / file)  # fmt: skip
+    (tmp_path / "alone").write_bytes((tmp_path / "small.hlo").read_bytes())
+    config, preprocess = vit_preset()
+    timm = Model(config, backbone.init(config, jax.random.key(3)), preprocess,
+                 architecture="deit_tiny_patch16_224", name="a")  # fmt: skip
+    tap.export_timm(timm, tmp_path / "timm")
     dense = small.config
     features = tuple(float(x) for x in latency.features(dense))
     LatencyModel(dense, (1.0,) * len(features), 2, 1, 0.1, 0.2, ((features, 3.0),), {}).save(
@@ -327,6 +333,11 @@ def test_inspect_reads_everything(work, tmp_path, capsys):
         tmp_path / "s.json": ["device.gmm", "the first 20 of each"],
         tmp_path / "s.txt": ["device.gmm"],
         tmp_path / "renamed.bin": ["ONNX file: dense, ", "images: 8 x 8 x 1, ", "0, 1, 2\n"],
+        tmp_path / "small.hlo": ["StableHLO file: ", ", for cpu, cuda, tpu\n", "mean [0.3]",
+                                 "images: 8 x 8 x 1, ", "classes: 3, 0, 1, 2\n"],
+        tmp_path / "alone": ["8 x 8 x 1, how they are prepared is not said", "3, without names"],
+        tmp_path / "timm": ["deit_tiny_patch16_224", "block  0: 3 heads x (4 qk, 4 v)",
+                            "images: 32 x 32 x 3, ", "classes: 2, "],
         tmp_path / "renamed.bin.json": ["beside it as renamed.bin", '"difference": '],
         tmp_path / "table.json": ["1 measurements, batch 2, 1 threads", "dense: 7,011 param"],
     }  # fmt: skip
@@ -344,6 +355,33 @@ def test_inspect_reads_everything(work, tmp_path, capsys):
             tap.InputError, match="is nothing that inspect knows, expected a model, an"
         ):
             call("inspect", path)
+
+
+def test_inspect_refuses_what_is_damaged(work, tmp_path):
+    path, spec = tmp_path / "a.hlo", tmp_path / "a.hlo.json"
+    call("export", work / "dense", "--format", "stablehlo", "--images", work / "private",
+         "--out", path)  # fmt: skip
+    record = json.loads(spec.read_text())
+    for change, message in (
+        ({"class_names": 3}, r"a\.hlo\.json: class_names is 3, expected a list of names"),
+        ({"preprocess": {}}, r"a\.hlo\.json: preprocess"),
+        ({"version": 9}, r"a\.hlo\.json"),
+    ):
+        spec.write_text(json.dumps(record | change))
+        with pytest.raises(tap.InputError, match=message):
+            call("inspect", path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(tap.InputError, match=r"a\.hlo: is no serialised StableHLO"):
+        call("inspect", path)
+    struct = jax.ShapeDtypeStruct((2,), "float32")
+    path.write_bytes(jax.export.export(jax.jit(jax.numpy.sin))(struct).serialize())
+    with pytest.raises(tap.InputError, match=r"a\.hlo: takes and gives .*expected images"):
+        call("inspect", path)
+    for text in ("[]", '{"model_type": "vit"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(tap.InputError, match=r"config\.json: names no architecture"):
+            call("inspect", tmp_path)
 
 
 def test_embedding_extractor(work, tmp_path, capsys):

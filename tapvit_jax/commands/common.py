@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -261,18 +262,20 @@ def what_is(path: str | os.PathLike) -> str | None:
     """
     path = Path(path)
     if path.is_dir():
-        kind = store.kind_of(path)
-        return None if kind == store.FOREIGN else kind
+        return store.kind_of(path)
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        head = file.read(512)
+        head = file.read(4096)
     # safetensors: the header's length in eight bytes, then the header.
     if b"\0" in head[:8] and head[8:9] == b"{":
         return "a payload"
     # protobuf: the version of the format is an ONNX file's first field.
     if head[:1] == b"\x08":
         return "an ONNX file"
+    # MLIR's bytecode: its mark, a version, and who wrote it.
+    if re.search(rb"ML\xefR.StableHLO", head, re.DOTALL):
+        return "a StableHLO file"
     if head.lstrip()[:1] != b"{":
         return None
     found = read_json(path)

@@ -21,22 +21,25 @@ from tapvit_jax.commands.common import (
     what_is,
 )
 from tapvit_jax.commands.devices import read_selection
+from tapvit_jax.convert.timm import load_timm
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.export import check
 from tapvit_jax.export.runtime import OnnxModel, evaluate_onnx
-from tapvit_jax.files import check_directory
+from tapvit_jax.export.stablehlo import read_stablehlo
+from tapvit_jax.export.timm import CONFIG_FILE, WEIGHTS_FILE
+from tapvit_jax.files import check_directory, read_json
 from tapvit_jax.models import store
 from tapvit_jax.models.backbone import TransformerConfig
-from tapvit_jax.models.registry import preprocess_of
+from tapvit_jax.models.registry import Model, preprocess_of
 from tapvit_jax.models.store import read_spec
 from tapvit_jax.pipeline import evaluate_model
 from tapvit_jax.proxy.features import Extractor
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.prune.latency import LatencyModel
-from tapvit_jax.structs import to_plain
+from tapvit_jax.structs import from_plain, to_plain
 
 # What is for programs: indices, configs, and versions.
 _UNREAD = {"kept", "dense_config", "config", "libraries", "format", "version"}
@@ -109,7 +112,18 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _inspect_model(path: Path) -> None:
-    model = store.load(path)
+    _print_model(store.load(path))
+
+
+def _inspect_foreign(path: Path) -> None:
+    record = read_json(path / CONFIG_FILE)
+    name = record.get("architecture") if isinstance(record, dict) else None
+    if not isinstance(name, str):
+        raise InputError(f"{path / CONFIG_FILE}: names no architecture, expected a model of timm's")
+    _print_model(load_timm(name, path / WEIGHTS_FILE))
+
+
+def _print_model(model: Model) -> None:
     config = model.config
     print_costs({model.name: cost(config)})
     _print_use(
@@ -164,6 +178,21 @@ def _inspect_onnx(path: Path) -> None:
     _print_use(model.image_shape, model.preprocess, model.class_names, model.num_classes)
 
 
+def _inspect_stablehlo(path: Path) -> None:
+    found, spec = read_stablehlo(path), check.spec_path(path)
+    shapes = [aval.shape for aval in (*found.in_avals, *found.out_avals)]
+    if [len(shape) for shape in shapes] != [4, 2]:
+        raise InputError(f"{path}: takes and gives {shapes}, expected images and logits")
+    print(f"StableHLO file: {path.stat().st_size:,} bytes, for {', '.join(found.platforms)}")
+    record = read_spec(spec, check.FORMAT, check.VERSION) if spec.is_file() else {}
+    if (prepared := record.get("preprocess")) is not None:
+        prepared = from_plain(Preprocess, prepared, f"{spec}: preprocess")
+    names = record.get("class_names", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{spec}: class_names is {names!r:.80}, expected a list of names")
+    _print_use(shapes[0][1:], prepared, tuple(names), shapes[1][1])
+
+
 def _inspect_artefact(path: Path) -> None:
     found = read_spec(path, check.FORMAT, check.VERSION)
     print(f"record of an artefact, which is to stand beside it as {found.get('file')}")
@@ -177,7 +206,9 @@ _INSPECT = {
     "a selection": _inspect_selection,
     "a latency table": _inspect_latency,
     "an ONNX file": _inspect_onnx,
+    "a StableHLO file": _inspect_stablehlo,
     "an artefact's record": _inspect_artefact,
+    store.FOREIGN: _inspect_foreign,
 }
 
 

@@ -79,12 +79,22 @@ def load_stablehlo(path: str | os.PathLike) -> Callable[[Any], Any]:
 
     Source: jax.export.
     """
+    return jax.jit(read_stablehlo(path).call)
+
+
+def read_stablehlo(path: str | os.PathLike) -> jax.export.Exported:
+    """What `load_stablehlo` calls, with the shapes and platforms that it is for.
+
+    Raises:
+      InputError: missing, or no serialised StableHLO.
+
+    Source: jax.export.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        exported = jax.export.deserialize(bytearray(path.read_bytes()))
+        return jax.export.deserialize(bytearray(path.read_bytes()))
     except Exception as error:
         # A damaged buffer makes the reader raise nearly anything.
         raise InputError(f"{path}: is no serialised StableHLO ({type(error).__name__})") from error
-    return jax.jit(exported.call)
