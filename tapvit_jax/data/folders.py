@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import json
@@ -9,7 +10,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def _images_below(root: Path, folder: str, others: list[str]) -> list[str]:
         # macOS leaves "._photo.jpg" files behind that hold no image.
         elif entry.name.startswith("."):
             continue
-        elif _is_image(entry.name) and entry.is_file():
+        elif _is_image(entry.name) and _leads_to(entry.is_file):
             names.append(name)
         elif _suffix(entry.name) in _OTHER_SUFFIXES:
             others.append(name)
@@ -215,12 +216,22 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
+def _leads_to(is_kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; links that lead nowhere or in circles are of none."""
+    try:
+        return is_kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
 def _folders_and_images(folder: Path) -> tuple[list[Path], list[str]]:
     """The folders in a folder, and the names of the images that are right in it."""
     entries = [entry for entry in _entries(folder) if not entry.name.startswith(".")]
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    images = [entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir()]
-    return [folder / name for name in folders], images
+    folders = [entry.name for entry in entries if _leads_to(entry.is_dir)]
+    images = {entry.name for entry in entries if _is_image(entry.name)} - {*folders}
+    return [folder / name for name in folders], sorted(images)
 
 
 def _in_timms_order(names: Iterable[str]) -> list[str]:

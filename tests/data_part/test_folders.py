@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import errno
 import os
 import pickle
@@ -605,4 +606,34 @@ def test_folders_that_cannot_be_listed(tmp_path, monkeypatch, closed):
     monkeypatch.setattr(folders.os, "scandir", listing)
     message = rf"{re.escape(str(closed))}: cannot be read \(Permission denied\)"
     with pytest.raises(InputError, match=message):
+        FolderSource(tmp_path)
+
+
+def test_links_in_circles_are_left_out(tmp_path, monkeypatch):
+    save(tmp_path / "ant" / "1.png", 10)
+    for name in ("bee", "bee.png", "ant/2.png", "ant/bee"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    source = FolderSource(tmp_path)
+    assert names_below(source) == ["ant/1.png"]
+    # What is there and cannot be looked at is not passed over.
+    (tmp_path / "cat").symlink_to(tmp_path / "ant")
+    find = os.DirEntry.is_dir
+
+    class Closed:
+        def __init__(self, entry):
+            self.name, self.is_file = entry.name, entry.is_file
+            self._entry = entry
+
+        def is_dir(self, **options):
+            if self.name == "cat":
+                raise PermissionError(errno.EACCES, "Permission denied", self._entry.path)
+            return find(self._entry, **options)
+
+    scandir = os.scandir
+    monkeypatch.setattr(
+        folders.os,
+        "scandir",
+        lambda path: contextlib.nullcontext(Closed(entry) for entry in scandir(path)),
+    )
+    with pytest.raises(InputError, match=r"cat: cannot be read \(Permission denied\)"):
         FolderSource(tmp_path)
