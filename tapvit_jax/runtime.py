@@ -28,9 +28,10 @@ _MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 def set_up_jax() -> None:
     """Join the other processes of a job; keep freed memory, and compiled programs on disk.
 
-    The first thing that a program does: both fail or have no effect once JAX has computed anything.
-    A second run of a program then does not compile again. The directory of the compiled programs is
-    $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's cache directory.
+    The first thing that a program does: once JAX has computed anything, no job can be joined and
+    memory goes on being handed back. A second run of a program does not compile again; the
+    directory of the compiled programs is $JAX_COMPILATION_CACHE_DIR, or tapvit_jax in the user's
+    cache directory.
 
     Raises:
       InputError: the job is not fully named, or its other processes cannot be reached.
