@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,14 +101,19 @@ def run_program(
     """Run a program; return its exit code. `interrupted` is what Ctrl-C means for the user.
 
     0 after success, 2 with one line on stderr when an input is wrong, the disk is full or closed to
-    the user, or a path is longer than it allows, 130 after Ctrl-C.
+    the user, or a path is longer than it allows, 130 after Ctrl-C, 141 when nobody reads what it
+    prints any more, as a shell says it (`| head`).
     """
     try:
         main()
+        # What is left of its output; there may be none to write to.
+        print(end="", flush=True)
     except InputError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         if error.errno not in _MACHINE_ERRORS:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
@@ -117,3 +123,19 @@ def run_program(
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return 130
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output has been closed at its other end; nothing more is written then."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError):
+        return False
+    found = select.poll()
+    found.register(output, 0)
+    # Errors are told unasked.
+    closed = any(events & (select.POLLERR | select.POLLHUP) for _, events in found.poll(0))
+    if closed:
+        # Else Python tries once more at its end, and says so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return closed
