@@ -363,7 +363,8 @@ def test_inspect_refuses_what_is_damaged(work, tmp_path):
          "--out", path)  # fmt: skip
     record = json.loads(spec.read_text())
     for change, message in (
-        ({"class_names": 3}, r"a\.hlo\.json: class_names is 3, expected a list of names"),
+        ({"class_names": 3}, r"a\.hlo\.json: class_names is 3, expected a list$"),
+        ({"class_names": [3]}, r"a\.hlo\.json: class_names\[0\] is 3, expected str$"),
         ({"preprocess": {}}, r"a\.hlo\.json: preprocess"),
         ({"version": 9}, r"a\.hlo\.json"),
     ):

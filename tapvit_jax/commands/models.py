@@ -185,12 +185,9 @@ def _inspect_stablehlo(path: Path) -> None:
         raise InputError(f"{path}: takes and gives {shapes}, expected images and logits")
     print(f"StableHLO file: {path.stat().st_size:,} bytes, for {', '.join(found.platforms)}")
     record = read_spec(spec, check.FORMAT, check.VERSION) if spec.is_file() else {}
-    if (prepared := record.get("preprocess")) is not None:
-        prepared = from_plain(Preprocess, prepared, f"{spec}: preprocess")
-    names = record.get("class_names", [])
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise InputError(f"{spec}: class_names is {names!r:.80}, expected a list of names")
-    _print_use(shapes[0][1:], prepared, tuple(names), shapes[1][1])
+    prepared = from_plain(Preprocess | None, record.get("preprocess"), f"{spec}: preprocess")
+    names = from_plain(tuple[str, ...], record.get("class_names", []), f"{spec}: class_names")
+    _print_use(shapes[0][1:], prepared, names, shapes[1][1])
 
 
 def _inspect_artefact(path: Path) -> None:
