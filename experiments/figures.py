@@ -5,14 +5,15 @@ import io
 import itertools
 import re
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from tapvit_jax.runtime import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TITLES = {"pool": "whole pool", "random": "random subset"}
 _INK, _DENSE, _SELECTED, _OWN = "#111827", "#6b7280", "#2563eb", "#bfdbfe"
@@ -27,7 +28,7 @@ _NAMED_CLASSES, _NUMBERED_BLOCKS, _NUMBERED_DEVICES = 30, 16, 20
 
 def accuracy(results: dict[str, Any]) -> str:
     """Accuracy against MACs: every device before and after recovery, and the dense model."""
-    figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
+    figure = _figure(4.4)
     axes = figure.subplots()
     x, dense, pruned, recovered = _series(results)
     axes.vlines(x, pruned, recovered, color=_SELECTED, alpha=0.35, zorder=1)
@@ -58,13 +59,13 @@ def _series(results: dict[str, Any]) -> tuple[np.ndarray, ...]:
     )
 
 
-def _percent_scale(axes: Axes, direction: str, values: list[float]) -> None:
+def _percent_scale(axes: "Axes", direction: str, values: list[float]) -> None:
     low, high = min(values), max(values)
     edge = max(0.06 * (high - low), 2.0)
     getattr(axes, f"set_{direction}lim")(max(low - edge, -2.0), min(high + edge, 102.0))
 
 
-def _cost_scale(axes: Axes, least: float) -> None:
+def _cost_scale(axes: "Axes", least: float) -> None:
     """Show a span of `least` at least: models of one budget cost nearly the same."""
     low, high = axes.get_xlim()
     missing = max(least - (high - low), 0.0)
@@ -72,7 +73,7 @@ def _cost_scale(axes: Axes, least: float) -> None:
     axes.ticklabel_format(axis="x", useOffset=False)
 
 
-def _number(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
+def _number(axes: "Axes", x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
     """Write a name right of every point, moved up where it would cover another."""
     width, height = np.ptp(axes.get_xlim()) * 0.03, np.ptp(axes.get_ylim()) * 0.05
     placed: list[tuple[float, float]] = []
@@ -98,7 +99,7 @@ def _number(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
 def devices(results: dict[str, Any]) -> str:
     """Accuracy of every device's models, the comparisons' too, a line for each device."""
     rows = results["devices"]
-    figure = Figure(figsize=(_WIDTH, 1.1 + _row_height(rows) * len(rows)), layout="constrained")
+    figure = _figure(1.1 + _row_height(rows) * len(rows))
     axes = figure.subplots()
     at = np.arange(len(rows))
     _, dense, pruned, recovered = _series(results)
@@ -127,7 +128,7 @@ def keep_ratios(results: dict[str, Any]) -> str:
     rows = results["devices"]
     kinds = {"mlp": "MLP units", "qk": "query-key dims", "vo": "value dims"}
     height = 1.2 + _row_height(rows) * len(rows)
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = _figure(height)
     grid = figure.subplots(1, len(kinds), sharey=True)
     for axes, (kind, title) in zip(grid, kinds.items(), strict=True):
         ratios = 100 * np.array([row["keep_ratios"][kind] for row in rows])
@@ -151,7 +152,7 @@ def classes(results: dict[str, Any]) -> str:
     """Classes of every device's metric dataset; the device's own classes are shaded."""
     rows, names = results["devices"], results["class_names"]
     step = max(0.45, 2.4 / len(rows))
-    figure = Figure(figsize=(_WIDTH, 1.1 + step * len(rows)), layout="constrained")
+    figure = _figure(1.1 + step * len(rows))
     axes = figure.subplots()
     histograms = np.array([row["selection"]["class_histogram"] for row in rows])
     tallest = max(int(histograms.max()), 1)
@@ -196,7 +197,7 @@ _MOST_DEVICES = 24
 
 def averaged(rows: list[dict[str, Any]], fronts: dict[str, list[int]], relative: bool) -> str:
     """Mean accuracy against three costs, a line for each series, the Pareto fronts marked."""
-    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    figure = _figure(4.2)
     series = list(dict.fromkeys(row["series"] for row in rows))
     y = np.array([row["recovered_top1"] for row in rows])
     errors = np.array([row["recovered_top1_interval"] or 0.0 for row in rows])
@@ -227,7 +228,7 @@ def every_device(
     owners = list(dict.fromkeys((record["source"], record["device"]) for record in found))
     several = len({source for source, _ in owners}) > 1
     shown = owners[:_MOST_DEVICES]
-    figure = Figure(figsize=(_WIDTH, 0.6 + 2.2 * len(shown)), layout="constrained")
+    figure = _figure(0.6 + 2.2 * len(shown))
     grid = figure.subplots(len(shown), 3, sharex="col", squeeze=False)
     names = list(dict.fromkeys(labels))
     for row, (source, device) in zip(grid, shown, strict=True):
@@ -263,7 +264,7 @@ _SETS |= {"pool": ("#d97706", "^"), "oracle": ("#db2777", "s")}
 
 def compared(rows: list[dict[str, Any]], dense: dict[str, Any], where: str) -> str:
     """Mean accuracy of every method against the MACs that its models have."""
-    figure = Figure(figsize=(_WIDTH, 4.8), layout="constrained")
+    figure = _figure(4.8)
     axes = figure.subplots()
     shown = [dense["mean"]]
     for i, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
@@ -287,7 +288,7 @@ def differences(rows: list[dict[str, Any]], reference: str, where: str) -> str:
     """Points that the reference is above every other method, a panel for each budget."""
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = Figure(figsize=(_WIDTH, 1.2 + 0.28 * len(methods)), layout="constrained")
+    figure = _figure(1.2 + 0.28 * len(methods))
     grid = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     for axes, budget in zip(grid, budgets, strict=True):
         own = [row for row in rows if row["budget"] == budget]
@@ -306,7 +307,7 @@ def differences(rows: list[dict[str, Any]], reference: str, where: str) -> str:
 
 def metric_sets(rows: list[dict[str, Any]]) -> str:
     """Mean accuracy under every metric set, a line for each method, budget and epochs."""
-    figure = Figure(figsize=(_WIDTH, 1.3 + 0.28 * len(rows)), layout="constrained")
+    figure = _figure(1.3 + 0.28 * len(rows))
     axes = figure.subplots()
     shown = dict.fromkeys(name for row in rows for name in row["top1"])
     others = itertools.cycle(mark for mark in _SERIES if mark not in _SETS.values())
@@ -327,7 +328,7 @@ def metric_sets(rows: list[dict[str, Any]]) -> str:
 def over_epochs(rows: list[dict[str, Any]], dense: dict[str, Any], images: str) -> str:
     """Mean accuracy against epochs of fine-tuning, a panel for each budget."""
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
+    figure = _figure(4.4)
     grid = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     for axes, budget in zip(grid, budgets, strict=True):
         for i, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
@@ -364,7 +365,7 @@ def _cost_label(title: str, cost: str, relative: bool) -> str:
     return f"{title}, ms" if cost == "ms" else title
 
 
-def _front(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+def _front(axes: "Axes", x: np.ndarray, y: np.ndarray) -> None:
     axes.step(x, y, where="post", color=_DENSE, lw=2.5, alpha=0.35, zorder=1)
     axes.scatter(x, y, s=90, facecolors="none", edgecolors=_INK, linewidths=0.8, zorder=2)
 
@@ -377,11 +378,11 @@ def _row_height(rows: list[dict[str, Any]]) -> float:
     return 0.36 if len(rows) <= _NUMBERED_DEVICES else 0.22
 
 
-def _name_devices(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _name_devices(axes: "Axes", rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(rows)), [f"device {row['device']}" for row in rows], size=8)
 
 
-def _legend(figure: Figure, columns: int | None = None) -> None:
+def _legend(figure: "Figure", columns: int | None = None) -> None:
     # Above the drawing, where it never covers a point.
     handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = columns or len(labels)
@@ -390,7 +391,16 @@ def _legend(figure: Figure, columns: int | None = None) -> None:
     )
 
 
-def _svg(figure: Figure, label: str) -> str:
+def _figure(height: float) -> "Figure":
+    # Imported with the first drawing: programs that draw at their end, if at all, start sooner.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(_WIDTH, height), layout="constrained")
+
+
+def _svg(figure: "Figure", label: str) -> str:
+    import matplotlib
+
     text = io.StringIO()
     # Text stays text, so that it can be selected and found; no date, so that pages compare equal.
     unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))

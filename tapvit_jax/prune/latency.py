@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import nnls
 
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import read_json, write_json
@@ -179,6 +178,9 @@ def fit_latency(
         raise InputError(f"{len(t)} measurements of {len(x)} models, expected four or more of each")
     if not np.isfinite(t).all() or t.min() <= 0:
         raise InputError("measured times must be positive and finite")
+
+    # Here, where tables are fitted: scipy.optimize would take a tenth of every program's start.
+    from scipy.optimize import nnls
 
     def solve(rows: Float[np.ndarray, "i k"], times: Float[np.ndarray, "i"]) -> np.ndarray:
         scaled = rows / times[:, None]
