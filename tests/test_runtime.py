@@ -1,4 +1,5 @@
 import errno
+import gc
 import importlib.metadata
 import os
 import platform
@@ -183,6 +184,9 @@ def test_programs_are_forgotten_before_there_are_too_many(tmp_path, monkeypatch)
         return [float(f(np.ones((4, 4), np.float32))) for f in programs]
 
     programs = [jax.jit(lambda x, i=i: jnp.tanh(x @ x + i).sum()) for i in range(40)]
+    # What earlier tests of this process left would otherwise go at a moment of its own.
+    jax.clear_caches()
+    gc.collect()
     before = maps()
     values = compile_all()
     held = maps()
