@@ -1,7 +1,9 @@
 """From an encoded image to a model's input, within limits that damaged files cannot exceed."""
 
+import contextlib
 import dataclasses
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from typing import BinaryIO, Literal
@@ -21,6 +23,10 @@ _FILTERS = {
 }
 _MODES = {1: "L", 3: "RGB"}
 _MAX_PIXELS = 2**27
+# A few kilobytes may unfold to the pixels above, on each of many threads: larger images than these
+# (16.8 million pixels; most telephones take 12 million) are decoded one at a time.
+_MANY_PIXELS = 2**24
+_one_large = threading.Lock()
 # Pillow goes by the contents, not by the suffix. Naming the decoders keeps a renamed file away from
 # the many others, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
@@ -42,7 +48,8 @@ class Preprocess:
     to [0, 1], then (x - mean) / std: timm's evaluation transform.
 
     Raises:
-      InputError: a value out of range, or as many means or deviations as there are no channels.
+      InputError: a value out of range, images of an absurd size, or as many means or deviations as
+        there are no channels.
     """
 
     image_size: int
@@ -60,6 +67,12 @@ class Preprocess:
             raise InputError(f"channels is {self.channels}, expected 1 or 3")
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct is {self.crop_pct}, expected more than 0 and at most 1")
+        # Not as a product, which may be too large for a float.
+        if self.image_size > math.isqrt(_MAX_PIXELS) * self.crop_pct:
+            raise InputError(
+                f"image_size is {self.image_size} and crop_pct {self.crop_pct}: images would be "
+                f"resized to more than {_MAX_PIXELS} pixels"
+            )
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise InputError(
                 f"mean and std have {len(self.mean)} and {len(self.std)} entries, "
@@ -83,7 +96,7 @@ class Preprocess:
         # Rounded down here and to even below, as torchvision does under timm: a pixel more or less
         # resamples the whole image differently.
         longer = int(shorter * max(image.size) / min(image.size))
-        if shorter * longer > max(_MAX_PIXELS, shorter**2):
+        if shorter * longer > _MAX_PIXELS:
             raise InputError(
                 f"{image.width} x {image.height} pixels: too elongated to be resized to {shorter} "
                 f"x {longer}, expected at most {_MAX_PIXELS} pixels"
@@ -109,7 +122,9 @@ class Preprocess:
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow clips 16-bit greys at 255 instead of scaling them.
-        deep = np.clip(np.asarray(image).astype(np.int64), 0, 2**16 - 1)
+        deep = np.asarray(image)
+        if deep.dtype.itemsize > 2:
+            deep = np.clip(deep, 0, 2**16 - 1)
         image = Image.fromarray((deep >> 8).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         # Straight to RGB gives the same colours and a warning.
@@ -134,7 +149,9 @@ def decode(
             if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
                 # Of any scale, unlike bytes and unsigned 16-bit greys.
                 raise InputError("pixels are floats or 32-bit, expected 8 or 16 bits")
-            return preprocess.array(image)
+            large = image.width * image.height > _MANY_PIXELS
+            with _one_large if large else contextlib.nullcontext():
+                return preprocess.array(image)
     except FileNotFoundError as error:
         raise ImageError(f"{name}: image is missing") from error
     except InputError as error:

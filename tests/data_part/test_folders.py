@@ -1,9 +1,11 @@
 import collections
 import contextlib
+import dataclasses
 import errno
 import os
 import pickle
 import re
+import time
 import unicodedata
 import warnings
 from pathlib import Path
@@ -361,6 +363,31 @@ def test_huge_images_are_refused_before_decoding(classes, monkeypatch):
     monkeypatch.setattr(preprocess, "_MAX_PIXELS", 35)
     with pytest.raises(InputError, match=r"1\.png \(image 1\): 6 x 6 pixels, expected at most 35"):
         FolderSource(classes).load([1], RGB)
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    for i in range(8):
+        save(tmp_path / "c" / f"{i}.png", size=(9, 9) if i % 2 else (5, 5))
+    monkeypatch.setattr(preprocess, "_MANY_PIXELS", 30)
+    running, most, array = [], {5: 0, 9: 0}, preprocess.Preprocess.array
+
+    def slow(self, image):
+        size = image.width
+        running.append(size)
+        time.sleep(0.02)
+        most[size] = max(most[size], running.count(size))
+        running.remove(size)
+        return array(self, image)
+
+    monkeypatch.setattr(preprocess.Preprocess, "array", slow)
+    assert FolderSource(tmp_path).load(range(8), RGB).shape == (8, 6, 6, 3)
+    assert most[9] == 1 < most[5]
+
+
+@pytest.mark.parametrize("changed", [{"crop_pct": 1e-9}, {"image_size": 10**30}])
+def test_preprocessing_to_an_absurd_size_is_refused(changed):
+    with pytest.raises(InputError, match=r"image_size is .* more than 134217728 pixels"):
+        dataclasses.replace(RGB, **changed)
 
 
 def test_elongated_images_are_refused_before_resizing(tmp_path, monkeypatch):
