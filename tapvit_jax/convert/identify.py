@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 _VIT_BLOCKS = r"blocks\.(\d{1,4})\.(.+)"
 _SWIN_BLOCKS = r"layers\.(\d{1,4})\.blocks\.(\d{1,4})\.(.+)"
 
-_Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Names of tensors, and their shapes."""
+
 # Places of blocks (by stage, if there are any), with the shapes below them.
 _Blocks = dict[tuple[int, ...], dict[str, tuple[int, ...]]]
 
@@ -26,9 +26,8 @@ _FOREIGN = {
 _ANCHORS = ("patch_embed.proj.weight", "layer1.0.conv1.weight")
 
 
-def describe(state: Mapping[str, Any]) -> str:
+def describe(shapes: Shapes) -> str:
     """Say what architecture the names and shapes of a state dict suggest."""
-    shapes = {name: tuple(np.shape(array)) for name, array in state.items()}
     for name in shapes:
         for pattern, text in _FOREIGN.items():
             if re.match(pattern, name):
@@ -42,12 +41,11 @@ def describe(state: Mapping[str, Any]) -> str:
     return f"nothing that we know ({f'first names: {names}' if names else 'no tensors'})"
 
 
-def sizes(state: Mapping[str, Any]) -> dict[str, Any]:
+def sizes(shapes: Shapes) -> dict[str, Any]:
     """timm's arguments as far as shapes tell them; nothing for what is no dense ViT or Swin.
 
     A ViT's number of heads leaves no trace; a Swin's image size neither.
     """
-    shapes = {name: tuple(np.shape(array)) for name, array in state.items()}
     stages, blocks = _blocks(shapes, _SWIN_BLOCKS), _blocks(shapes, _VIT_BLOCKS)
     known = stages if _is_transformer(stages) else blocks
     if not _is_transformer(known) or _is_pruned(known):
@@ -93,7 +91,7 @@ def backbone_prefix(names: Iterable[str]) -> str:
     return ""
 
 
-def _blocks(shapes: _Shapes, pattern: str) -> _Blocks:
+def _blocks(shapes: Shapes, pattern: str) -> _Blocks:
     """Group the tensors of blocks; every group of the pattern but the last is a place."""
     found: _Blocks = {}
     for name, shape in shapes.items():
@@ -103,7 +101,7 @@ def _blocks(shapes: _Shapes, pattern: str) -> _Blocks:
     return found
 
 
-def _size(shapes: _Shapes, name: str, axis: int, rank: int) -> int | None:
+def _size(shapes: Shapes, name: str, axis: int, rank: int) -> int | None:
     shape = shapes.get(name, ())
     return shape[axis] if len(shape) == rank else None
 
@@ -118,7 +116,7 @@ def _number(text: str, number: int | None) -> str:
     return "" if number is None else text.format(number)
 
 
-def _classes(shapes: _Shapes, *heads: str) -> str:
+def _classes(shapes: Shapes, *heads: str) -> str:
     counts = (_size(shapes, f"{head}.weight", 0, 2) for head in heads)
     return next((f"{count} classes" for count in counts if count is not None), "no classifier")
 
@@ -144,7 +142,7 @@ def _is_pruned(blocks: _Blocks) -> bool:
     return any(len(found) > 1 for found in widths.values())
 
 
-def _swin(shapes: _Shapes) -> str | None:
+def _swin(shapes: Shapes) -> str | None:
     blocks = _blocks(shapes, _SWIN_BLOCKS)
     if not _is_transformer(blocks):
         return None
@@ -162,7 +160,7 @@ def _swin(shapes: _Shapes) -> str | None:
     )
 
 
-def _resnet(shapes: _Shapes) -> str | None:
+def _resnet(shapes: Shapes) -> str | None:
     blocks = _blocks(shapes, r"layer(\d{1,4})\.(\d{1,4})\.(.+)")
     if not any("conv1.weight" in block for block in blocks.values()):
         return None
@@ -183,7 +181,7 @@ def _resnet(shapes: _Shapes) -> str | None:
     )
 
 
-def _vit(shapes: _Shapes) -> str | None:
+def _vit(shapes: Shapes) -> str | None:
     blocks = _blocks(shapes, _VIT_BLOCKS)
     if not _is_transformer(blocks):
         return None
@@ -206,7 +204,7 @@ def _vit(shapes: _Shapes) -> str | None:
     )
 
 
-def _vit_kind(shapes: _Shapes, scaled: bool) -> str:
+def _vit_kind(shapes: Shapes, scaled: bool) -> str:
     if any("relative_position_bias_table" in name for name in shapes):
         return "BEiT-like ViT"
     if any(name.startswith("decoder_blocks.") for name in shapes):

@@ -1,5 +1,6 @@
 """timm's parameter names to ours and back; one table an architecture serves both directions."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from tapvit_jax.structs import from_plain
 StateDict = Mapping[str, np.ndarray]
 
 _MOST_PROBLEMS = 3
+# Entries of a resampled tensor; a ViT-H's positions at 1,022 pixels are 7 million.
+_MOST_RESAMPLED = 2**26
 
 
 def rules(config: Config) -> list[Rule]:
@@ -129,7 +132,8 @@ def resize(config: Config, state: StateDict) -> dict[str, np.ndarray]:
 
     Position embeddings: bicubic, antialiased; patch kernels: the pseudo-inverse of FlexiViT;
     relative position bias: on a grid that is denser in its middle. Tensors that fit stay as they
-    are; tensors that make no square grid are left for `from_timm` to refuse.
+    are; tensors that make no square grid are left for `from_timm` to refuse, and so are those that
+    would become larger than any network's.
     """
     state = dict(state)
     if isinstance(config, ResNetConfig):
@@ -137,6 +141,8 @@ def resize(config: Config, state: StateDict) -> dict[str, np.ndarray]:
     for rule in rules(config):
         found = state.get(rule.timm)
         if found is None or found.shape == rule.shape or found.ndim != len(rule.shape):
+            continue
+        if math.prod(rule.shape) > _MOST_RESAMPLED:
             continue
         if 0 in found.shape or (rule.timm == "pos_embed" and found.shape[0] != 1):
             continue
@@ -199,14 +205,16 @@ def from_timm(config: Config, state: StateDict, name: str = "state dict") -> Par
     known = {rule.timm for rule in table}
     problems += [f"unexpected {key}" for key in state if key not in known]
     if problems:
-        expected = {rule.timm: np.broadcast_to(np.float32(0), rule.shape) for rule in table}
-        found, wanted = describe(state), describe(expected)
+        # As shapes: a config.json may ask for more than there is memory.
+        present = {key: np.shape(array) for key, array in state.items()}
+        expected = {rule.timm: rule.shape for rule in table}
+        found, wanted = describe(present), describe(expected)
         looks = "" if found == wanted else f"looks like {found}, expected {wanted}; "
         more = len(problems) - _MOST_PROBLEMS
         listed = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
         raise InputError(
             f"{name}: {looks}{len(problems)} problems: {'; '.join(listed)}"
-            f"{_to_type(sizes(state), sizes(expected))}"
+            f"{_to_type(sizes(present), sizes(expected))}"
         )
     return unflatten(leaves)
 

@@ -35,7 +35,8 @@ class OnnxModel:
       threads: of ONNX Runtime; all cores unless given.
 
     Raises:
-      InputError: no ONNX file, or one with other inputs than images.
+      InputError: no ONNX file, or one with other inputs than images, with other outputs than
+        logits, or that prepares images of another size than it takes.
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None):
@@ -52,13 +53,14 @@ class OnnxModel:
             )
         except Exception as error:
             # The runtime's own errors share no base class.
-            reason = str(error).split("\n")[0][:200]
-            raise InputError(f"{path}: ONNX Runtime cannot load it ({reason})") from error
-        inputs = self._session.get_inputs()
-        if [found.name for found in inputs] != [INPUT]:
-            names = ", ".join(found.name for found in inputs)
-            raise InputError(f"{path}: takes {names}, expected one input {INPUT!r}")
-        self.image_shape: tuple[int, int, int] = tuple(inputs[0].shape[1:])
+            raise InputError(f"{path}: ONNX Runtime cannot load it ({_brief(error)})") from error
+        self._path = path
+        self.image_shape: tuple[int, int, int] = _sizes(
+            path, "takes", self._session.get_inputs(), INPUT, 4
+        )
+        (self.num_classes,) = _sizes(path, "gives", self._session.get_outputs(), OUTPUT, 2)
+        if self.image_shape[0] != self.image_shape[1]:
+            raise InputError(f"{path}: takes images of shape {self.image_shape}, expected squares")
         carried = self._session.get_modelmeta().custom_metadata_map
         self.name: str = carried.get("name", os.fspath(path))
         self.preprocess: Preprocess | None = _carried(
@@ -67,11 +69,43 @@ class OnnxModel:
         self.class_names: tuple[str, ...] = _carried(
             path, carried, "class_names", tuple[str, ...], []
         )
-        self.num_classes: int = self._session.get_outputs()[0].shape[-1]
+        prepared = self.preprocess
+        if prepared and (*(prepared.image_size,) * 2, prepared.channels) != self.image_shape:
+            raise InputError(
+                f"{path}: prepares images of {prepared.image_size} pixels and {prepared.channels} "
+                f"channels, expected the {self.image_shape} that it takes"
+            )
 
     def __call__(self, images: Float[np.ndarray, "b s s ch"]) -> Float[np.ndarray, "b c"]:
-        """Logits of preprocessed images."""
-        return self._session.run([OUTPUT], {INPUT: np.asarray(images, np.float32)})[0]
+        """Logits of preprocessed images.
+
+        Raises:
+          InputError: images of another shape, or a file that cannot be computed after all.
+        """
+        try:
+            return self._session.run([OUTPUT], {INPUT: np.asarray(images, np.float32)})[0]
+        except Exception as error:
+            raise InputError(
+                f"{self._path}: ONNX Runtime cannot run it ({_brief(error)})"
+            ) from error
+
+
+def _brief(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]
+
+
+def _sizes(
+    path: str | os.PathLike, verb: str, found: list[Any], name: str, rank: int
+) -> tuple[int, ...]:
+    """Sizes behind the batch of the only input or output, which must be floats."""
+    if [each.name for each in found] == [name] and found[0].type == "tensor(float)":
+        sizes = found[0].shape[1:]
+        if len(sizes) == rank - 1 and all(type(size) is int and size > 0 for size in sizes):
+            return tuple(sizes)
+    text = ", ".join(f"{each.name} {each.type} {each.shape}" for each in found)
+    raise InputError(
+        f"{path}: {verb} {text}, expected {name} in float32, a batch and {rank - 1} sizes"
+    )
 
 
 def _carried(

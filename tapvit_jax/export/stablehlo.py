@@ -94,7 +94,12 @@ def read_stablehlo(path: str | os.PathLike) -> jax.export.Exported:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        return jax.export.deserialize(bytearray(path.read_bytes()))
+        found = jax.export.deserialize(bytearray(path.read_bytes()))
+        # Its module is only read where it is called.
+        sizes = [[d if type(d) is int else 1 for d in aval.shape] for aval in found.in_avals]
+        structs = map(jax.ShapeDtypeStruct, sizes, [aval.dtype for aval in found.in_avals])
+        jax.jit(found.call).trace(*structs).lower(lowering_platforms=found.platforms[:1])
+        return found
     except Exception as error:
         # A damaged buffer makes the reader raise nearly anything.
         raise InputError(f"{path}: is no serialised StableHLO ({type(error).__name__})") from error

@@ -29,6 +29,9 @@ PARAMS_FILE = "params.safetensors"
 
 FOREIGN = "a folder of timm or Hugging Face"
 
+# Parts of a parameter's name; ours have four.
+_DEEPEST = 16
+
 # What a directory is, by a file in it.
 _KINDS = {SPEC_FILE: "a model", "extractor.json": "an extractor", "config.json": FOREIGN}
 
@@ -153,6 +156,10 @@ def load_params(path: Path, sha256: Any) -> Params:
     if file_hash(path) != sha256:
         raise InputError(f"{path}: checksum differs from its spec: truncated or altered")
     arrays = read_safetensors(path)
+    for name in arrays:
+        if name.count("/") >= _DEEPEST:
+            # JAX walks trees by recursion.
+            raise InputError(f"{path}: holds {name[:60]!r} ..., expected at most {_DEEPEST} parts")
     try:
         return unflatten({tuple(name.split("/")): array for name, array in arrays.items()})
     except InputError as error:

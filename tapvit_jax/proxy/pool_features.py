@@ -9,7 +9,9 @@ bits however often the work was interrupted and however many processes and devic
 
 import contextlib
 import hashlib
+import io
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,6 +118,11 @@ def _claim(
     directory: Path, record: Mapping[str, Any], pieces: "_Pieces", stack: contextlib.ExitStack
 ) -> bool:
     """Lock the directory and prepare it, unless whoever held it before has made the features."""
+    for name in (FEATURES_FILE, RECORD_FILE):
+        if (directory / name).is_dir():
+            raise InputError(f"{directory / name}: is a folder, expected a file or nothing")
+    if (directory / _UNFINISHED).is_file():
+        raise InputError(f"{directory / _UNFINISHED}: is a file, expected a folder or nothing")
     waiting = "%s: another process computes these features; waiting"
     lock = file_lock(directory / ".lock", on_wait=lambda: log.warning(waiting, directory))
     locked = stack.enter_context(lock)
@@ -155,10 +162,7 @@ def _check(directory: Path, record: Mapping[str, Any]) -> None:
     piece_rows, digests = found.get("piece_rows"), found.get("sha256")
     if type(piece_rows) is not int or piece_rows < 1 or not isinstance(digests, list):
         raise InputError(f"{directory / RECORD_FILE}: holds no checksums")
-    size = mapped.offset + mapped.nbytes
-    if path.stat().st_size != size:
-        raise InputError(f"{path}: {path.stat().st_size} bytes, expected {size}")
-    piece_bytes = piece_rows * record["dim"] * _DTYPE.itemsize
+    piece_bytes = min(piece_rows, record["rows"]) * record["dim"] * _DTYPE.itemsize
     with path.open("rb") as file:
         file.seek(mapped.offset)
         read = iter(lambda: file.read(piece_bytes), b"")
@@ -167,24 +171,37 @@ def _check(directory: Path, record: Mapping[str, Any]) -> None:
 
 
 def _open(path: Path, record: Mapping[str, Any]) -> Float[np.ndarray, "n d"]:
-    try:
-        found = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: is not a whole .npy file ({error})") from error
-    expected = (record["rows"], record["dim"])
-    if not isinstance(found, np.memmap) or found.shape != expected or found.dtype != _DTYPE:
-        raise InputError(f"{path}: is not the {_DTYPE} array of shape {expected} it should be")
-    return found
+    """Map features from a file that is just what `_join` writes.
+
+    Its header is compared, not read: NumPy would evaluate it, and take it at its word.
+    """
+    header, shape = _header(record), (record["rows"], record["dim"])
+    size = len(header) + math.prod(shape) * _DTYPE.itemsize
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as file:
+        found = file.read(len(header))
+    if found != header:
+        raise InputError(f"{path}: its header is not that of {_DTYPE} of shape {shape}")
+    if path.stat().st_size != size:
+        raise InputError(f"{path}: {path.stat().st_size} bytes, expected {size}")
+    return np.memmap(path, _DTYPE, "r", len(header), shape)
+
+
+def _header(record: Mapping[str, Any]) -> bytes:
+    header = {"descr": _DTYPE.str, "fortran_order": False}
+    header["shape"] = record["rows"], record["dim"]
+    found = io.BytesIO()
+    np.lib.format.write_array_header_1_0(found, header)
+    return found.getvalue()
 
 
 def _join(directory: Path, record: Mapping[str, Any], pieces: "_Pieces") -> bool:
     # First of all, so that it never stands beside features that it does not describe.
     (directory / RECORD_FILE).unlink(missing_ok=True)
-    header = {"descr": _DTYPE.str, "fortran_order": False}
-    header["shape"] = record["rows"], record["dim"]
     digests = []
     with atomic_file(directory / FEATURES_FILE) as partial, partial.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(_header(record))
         for number in range(pieces.count):
             data = pieces.read(number)
             if data is None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tapvit_jax.convert.timm import from_timm, load_timm, rules, save_timm, to_timm
+from tapvit_jax.convert import timm
+from tapvit_jax.convert.timm import from_timm, load_timm, resize, rules, save_timm, to_timm
 from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import file_hash, read_safetensors
@@ -190,6 +191,15 @@ def test_what_to_type_for_weights_of_other_sizes(preset, change, options):
     assert str(caught.value).endswith(ending)
 
 
+def test_tensors_are_not_resampled_to_absurd_sizes(monkeypatch):
+    config, _ = create("deit_tiny_patch16_224", **TINY | {"img_size": 16})
+    state = make_state("plain")
+    assert resize(config, state)["pos_embed"].shape == (1, 17, 12)
+    monkeypatch.setattr(timm, "_MOST_RESAMPLED", 17 * 12 - 1)
+    with pytest.raises(InputError, match=r"pos_embed.* has shape \(1, 5, 12\), expected \(1, 17"):
+        from_timm(config, resize(config, state))
+
+
 def test_one_problem_of_weights_that_look_right():
     state = make_state("plain")
     state["extra"] = np.ones(1, np.float32)
@@ -332,7 +342,18 @@ def test_tags_of_weights_say_how_images_are_prepared(name, image_size, crop_pct)
         ("swin_tiny_patch4_window7_224", {"num_heads": [3, 6]}, "expected as many of each"),
         ("swin_tiny_patch4_window7_224", {"global_pool": "token"}, "global_pool is 'token'"),
         ("deit_tiny_patch16_224", {"mlp_ratio": float("nan")}, "224: mlp_ratio is nan, expected a"),
-        ("deit_tiny_patch16_224", {"mlp_ratio": 1e308}, "an argument is too large"),
+        (
+            "deit_tiny_patch16_224",
+            {"mlp_ratio": 1e308},
+            "mlp_ratio is 1e.308, expected 0 to 1048576",
+        ),
+        ("deit_tiny_patch16_224", {"mlp_ratio": 1e5}, "mlp_dim is 19200000, expected 0 to 1048576"),
+        (
+            "deit_tiny_patch16_224",
+            {"num_classes": 10**30},
+            "num_classes is 10+, expected 1 to 1048576",
+        ),
+        ("deit_tiny_patch16_224", {"embed_dim": 3 * 10**400}, "an argument is too large"),
         ("swin_tiny_patch4_window7_224", {"depths": [2, 2, 2, 10**5]}, "expected at most 1000"),
         ("resnet18", {"patch_size": 16}, "unknown argument patch_size"),
         ("deit_tiny_patch16_224", {"num_heads": 5}, "not a multiple of num_heads"),

@@ -287,9 +287,77 @@ def test_foreign_files_are_refused(tmp_path):
         OnnxModel(path)
 
 
+def foreign(path, **changes):
+    """A file that says of its one node what an exporter would, but for the changes."""
+    found = {
+        "inputs": [("images", onnx.TensorProto.FLOAT, ["b", 8, 8, 3])],
+        "outputs": [("logits", onnx.TensorProto.FLOAT, ["b", 5])],
+        "axes": [1, 2],
+        "weights": np.ones((3, 5), np.float32),
+    } | changes
+    values = [
+        [onnx.helper.make_tensor_value_info(*each) for each in found[kind]]
+        for kind in ("inputs", "outputs")
+    ]
+    first, last = found["inputs"][0][0], found["outputs"][0][0]
+    node = onnx.helper.make_node
+    graph = onnx.helper.make_graph(
+        [
+            node("ReduceMean", [first, "axes"], ["mean"], keepdims=0),
+            node("MatMul", ["mean", "weights"], [last]),
+        ],
+        "g",
+        *values,
+        initializer=[
+            onnx.numpy_helper.from_array(np.array(found["axes"], np.int64), "axes"),
+            onnx.numpy_helper.from_array(found["weights"], "weights"),
+        ],
+    )
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": [("x", 1, ["b", 8, 8, 3])]}, r"takes x tensor\(float\) .*, expected images in"),
+        ({"inputs": [("images", 1, ["b", 8, 8, "c"])]}, "takes images .*'c'.*, expected images in"),
+        ({"inputs": [("images", 1, ["b", 8, 3])]}, "takes images .*, a batch and 3 sizes"),
+        (
+            {
+                "inputs": [("images", 11, ["b", 8, 8, 3])],
+                "outputs": [("logits", 11, ["b", 5])],
+                "weights": np.ones((3, 5)),
+            },
+            r"takes images tensor\(double\)",
+        ),
+        ({"inputs": [("images", 1, ["b", 8, 9, 3])]}, r"takes images of shape \(8, 9, 3\), expect"),
+        ({"outputs": [("y", 1, ["b", 5])]}, r"gives y tensor\(float\) .*, expected logits in"),
+    ],
+)
+def test_files_of_other_inputs_or_outputs_are_refused(tmp_path, changes, message):
+    path = foreign(tmp_path / "model.onnx", **changes)
+    with pytest.raises(InputError, match=rf"model\.onnx: {message}"):
+        OnnxModel(path)
+
+
+def test_files_that_fail_when_they_run_are_named(tmp_path):
+    model = OnnxModel(foreign(tmp_path / "model.onnx"))
+    assert (model.image_shape, model.num_classes) == ((8, 8, 3), 5)
+    np.testing.assert_allclose(model(np.ones((2, 8, 8, 3))), np.full((2, 5), 3.0))
+    with pytest.raises(InputError, match=r"model\.onnx: ONNX Runtime cannot run it"):
+        model(np.ones((2, 9, 9, 3)))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        (
+            "preprocess",
+            '{"image_size": 9, "mean": [0], "std": [1], "channels": 1}',
+            "prepares .* 9",
+        ),
         ("preprocess", "{", "preprocess: is not valid JSON"),
         ("preprocess", "[8]", "preprocess is .*, expected a mapping"),
         ("class_names", '"abc"', "class_names is 'abc', expected a list"),

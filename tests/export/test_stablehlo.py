@@ -57,3 +57,15 @@ def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "model.hlo").write_bytes(b"nothing at all")
     with pytest.raises(InputError, match="no serialised StableHLO"):
         load_stablehlo(tmp_path / "model.hlo")
+
+
+def test_a_damaged_module_is_refused_when_it_is_read(tiny_model, images, tmp_path):
+    path = tmp_path / "model.hlo"
+    export_stablehlo(tiny_model, path, images=images)
+    data = bytearray(path.read_bytes())
+    # Within the module, which JAX's own reader takes as it is until it is called.
+    data[data.index(b"StableHLO") + 20] ^= 255
+    path.write_bytes(data)
+    jax.export.deserialize(data)
+    with pytest.raises(InputError, match=r"model\.hlo: is no serialised StableHLO"):
+        load_stablehlo(path)

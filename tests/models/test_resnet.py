@@ -192,7 +192,7 @@ def test_fresh_blocks_start_as_identities():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 0}, "image_size is 0, expected 1 or more"),
+        ({"image_size": 0}, "image_size is 0, expected 1 to 32768"),
         ({"image_size": (224, 224)}, r"image_size is \(224, 224\)"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"in_channels": 0}, "in_channels is 0"),
@@ -202,7 +202,7 @@ def test_fresh_blocks_start_as_identities():
         ({"depths": (2, 2 * 10**9)}, r"depths is \(2, 2000000000\), expected at most 1000"),
         ({"batch_norm_eps": 0.0}, "batch_norm_eps is 0.0, expected a finite number"),
         ({"batch_norm_eps": np.inf}, "batch_norm_eps is inf, expected a finite number"),
-        ({"image_size": 2**15 + 1}, "image_size is 32769, expected at most 32768"),
+        ({"image_size": 2**15 + 1}, "image_size is 32769, expected 1 to 32768"),
         ({"dtype": "float64"}, "dtype is 'float64', expected one of"),
     ],
 )

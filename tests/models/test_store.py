@@ -175,6 +175,13 @@ def test_a_flipped_bit(directory):
     refused(directory, "checksum differs", store.PARAMS_FILE)
 
 
+def test_names_of_endless_parts_are_refused(directory):
+    path = directory / store.PARAMS_FILE
+    safetensors.numpy.save_file({"/".join("a" * 2000): np.zeros(1, np.float32)}, path)
+    change_spec(directory, params_sha256=file_hash(path))
+    refused(directory, "expected at most 16 parts", store.PARAMS_FILE)
+
+
 @pytest.mark.parametrize("checksum", ["0" * 64, None, 5, ...])
 def test_a_wrong_or_missing_checksum(directory, checksum):
     change_spec(directory, params_sha256=checksum)

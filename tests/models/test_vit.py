@@ -218,14 +218,14 @@ FIELDS = {"image_size": 8, "patch_size": 4, "num_classes": 5}
         ({"pool": "mean", "distilled": True}, "expected pool='cls'"),
         ({"pool": "max"}, "pool is 'max', expected one of 'cls', 'mean'"),
         ({"dtype": "int8"}, "dtype is 'int8', expected one of 'float32', 'bfloat16'"),
-        ({"image_size": 2**15 + 4}, "image_size is 32772, expected at most 32768"),
+        ({"image_size": 2**15 + 4}, "image_size is 32772, expected 1 to 32768"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0.0"),
         ({"layer_norm_eps": np.inf}, "layer_norm_eps is inf, expected a finite number"),
         ({"num_heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"depth": -1}, "depth is -1, expected 0 to 1000"),
         ({"depth": 2 * 10**9}, "depth is 2000000000, expected 0 to 1000"),
-        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0, expected a finite number, 0 or more"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0, expected 0 to 1048576"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
@@ -234,9 +234,13 @@ def test_bad_configs_are_refused(changes, message):
         vit_config(**fields)
 
 
-def test_negative_widths_are_refused():
-    with pytest.raises(InputError, match="qk_dim is -1, expected 0 or more"):
+def test_negative_and_absurd_widths_are_refused():
+    with pytest.raises(InputError, match="qk_dim is -1, expected 0 to 1048576"):
         BlockConfig(2, -1, 4, 8)
+    with pytest.raises(InputError, match=r"v_dim is 10{30}, expected 0 to 1048576"):
+        BlockConfig(2, 4, 10**30, 8)
+    with pytest.raises(InputError, match=r"embed_dim is 10{30}, expected 1 to 1048576"):
+        ViTConfig(embed_dim=10**30, head_dim=1, blocks=(), **FIELDS)
     with pytest.raises(InputError, match="head_dim is 0"):
         ViTConfig(embed_dim=8, head_dim=0, blocks=(), **FIELDS)
 

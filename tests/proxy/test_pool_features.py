@@ -195,18 +195,34 @@ def change_record(**changes):
     return change
 
 
+def change_header(old, new):
+    def change(directory):
+        path = directory / FEATURES_FILE
+        before = path.read_bytes()
+        path.write_bytes(before.replace(old, new, 1))
+        assert path.read_bytes() != before
+
+    return change
+
+
 DAMAGE = {
-    "truncated": (cut, "is not a whole"),
+    "truncated": (cut, "bytes, expected"),
     "longer": (lengthen, "bytes, expected"),
     "altered": (alter, "the checksum differs"),
-    "missing": (lambda d: (d / FEATURES_FILE).unlink(), "is not a whole"),
+    "missing": (lambda d: (d / FEATURES_FILE).unlink(), "features.npy: no such file"),
     "other numbers": (
         lambda d: np.save(d / FEATURES_FILE, np.zeros((COUNT, 4), np.float32)),
-        "array of shape",
+        "its header is not that of float32 of shape (23, 3)",
     ),
+    "other order": (change_header(b"False", b"True "), "its header is not that of"),
+    "header that is no Python": (
+        change_header(b"(23, 3)", b"((((((("),
+        "its header is not that of",
+    ),
+    "empty": (lambda d: (d / FEATURES_FILE).write_bytes(b""), "its header is not that of"),
     "of objects": (
         lambda d: np.save(d / FEATURES_FILE, np.array([{}] * COUNT), allow_pickle=True),
-        "is not a whole",
+        "its header is not that of",
     ),
     "no record": (lambda d: (d / RECORD_FILE).unlink(), "no such file"),
     "record not JSON": (lambda d: (d / RECORD_FILE).write_text("{"), "not valid JSON"),
@@ -214,6 +230,7 @@ DAMAGE = {
     "other version": (change_record(version=2), "has version 2"),
     "no checksums": (change_record(sha256=None), "holds no checksums"),
     "endless pieces": (change_record(piece_rows=0), "holds no checksums"),
+    "one endless piece": (change_record(piece_rows=10**30), "the checksum differs"),
     "checksums cut": (change_record(sha256=[]), "the checksum differs"),
     "other extractor": (change_record(extractor="00"), "these differ: extractor"),
 }
@@ -298,6 +315,13 @@ def test_bad_arguments(tmp_path, extractor, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="lies below a file"):
         make(extractor, source, tmp_path / "file")
+    for name in (FEATURES_FILE, RECORD_FILE):
+        (tmp_path / f"with {name}" / name).mkdir(parents=True)
+        with pytest.raises(InputError, match=f"{name}: is a folder, expected a file or nothing"):
+            make(extractor, source, tmp_path / f"with {name}")
+    (tmp_path / "unfinished").write_text("")
+    with pytest.raises(InputError, match="unfinished: is a file, expected a folder or nothing"):
+        make(extractor, source, tmp_path)
     assert source.read_images == 0
 
 
