@@ -357,6 +357,18 @@ def test_inspect_reads_everything(work, tmp_path, capsys):
             call("inspect", path)
 
 
+def test_names_in_files_bring_no_terminal_commands(work, tmp_path, capsys):
+    name, classes = "\x1b]0;a\x07\nb", ("\ud800", "\x1b[2J", "c")
+    model = tap.load(work / "dense").replace(name=name, history={"\x1b[1m": "\x9b31m"})
+    tap.save(model.replace(class_names=classes), tmp_path / "small")
+    call("inspect", tmp_path / "small")
+    printed = capsys.readouterr().out
+    assert printed.startswith(r"\x1b]0;a\x07\nb: 7,011 parameters")
+    assert r"classes: 3, \ud800, \x1b[2J, c" in printed
+    assert r"\x1b[1m: \x9b31m" in printed
+    assert all(line.isprintable() for line in printed.splitlines())
+
+
 def test_inspect_refuses_what_is_damaged(work, tmp_path):
     path, spec = tmp_path / "a.hlo", tmp_path / "a.hlo.json"
     call("export", work / "dense", "--format", "stablehlo", "--images", work / "private",

@@ -26,6 +26,7 @@ from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune import latency
 from tapvit_jax.prune.cost import Cost
+from tapvit_jax.runtime import one_line
 
 VALIDATION_SHARE = 0.1
 
@@ -79,7 +80,7 @@ def open_images(
     if skip_corrupt:
         bad = find_corrupt(source, indices, preprocess)
         for _, message in bad[:10]:
-            print(f"skipped: {message}", file=sys.stderr)
+            print(f"skipped: {one_line(message)}", file=sys.stderr)
         if bad:
             print(f"skipped {len(bad)} of {len(indices)} images", file=sys.stderr)
         indices = np.setdiff1d(indices, [index for index, _ in bad])
@@ -235,7 +236,7 @@ def open_labelled(spec: str, model: Model) -> ImageSource:
         # Whatever else is wrong with it is so without names too.
         source, why = open_source(spec), str(error)
     if (source.labels >= 0).any():
-        print(f"the labels of {spec} are not used: {why}", file=sys.stderr)
+        print(one_line(f"the labels of {spec} are not used: {why}"), file=sys.stderr)
     return source.with_labels(np.full(len(source), UNLABELLED, np.int32))
 
 
@@ -307,4 +308,9 @@ def print_costs(costs: dict[str, Cost]) -> None:
             if whole:  # a ResNet has no encoder
                 share = "" if found is first else f" ({100 * value / whole:.1f} %)"
                 parts.append(f"{value:,} {label}{share}")
-        print(f"{name}: {', '.join(parts)}")
+        say(f"{name}: {', '.join(parts)}")
+
+
+def say(text: str) -> None:
+    """Print a line that may hold names from files of others."""
+    print(one_line(text))

@@ -18,6 +18,7 @@ from tapvit_jax.commands.common import (
     open_images,
     open_runnable,
     print_costs,
+    say,
     what_is,
 )
 from tapvit_jax.commands.devices import read_selection
@@ -98,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
             f"{args.model}: its cross-entropy is {found.loss}, expected a finite number: its "
             "weights may hold NaN or infinity"
         )
-    print(f"top-1 {100 * found.top1:.2f} %, cross-entropy {found.loss:.4f}, {found.count} images")
+    say(f"top-1 {100 * found.top1:.2f} %, cross-entropy {found.loss:.4f}, {found.count} images")
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -140,30 +141,30 @@ def _print_model(model: Model) -> None:
 
 def _inspect_extractor(path: Path) -> None:
     extractor = Extractor.load(path)
-    print(f"extractor: {extractor.kind}, {extractor.dim} features")
-    print(f"images: {_prepared(extractor.preprocess)}")
-    print(f"fingerprint {extractor.fingerprint}")
+    say(f"extractor: {extractor.kind}, {extractor.dim} features")
+    say(f"images: {_prepared(extractor.preprocess)}")
+    say(f"fingerprint {extractor.fingerprint}")
 
 
 def _inspect_selection(path: Path) -> None:
     selection = read_selection(path)
-    print(f"selection by {selection['method']!r} from a pool of {selection['pool_size']} images")
-    print(f"the first {selection['metric_count']} of each are the metric dataset")
+    say(f"selection by {selection['method']!r} from a pool of {selection['pool_size']} images")
+    say(f"the first {selection['metric_count']} of each are the metric dataset")
     for device in selection["devices"]:
-        print(f"{device['payload']}: {len(device['indices'])} images")
+        say(f"{device['payload']}: {len(device['indices'])} images")
 
 
 def _inspect_payload(path: Path) -> None:
     gmm = Gmm.load(path)
-    print(f"payload: {path.stat().st_size} bytes, {gmm.num_parameters} numbers")
-    print(f"{gmm.components} components, {gmm.dim} dimensions, {gmm.covariance_type} covariance")
-    print(f"weights: {', '.join(f'{weight:.3f}' for weight in gmm.weights)}")
-    print(f"extractor {gmm.extractor or 'unknown'}")
+    say(f"payload: {path.stat().st_size} bytes, {gmm.num_parameters} numbers")
+    say(f"{gmm.components} components, {gmm.dim} dimensions, {gmm.covariance_type} covariance")
+    say(f"weights: {', '.join(f'{weight:.3f}' for weight in gmm.weights)}")
+    say(f"extractor {gmm.extractor or 'unknown'}")
 
 
 def _inspect_latency(path: Path) -> None:
     table = LatencyModel.load(path)
-    print(
+    say(
         f"latency table: {len(table.measured)} measurements, batch {table.batch_size}, "
         f"{table.threads} threads; predictions of left-out ones are off by "
         f"{100 * table.error_median:.1f} % in the median, {100 * table.error_max:.1f} % at most"
@@ -174,7 +175,7 @@ def _inspect_latency(path: Path) -> None:
 
 def _inspect_onnx(path: Path) -> None:
     model = OnnxModel(path)
-    print(f"ONNX file: {model.name}, {path.stat().st_size:,} bytes")
+    say(f"ONNX file: {model.name}, {path.stat().st_size:,} bytes")
     _print_use(model.image_shape, model.preprocess, model.class_names, model.num_classes)
 
 
@@ -183,7 +184,7 @@ def _inspect_stablehlo(path: Path) -> None:
     shapes = [aval.shape for aval in (*found.in_avals, *found.out_avals)]
     if [len(shape) for shape in shapes] != [4, 2]:
         raise InputError(f"{path}: takes and gives {shapes}, expected images and logits")
-    print(f"StableHLO file: {path.stat().st_size:,} bytes, for {', '.join(found.platforms)}")
+    say(f"StableHLO file: {path.stat().st_size:,} bytes, for {', '.join(found.platforms)}")
     record = read_spec(spec, check.FORMAT, check.VERSION) if spec.is_file() else {}
     prepared = from_plain(Preprocess | None, record.get("preprocess"), f"{spec}: preprocess")
     names = from_plain(tuple[str, ...], record.get("class_names", []), f"{spec}: class_names")
@@ -192,7 +193,7 @@ def _inspect_stablehlo(path: Path) -> None:
 
 def _inspect_artefact(path: Path) -> None:
     found = read_spec(path, check.FORMAT, check.VERSION)
-    print(f"record of an artefact, which is to stand beside it as {found.get('file')}")
+    say(f"record of an artefact, which is to stand beside it as {found.get('file')}")
     _print_record(found)
 
 
@@ -216,9 +217,9 @@ def _print_use(
     classes: int,
 ) -> None:
     prepared = "how they are prepared is not said" if preprocess is None else _prepared(preprocess)
-    print(f"images: {' x '.join(map(str, shape))}, {prepared}")
+    say(f"images: {' x '.join(map(str, shape))}, {prepared}")
     names = ", ".join(class_names[:_MOST_NAMES]) or "without names"
-    print(f"classes: {classes}, {names}{', ...' if len(class_names) > _MOST_NAMES else ''}")
+    say(f"classes: {classes}, {names}{', ...' if len(class_names) > _MOST_NAMES else ''}")
 
 
 def _prepared(preprocess: Preprocess) -> str:
@@ -230,13 +231,13 @@ def _print_record(record: Mapping[str, Any]) -> None:
     for name, value in record.items():
         if name not in _UNREAD and value is not None:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            print(f"{name}: {text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'}")
+            say(f"{name}: {text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'}")
 
 
 def _print_blocks(config: TransformerConfig) -> None:
     for i, block in enumerate(config.blocks):
         attention = f"{block.num_heads} heads x ({block.qk_dim} qk, {block.v_dim} v)"
-        print(
+        say(
             f"block {i:2}: {attention if block.attn else 'no attention'}, "
             f"{f'{block.mlp_dim} MLP units' if block.mlp else 'no MLP'}"
         )

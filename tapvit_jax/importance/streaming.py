@@ -59,28 +59,37 @@ def unpack_batch(batch: Any) -> tuple[Float[np.ndarray, "b s s ch"], Int[np.ndar
     """Split a batch (array, pair, or dict with an optional padding mask) into images and labels.
 
     Raises:
-      InputError: any other form.
+      InputError: any other form, or not one whole number as label and one as mask for each image.
     """
+    mask = None
     if isinstance(batch, Mapping):
         if "image" not in batch:
             raise InputError(f"batch is a dict of {', '.join(map(str, batch))}, expected {_FORMS}")
-        images, labels = batch["image"], batch.get("label")
-        if "mask" in batch:
-            real = np.asarray(batch["mask"]) > 0
-            if not real.all():
-                images = images[real]
-                labels = None if labels is None else labels[real]
-        return images, labels
-    if isinstance(batch, tuple | list):
+        images, labels, mask = batch["image"], batch.get("label"), batch.get("mask")
+    elif isinstance(batch, tuple | list):
         if len(batch) != 2:
             raise InputError(
                 f"batch is a {type(batch).__name__} of {len(batch)}, expected {_FORMS}"
             )
-        return batch[0], batch[1]
-    if np.ndim(batch) != 4:
-        found = f"{type(batch).__name__} of {np.ndim(batch)} axes"
+        images, labels = batch
+    else:
+        images, labels = batch, None
+    if np.ndim(images) != 4:
+        found = f"{type(images).__name__} of {np.ndim(images)} axes"
         raise InputError(f"batch is a {found}, expected {_FORMS}")
-    return batch, None
+    for name, values in (("labels", labels), ("mask", mask)):
+        if values is not None and np.shape(values) != (len(images),):
+            raise InputError(
+                f"{name} of a batch have shape {np.shape(values)}, expected one for each of the "
+                f"{len(images)} images"
+            )
+    if labels is not None:
+        labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(f"labels are {labels.dtype}, expected whole numbers")
+    if mask is not None and not (real := np.asarray(mask) > 0).all():
+        images, labels = images[real], None if labels is None else labels[real]
+    return images, labels
 
 
 def sum_over_batches(

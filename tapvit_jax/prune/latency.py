@@ -5,6 +5,7 @@ the measurements that it was fitted to.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,6 +86,9 @@ class LatencyModel:
       error_max: the largest of them.
       measured: the measurements, as features and milliseconds.
       machine: where and how it was measured, for the record.
+
+    Raises:
+      InputError: values out of range.
     """
 
     dense: TransformerConfig
@@ -97,10 +101,18 @@ class LatencyModel:
     machine: Mapping[str, Any]
 
     def __post_init__(self):
-        if len(self.coefficients) != len(FEATURES) or min(self.coefficients) < 0:
+        known = [c for c in self.coefficients if 0 <= c < math.inf]
+        if len(self.coefficients) != len(FEATURES) or len(known) != len(FEATURES) or not any(known):
             raise InputError(
-                f"coefficients are {self.coefficients}, expected {len(FEATURES)}, none negative"
+                f"coefficients are {self.coefficients}, expected {len(FEATURES)}, finite, none "
+                "negative and not all zero"
             )
+        for name in ("batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("error_median", "error_max"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 0 or more, finite")
 
     def predict(self, config: TransformerConfig) -> float:
         """Milliseconds of one forward pass.

@@ -387,6 +387,9 @@ def test_batches_come_as_arrays_pairs_and_dicts(images, labels):
     np.testing.assert_array_equal(found[1], labels[[0, 1, 3, 4]])
 
 
+TWO = np.zeros((2, 8, 8, 3), np.float32)
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -394,9 +397,17 @@ def test_batches_come_as_arrays_pairs_and_dicts(images, labels):
         ((np.zeros((2, 8, 8, 3)),), "batch is a tuple of 1, expected images"),
         ([np.zeros((8, 8, 3))] * 3, "batch is a list of 3, expected images"),
         (np.zeros((8, 8, 3)), "batch is a ndarray of 3 axes, expected images"),
+        (
+            {"image": TWO, "mask": np.ones((2, 1))},
+            r"mask of a batch have shape \(2, 1\), expected one for each of the 2 images",
+        ),
+        ((TWO, np.zeros(3, int)), r"labels of a batch have shape \(3,\), expected one .* 2 im"),
+        ((TWO, np.zeros(2)), "labels are float64, expected whole numbers"),
+        ((TWO, ["a", "b"]), "labels are <U1, expected whole numbers"),
+        ((TWO[0], np.zeros(8, int)), "batch is a ndarray of 3 axes, expected images"),
         (None, "batch is a NoneType of 0 axes, expected images"),
     ],
-    ids=["dict", "single", "list", "image", "none"],
+    ids=["dict", "single", "list", "image", "mask", "count", "float", "text", "pair", "none"],
 )
 def test_batches_of_other_forms_are_refused(batch, message):
     with pytest.raises(InputError, match=message):

@@ -94,6 +94,11 @@ def test_files_round_trip(fitted, tmp_path, swin_model):
         ({"version": 2}, "has another version"),
         ({"features": ["constant"]}, "has another version"),
         ({"family": "convnet"}, "family is 'convnet', expected one of"),
+        ({"coefficients": [0.0] * 8}, "not all zero"),
+        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+        ({"threads": 0}, "threads is 0, expected 1 or more"),
+        ({"error_median": -0.1}, "error_median is -0.1, expected 0 or more"),
+        ({"error_max": -1.0}, "error_max is -1.0, expected 0 or more"),
         ({"coefficients": [-1.0] * 8}, "none negative"),
         ({"coefficients": [1.0]}, "expected 8"),
         ({"batch_size": "1"}, "batch_size is '1', expected int"),
@@ -104,6 +109,14 @@ def test_damaged_files_are_refused(fitted, tmp_path, changes, message):
     fitted.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError, match=message):
+        LatencyModel.load(path)
+
+
+def test_numbers_too_large_for_a_float_are_refused(fitted, tmp_path):
+    path = tmp_path / "latency.json"
+    dataclasses.replace(fitted, coefficients=(12345.0,) * 8).save(path)
+    path.write_text(path.read_text().replace("12345.0", "1e999"))
+    with pytest.raises(InputError, match="expected 8, finite"):
         LatencyModel.load(path)
 
 
