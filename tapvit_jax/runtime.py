@@ -1,12 +1,16 @@
 """What every program does first and last: JAX's caches, and errors that users can read."""
 
+import contextlib
 import ctypes
 import errno
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -101,11 +105,13 @@ def run_program(
     """Run a program; return its exit code. `interrupted` is what Ctrl-C means for the user.
 
     0 after success, 2 with one line on stderr when an input is wrong, the disk is full or closed to
-    the user, or a path is longer than it allows, 130 after Ctrl-C, 141 when nobody reads what it
-    prints any more, as a shell says it (`| head`).
+    the user, or a path is longer than it allows, 130 after Ctrl-C, 143 and 129 when the machine's
+    scheduler or a closed terminal ends it, 141 when nobody reads what it prints any more, as a
+    shell says it (`| head`).
     """
     try:
-        main()
+        with _ends_like_ctrl_c():
+            main()
         # What is left of its output; there may be none to write to.
         print(end="", flush=True)
     except InputError as error:
@@ -119,10 +125,40 @@ def run_program(
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {one_line(where + error.strerror)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        # Nobody may be there to read it, after a terminal was closed.
+        with contextlib.suppress(OSError):
+            print(f"\ninterrupted: {interrupted}", file=sys.stderr, flush=True)
+        return 128 + (error.number if isinstance(error, _EndedError) else signal.SIGINT)
     return 0
+
+
+class _EndedError(KeyboardInterrupt):
+    """The system asks the program to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ends_like_ctrl_c() -> Iterator[None]:
+    """Let the system's signals end the body as Ctrl-C does, not at once, amid a file."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # Not where it is ignored (nohup), or where somebody else handles it.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: Any) -> None:
+    raise _EndedError(number)
 
 
 def _nobody_reads() -> bool:

@@ -3,6 +3,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,46 @@ def test_interruption_is_one_message_and_130(capsys):
     assert out == "" and err.strip().splitlines() == [
         "interrupted: the same command continues where this stopped"
     ]
+
+
+WRITER = """
+import sys, time
+from tapvit_jax.files import atomic_directory, atomic_file
+from tapvit_jax.runtime import run_program
+
+def main():
+    with atomic_directory(sys.argv[1] + "/folder"), atomic_file(sys.argv[1] + "/file") as partial:
+        partial.write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+
+sys.exit(run_program(main))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_is_told_to_end_leaves_nothing_half_written(tmp_path, number):
+    # As in a terminal, however the tests were started.
+    program = f"import signal; signal.signal({number:d}, signal.SIG_DFL)" + WRITER
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as running:
+        assert running.stdout.readline() == "writing\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        running.send_signal(number)
+        said = running.communicate(timeout=30)[1]
+    assert running.returncode == 128 + number
+    assert said == "\ninterrupted: the same command continues where this stopped\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path):
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + WRITER.replace(
+        "time.sleep(60)", "signal.raise_signal(signal.SIGHUP)"
+    )
+    found = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, check=False)
+    assert found.returncode == 0
+    assert (tmp_path / "file").read_text() == "half"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
