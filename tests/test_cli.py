@@ -433,6 +433,15 @@ def test_timm_weights_are_converted(work, tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_arguments_that_are_no_json_are_text(tmp_path, value):
+    config, _ = vit_preset()
+    save_timm(tmp_path / "w.safetensors", config, backbone.init(config, jax.random.key(3)))
+    with pytest.raises(tap.InputError, match=r"img_size is .*, expected"):
+        call("convert", "--preset", "deit_tiny_patch16_224", "--weights", tmp_path / "w.safetensors",
+             "--set", f"img_size={value}", "--out", tmp_path / "m")  # fmt: skip
+
+
 OVERRIDES = [
     item
     for value in ("img_size=32", "depth=1", "embed_dim=12", "num_classes=2")

@@ -105,6 +105,13 @@ def test_a_full_or_closed_disk_is_one_line_and_2(capsys, code):
     )
 
 
+def test_an_array_larger_than_the_memory_is_one_line_and_2(capsys):
+    assert run_program(lambda: np.zeros(2**55)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: not enough memory (Unable to allocate 256. PiB")
+    assert err.count("\n") == 1
+
+
 def test_a_path_that_is_too_long_is_one_line_and_2(capsys):
     assert run_program(lambda: open_source("x" * 300)) == 2
     assert capsys.readouterr().err == f"error: {'x' * 300}: {os.strerror(errno.ENAMETOOLONG)}\n"

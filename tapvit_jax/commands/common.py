@@ -188,7 +188,8 @@ def load_preset(name: str, args: argparse.Namespace) -> Model:
         value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
         overrides[key] = value
         for text in (value, f"[{value}]") if "," in value else (value,):
-            with contextlib.suppress(json.JSONDecodeError):
+            # Also of too many digits, or nested too deeply.
+            with contextlib.suppress(ValueError, RecursionError):
                 overrides[key] = json.loads(text)
                 break
     model = load_timm(name, args.weights, **overrides)

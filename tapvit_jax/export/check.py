@@ -1,6 +1,7 @@
 """What every artefact must pass before it gets its name, and the record that stands beside it."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from tapvit_jax.models.backbone import (
     family,
     param_shapes,
 )
+from tapvit_jax.models.layers import check_images
 from tapvit_jax.models.params import Params, flatten, unflatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.structs import to_plain
@@ -176,6 +178,7 @@ def write_artefact(
     Raises:
       InputError: a failed check, or a path that cannot be written; nothing is left behind.
     """
+    images = check_export(model, images, precision, tolerance)
     tolerance = TOLERANCES[precision] if tolerance is None else tolerance
     with atomic_file(path) as partial, atomic_file(spec_path(path)) as partial_spec:
         write(partial)
@@ -193,6 +196,30 @@ def write_artefact(
         spec = artefact_spec(model, kind, precision, report, partial, **more)
         write_json(partial_spec, spec)
     return report
+
+
+def check_export(
+    model: Model,
+    images: Float[np.ndarray, "n s s ch"],
+    precision: Precision,
+    tolerance: float | None,
+) -> Float[np.ndarray, "n s s ch"]:
+    """Refuse, before anything takes time, what an export cannot be checked with.
+
+    Returns:
+      The images in float32.
+
+    Raises:
+      InputError: an unknown precision, a tolerance that is no number, or no images of the model's.
+    """
+    if precision not in TOLERANCES:
+        raise InputError(f"precision is {precision!r}, expected one of {', '.join(TOLERANCES)}")
+    if tolerance is not None and not math.isfinite(tolerance):
+        raise InputError(f"tolerance is {tolerance}, expected a finite number, or None")
+    images = np.asarray(images)
+    if len(images):
+        check_images(model.config, images)
+    return images.astype(np.float32)
 
 
 def check_artefact(

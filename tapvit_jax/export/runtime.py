@@ -114,7 +114,7 @@ def _carried(
     where = f"{path}: {name}"
     try:
         value = json.loads(carried[name]) if name in carried else missing
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is not valid JSON ({error})") from error
     return from_plain(kind, value, where)
 

@@ -71,8 +71,10 @@ class RoundTo:
         steps = {}
         for part in text.split(","):
             kind, equals, step = part.rpartition("=")
-            if not step.strip().isdecimal() or (equals and kind.strip() not in kinds):
-                raise InputError(f"round_to {part!r}: expected NUMBER or KIND=NUMBER, {kinds}")
+            # No width has more digits; from some thousands on, int refuses them.
+            number = step.strip().isdecimal() and len(step.strip()) < 10
+            if not number or (equals and kind.strip() not in kinds):
+                raise InputError(f"round_to {part[:40]!r}: expected NUMBER or KIND=NUMBER, {kinds}")
             steps |= dict.fromkeys([kind.strip()] if equals else kinds, int(step))
         return cls(**steps)
 

@@ -152,10 +152,11 @@ def _parse_amount(unit: str, amount: str) -> float | int:
             return int(float(scaled[1]) * _SUFFIXES[scaled[2].lower()])
         if scaled:
             return int(amount) if re.fullmatch(r"-?[0-9]+", amount) else float(amount)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise InputError(
-        f"budget {unit}={amount}: expected a fraction (0.5), a percentage (50%) or an amount (1.2G)"
+        f"budget {unit}={amount:.40}: expected a fraction (0.5), a percentage (50%) or an amount "
+        "(1.2G)"
     )
 
 

@@ -85,7 +85,7 @@ class Plan:
                 raise InputError(f"plan names units the model does not have: {key}")
             flat = np.zeros(int(np.prod(shapes[key], dtype=int)), bool)
             indices = list(indices)
-            if any(not isinstance(i, int) or not 0 <= i < flat.size for i in indices):
+            if any(type(i) is not int or not 0 <= i < flat.size for i in indices):
                 raise InputError(f"plan: kept indices of {key} must lie in 0..{flat.size - 1}")
             if len(set(indices)) != len(indices):
                 raise InputError(f"plan: kept indices of {key} name a unit twice")

@@ -1,5 +1,6 @@
 """The classes that a device is likely to see, and logits and images weighted by them."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -75,13 +76,15 @@ def prior_weights(shares: Float[np.ndarray, "c"], images: int) -> Float[np.ndarr
       images: how many of the device's they stand for; those that the mean is over.
 
     Raises:
-      InputError: shares that are no distribution.
+      InputError: shares that are no distribution, or a negative or infinite number of images.
 
     Source: label shift (Saerens et al., 2002); the smoothing is ours.
     """
     q = np.asarray(shares, np.float64)
     if q.ndim != 1 or not ((q >= 0).all() and abs(q.sum() - 1.0) <= 1e-3):
         raise InputError("shares are no distribution over classes, expected values that sum to 1")
+    if not 0 <= images < math.inf:
+        raise InputError(f"images is {images}, expected a finite number, 0 or more")
     return len(q) * (images * q + 1.0) / (images + len(q))
 
 

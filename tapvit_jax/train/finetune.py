@@ -269,7 +269,13 @@ def teacher_identity(teacher: Teacher | None) -> dict[str, Any] | None:
 
 
 def key_data(seed: int) -> np.ndarray:
-    """A random key as plain numbers, which every process can hand to a program of all."""
+    """A random key as plain numbers, which every process can hand to a program of all.
+
+    Raises:
+      InputError: a seed outside 0 to 2^32 - 1, which NumPy or JAX may not take.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}, expected 0 to 2^32 - 1")
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 

@@ -237,6 +237,31 @@ def test_a_failed_check_leaves_nothing(tiny_model, images, tmp_path, monkeypatch
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"precision": "float64"},
+            "precision is 'float64', expected one of float32, float16, int8",
+        ),
+        ({"tolerance": np.inf}, "tolerance is inf, expected a finite number"),
+        ({"images": np.zeros((2, 9, 9, 3), np.float32)}, r"images have shape \(2, 9, 9, 3\)"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "images have dtype uint8, expected floats"),
+        ({"images": []}, "no images to check it on"),
+    ],
+)
+def test_what_an_export_cannot_be_checked_with_is_refused(tiny_model, tmp_path, changes, message):
+    options = {"images": np.zeros((2, 8, 8, 3), np.float32)} | changes
+    with pytest.raises(InputError, match=message):
+        export_onnx(tiny_model, tmp_path / "model.onnx", **options)
+    assert_nothing_left(tmp_path)
+
+
+def test_images_may_be_a_list(tiny_model, images, tmp_path):
+    report = export_onnx(tiny_model, tmp_path / "model.onnx", images=list(images))
+    assert report.images == len(images)
+
+
 def test_a_failed_check_keeps_what_stood_there(tiny_model, images, tmp_path):
     path = tmp_path / "model.onnx"
     export_onnx(tiny_model, path, images=images)

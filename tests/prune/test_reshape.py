@@ -241,6 +241,7 @@ def test_plans_survive_json(tiny_config):
     [
         ({"blocks_9/mlp": [0]}, "does not have"),
         ({"blocks_0/mlp": [0, 999]}, "must lie in 0..31"),
+        ({"blocks_0/mlp": [0, True]}, "must lie in 0..31"),
         ({"blocks_0/mlp": [1, 1]}, "twice"),
     ],
 )

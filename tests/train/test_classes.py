@@ -1,5 +1,7 @@
 """Likely classes, and labels, soft labels and images weighted by classes."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -83,6 +85,12 @@ def test_prior_weights_by_hand():
 def test_shares_that_are_no_distribution_are_refused(shares):
     with pytest.raises(InputError, match="sum to 1"):
         prior_weights(np.array(shares), 3)
+
+
+@pytest.mark.parametrize("images", [-1, math.nan, math.inf])
+def test_shares_of_no_number_of_images_are_refused(images):
+    with pytest.raises(InputError, match=r"images is .*, expected a finite number, 0 or more"):
+        prior_weights(np.array([0.5, 0.5]), images)
 
 
 @given(

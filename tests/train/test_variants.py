@@ -280,6 +280,8 @@ def test_a_finished_variant_reads_no_more_images(monkeypatch):
         ({"train": np.zeros(0, int)}, "variant 1: training needs at least one image"),
         ({"validation": np.zeros(0, int)}, "variant 1: evaluation needs at least one example"),
         ({"train": np.array([60])}, "expected 0 to 59"),
+        ({"seed": -1}, "seed is -1, expected 0 to"),
+        ({"seed": 2**32}, "seed is 4294967296, expected 0 to"),
         ({"params": {"other": np.zeros(3)}}, "variant 1: has parameters of other shapes"),
         ({"masks": {"other": np.ones(3)}}, "variant 1: masks: .* missing blocks_0/.* unexpected"),
         ({"classes": np.ones(4, bool)}, r"variant 1: classes has shape \(4,\), expected \(3,\)"),
