@@ -438,8 +438,9 @@ def test_arguments_that_are_no_json_are_text(tmp_path, value):
     config, _ = vit_preset()
     save_timm(tmp_path / "w.safetensors", config, backbone.init(config, jax.random.key(3)))
     with pytest.raises(tap.InputError, match=r"img_size is .*, expected"):
-        call("convert", "--preset", "deit_tiny_patch16_224", "--weights", tmp_path / "w.safetensors",
-             "--set", f"img_size={value}", "--out", tmp_path / "m")  # fmt: skip
+        call("convert", "--preset", "deit_tiny_patch16_224",
+             "--weights", tmp_path / "w.safetensors", "--set", f"img_size={value}",
+             "--out", tmp_path / "m")  # fmt: skip
 
 
 OVERRIDES = [
