@@ -5,6 +5,7 @@ The public face, one line each, in the order of use:
     tap.set_up_jax()                                     # first; memory, compile cache, other hosts
     model  = tap.load_timm("deit_small_patch16_224", "model.safetensors")
     source = tap.open_source("path/of/images")
+    fresh  = tap.new_classifier(model, source.class_names)                  # to be trained
     extractor = tap.build_extractor(tap.ExtractorConfig("pooled"), source, indices,
                                     model.preprocess, model=model)
     gmm    = tap.Gmm.fit(extractor.features(source, indices))
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from tapvit_jax.importance.layers import LayerConfig, LayerScores, layer_importance
     from tapvit_jax.importance.neurons import NeuronConfig, neuron_importance
     from tapvit_jax.models.presets import list_models
-    from tapvit_jax.models.registry import Model
+    from tapvit_jax.models.registry import Model, new_classifier
     from tapvit_jax.models.store import load, save
     from tapvit_jax.pipeline import PruneConfig, evaluate_model, plan_masks
     from tapvit_jax.proxy.density import log_likelihood
@@ -89,7 +90,7 @@ _HOMES = {
     "importance.layers": "LayerConfig LayerScores layer_importance",
     "importance.neurons": "NeuronConfig neuron_importance",
     "models.presets": "list_models",
-    "models.registry": "Model",
+    "models.registry": "Model new_classifier",
     "models.store": "load save",
     "pipeline": "PruneConfig evaluate_model plan_masks",
     "proxy.density": "log_likelihood",
@@ -164,6 +165,7 @@ __all__ = [
     "mixture_shares",
     "move_prior",
     "neuron_importance",
+    "new_classifier",
     "open_source",
     "plan_masks",
     "pool_features",

@@ -17,7 +17,7 @@ from tapvit_jax.convert.rules import Rule, attention, conv, dense, mlp, norm, sa
 from tapvit_jax.convert.weights import Weights, read_weights
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file
-from tapvit_jax.models.backbone import Config, check_prunable, param_shapes
+from tapvit_jax.models.backbone import CLASSIFIERS, Config, check_prunable, param_shapes
 from tapvit_jax.models.params import Params, check_params, flatten, unflatten
 from tapvit_jax.models.presets import architecture, create
 from tapvit_jax.models.registry import Model
@@ -177,33 +177,35 @@ def from_timm(config: Config, state: StateDict, name: str = "state dict") -> Par
         timm's arguments for sizes that differ.
     """
     table = rules(config)
-    problems, leaves = [], {}
+    # What is wrong, by timm's name.
+    problems: dict[str, str] = {}
+    leaves = {}
     for rule in table:
         ours = ", ".join("/".join(path) for path in rule.paths)
         if rule.timm not in state:
-            problems.append(f"missing {rule.timm} (ours: {ours})")
+            problems[rule.timm] = f"missing {rule.timm} (ours: {ours})"
             continue
         array = np.asarray(state[rule.timm])
         if array.shape != rule.shape:
-            problems.append(
+            problems[rule.timm] = (
                 f"{rule.timm} (ours: {ours}) has shape {array.shape}, expected {rule.shape}"
             )
             continue
         # JAX's test, since NumPy does not know bfloat16.
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            problems.append(
+            problems[rule.timm] = (
                 f"{rule.timm} (ours: {ours}) has dtype {array.dtype}, expected a float type"
             )
             continue
         with np.errstate(over="ignore"):  # A float64 too large is infinity then, and said to be.
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            problems.append(f"{rule.timm} (ours: {ours}) holds NaN or infinity")
+            problems[rule.timm] = f"{rule.timm} (ours: {ours}) holds NaN or infinity"
             continue
         parts = rule.ours(array)
         leaves |= dict(zip(rule.paths, map(np.ascontiguousarray, parts), strict=True))
     known = {rule.timm for rule in table}
-    problems += [f"unexpected {key}" for key in state if key not in known]
+    problems |= {key: f"unexpected {key}" for key in state if key not in known}
     if problems:
         # As shapes: a config.json may ask for more than there is memory.
         present = {key: np.shape(array) for key, array in state.items()}
@@ -211,10 +213,11 @@ def from_timm(config: Config, state: StateDict, name: str = "state dict") -> Par
         found, wanted = describe(present), describe(expected)
         looks = "" if found == wanted else f"looks like {found}, expected {wanted}; "
         more = len(problems) - _MOST_PROBLEMS
-        listed = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        listed = [*problems.values()][:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
         raise InputError(
             f"{name}: {looks}{len(problems)} problems: {'; '.join(listed)}"
             f"{_to_type(sizes(present), sizes(expected))}"
+            f"{f'; {_NEW}' if problems.keys() <= {r.timm for r in _classifier(config)} else ''}"
         )
     return unflatten(leaves)
 
@@ -245,13 +248,17 @@ def to_timm(config: Config, params: Params) -> dict[str, np.ndarray]:
     return state | resnet.extra(config) if isinstance(config, ResNetConfig) else state
 
 
-def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
+def load_timm(
+    name: str, weights: str | Path, *, new_classifier: bool = False, **overrides: Any
+) -> Model:
     """Load a timm checkpoint into a preset.
 
     Args:
       name: a preset, such as "deit_small_patch16_224", with or without the tag of its weights.
       weights: a local .safetensors, .pth, .pt, .bin, .ckpt or .pth.tar, or a hub id such as
         "hf-hub:timm/deit_small_patch16_224.fb_in1k".
+      new_classifier: put a classifier of zeros for num_classes classes in the place of the
+        checkpoint's, which may have none: to be trained, or for features alone.
       **overrides: timm's own arguments where the checkpoint or the wish differs from the preset:
         img_size, patch_size, embed_dim, depth, num_heads, num_classes, window_size, mean, std ...;
         position embeddings, patch kernels and relative position tables are resampled to fit.
@@ -263,11 +270,11 @@ def load_timm(name: str, weights: str | Path, **overrides: Any) -> Model:
     """
     made_as = architecture(name)  # a wrong name is said before anything is read or downloaded
     found = read_weights(weights)
-    arguments = _recorded_arguments(name, found) | overrides
+    arguments = _recorded_arguments(name, found, new_classifier) | overrides
     config, preprocess = create(name, **arguments)
-    params = jax.tree.map(jnp.asarray, params_of(config, found))
+    params = jax.tree.map(jnp.asarray, params_of(config, found, new_classifier=new_classifier))
     history = {"weights": {"name": name, **found.source}}
-    names = _label_names(found, config.num_classes)
+    names = () if new_classifier else _label_names(found, config.num_classes)
     return Model(
         config, params, preprocess, names, name=name, architecture=made_as, history=history
     )
@@ -286,21 +293,33 @@ def _label_names(weights: Weights, classes: int) -> tuple[str, ...]:
     return found if len(found) == classes else ()
 
 
-def params_of(config: Config, weights: Weights) -> Params:
+def params_of(config: Config, weights: Weights, *, new_classifier: bool = False) -> Params:
     """A checkpoint's parameters: old names renamed, sizes resampled, then `from_timm`.
+
+    With `new_classifier`, zeros stand in the place of its own classifier, if it has one.
 
     Raises:
       InputError: the checkpoint does not fit the config.
     """
     state = resize(config, rename_old(config, weights.state))
+    if new_classifier:
+        state |= {rule.timm: np.zeros(rule.shape, np.float32) for rule in _classifier(config)}
     return from_timm(config, state, weights.name)
 
 
+def _classifier(config: Config) -> list[Rule]:
+    return [rule for rule in rules(config) if rule.paths[0][0] in CLASSIFIERS]
+
+
+_NEW = "new_classifier=True (tapvit train --new-classifier) makes a new one, to be trained"
 _PREPARED = ("mean", "std", "crop_pct", "interpolation")
 
 
-def _recorded_arguments(name: str, weights: Weights) -> dict[str, Any]:
-    """What the checkpoint's own config.json says about shapes and preprocessing."""
+def _recorded_arguments(name: str, weights: Weights, new_classifier: bool) -> dict[str, Any]:
+    """What the checkpoint's own config.json says about shapes and preprocessing.
+
+    Nothing about classes with `new_classifier`.
+    """
     record = weights.config
     if record is None:
         return {}
@@ -320,15 +339,14 @@ def _recorded_arguments(name: str, weights: Weights) -> dict[str, Any]:
         if not isinstance(size, list) or len(size) != 3:
             raise InputError(f"{weights.name}: input_size is {size!r:.80}, expected three numbers")
         found |= {"in_chans": size[0], "img_size": tuple(size[1:])}
+    found |= dict(record.get("model_args") or {})
     classes = record.get("num_classes", prepared.get("num_classes"))
-    if classes == 0:
-        raise InputError(
-            f"{weights.name}: was saved without a classifier (num_classes 0), which is not "
-            "supported: expected a checkpoint with one"
-        )
-    if classes is not None:
-        found["num_classes"] = classes
-    return found | dict(record.get("model_args") or {})
+    found = {"num_classes": classes} | found if classes is not None else found
+    if new_classifier:
+        found.pop("num_classes", None)
+    elif found.get("num_classes") == 0:
+        raise InputError(f"{weights.name}: was saved without a classifier (num_classes 0); {_NEW}")
+    return found
 
 
 def save_timm(path: str | Path, config: Config, params: Params) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import atomic_file, file_hash, write_json
 from tapvit_jax.models.backbone import (
+    CLASSIFIERS,
     Config,
     TransformerConfig,
     apply,
@@ -30,7 +31,6 @@ from tapvit_jax.versions import library_versions
 FORMAT = "tapvit-artefact"
 VERSION = 1
 BATCH_SIZES = (1, 3, 16)
-_HEADS = ("head", "head_dist", "fc")
 
 Precision = Literal["float32", "float16", "int8"]
 Run = Callable[[Float[np.ndarray, "b s s ch"]], Float[np.ndarray, "b c"]]
@@ -139,7 +139,7 @@ def _without_empty_widths(config: Config, params: Params) -> tuple[Config, Param
 
 def _halved(params: Params) -> Params:
     leaves = flatten(params)
-    layers = {path[:-1] for path in leaves if path[-1] == "kernel" and path[0] not in _HEADS}
+    layers = {path[:-1] for path in leaves if path[-1] == "kernel" and path[0] not in CLASSIFIERS}
     return unflatten(
         {
             path: leaf.astype(jnp.float16) if path[:-1] in layers else leaf

@@ -1,5 +1,6 @@
 """All backbones behind one set of functions: pure over (config, params, images)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -30,6 +31,10 @@ Config = ViTConfig | SwinConfig | ResNetConfig
 
 FAMILIES: dict[str, type] = {"vit": ViTConfig, "swin": SwinConfig, "resnet": ResNetConfig}
 """Name of every family in stored files, and its config."""
+
+
+CLASSIFIERS = ("head", "head_dist", "fc")
+"""First parts of the paths of all parameters behind the pooled features, whatever the family."""
 
 
 def family(config: Config) -> str:
@@ -76,6 +81,22 @@ def init(config: Config, key: Array) -> Params:
 def param_shapes(config: Config) -> Params:
     """Shapes and dtypes of the parameter tree, without making it. Treat the result as frozen."""
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+def new_classifier(config: Config, params: Params, num_classes: int) -> tuple[Config, Params]:
+    """The same network with a classifier of zeros for other classes, to be trained.
+
+    All logits are 0 then, and the first step moves the classifier alone.
+
+    Raises:
+      InputError: no classes, or an absurd number of them.
+
+    Source: fine-tuning as in the ViT paper (Dosovitskiy et al., 2021, arXiv 2010.11929, 3.2).
+    """
+    config = dataclasses.replace(config, num_classes=num_classes)
+    kept = {name: leaf for name, leaf in params.items() if name not in CLASSIFIERS}
+    shapes = {name: leaf for name, leaf in param_shapes(config).items() if name in CLASSIFIERS}
+    return config, kept | jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def apply(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,19 @@ class Model:
     def replace(self, **changes: Any) -> "Model":
         """The same model with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def new_classifier(model: Model, class_names: Sequence[str]) -> Model:
+    """The same model with a classifier of zeros for other classes, to be trained on them.
+
+    Raises:
+      InputError: no classes.
+
+    Source: see `backbone.new_classifier`.
+    """
+    names = tuple(class_names)
+    config, params = backbone.new_classifier(model.config, model.params, len(names))
+    return model.replace(config=config, params=params, class_names=names, prior=False)
 
 
 def preprocess_of(model: Model) -> Preprocess:

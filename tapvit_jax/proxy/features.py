@@ -253,7 +253,7 @@ def _used_shapes(kind: Kind, network: ConvNetConfig | Config) -> Params:
     if isinstance(network, ConvNetConfig):
         shapes, unused = convnet.param_shapes(network), {"head"}
     else:
-        shapes, unused = backbone.param_shapes(network), {"head", "head_dist", "fc"}
+        shapes, unused = backbone.param_shapes(network), {*backbone.CLASSIFIERS}
         unused |= {"norm", "fc_norm"} if kind == "backbone" else set()
     return {name: leaf for name, leaf in shapes.items() if name not in unused}
 
