@@ -1,6 +1,7 @@
 """Command line of tapvit.
 
     tapvit convert | evaluate | inspect          models as files
+    tapvit train                                 a dense model of your classes
     tapvit extractor | device-fit | select       from private images to a choice of public ones
     tapvit prune                                 the cloud's work for one device
     tapvit export | bench-latency                deployment
@@ -14,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from tapvit_jax.commands import deploy, devices, models, prune
+from tapvit_jax.commands import deploy, devices, models, prune, train
 from tapvit_jax.data.preprocess import ImageError
 from tapvit_jax.distributed import process_count
 from tapvit_jax.errors import InputError
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         found.set_defaults(function=function)
         return found
 
-    for module in (models, devices, prune, deploy):
+    for module in (models, train, devices, prune, deploy):
         module.register(command)
     return parser
 

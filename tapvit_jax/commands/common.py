@@ -21,7 +21,7 @@ from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.export import check
 from tapvit_jax.export.runtime import OnnxModel
-from tapvit_jax.files import read_json
+from tapvit_jax.files import check_directory, read_json
 from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model
 from tapvit_jax.prune import latency
@@ -146,9 +146,18 @@ def open_model(args: argparse.Namespace) -> Model:
     if args.weights is not None:
         return load_preset(args.model, args)
     _check_not_described(args)
-    if not Path(args.model).is_dir():
-        raise InputError(f"{args.model}: no such directory; a preset's name needs --weights too")
-    return store.load(args.model)
+    return open_directory(args.model)
+
+
+def open_directory(path: str) -> Model:
+    """Load a model's directory.
+
+    Raises:
+      InputError: as `store.load`, or the name of a preset.
+    """
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: no such directory; a preset's name needs --weights too")
+    return store.load(path)
 
 
 def open_runnable(args: argparse.Namespace, threads: int | None = None) -> Model | OnnxModel:
@@ -173,13 +182,15 @@ def _check_not_described(args: argparse.Namespace) -> None:
         raise InputError("--set and --classes describe --weights, which is not given")
 
 
-def load_preset(name: str, args: argparse.Namespace) -> Model:
-    """Load weights under timm's names into a preset.
+def load_preset(
+    name: str, args: argparse.Namespace, *, new_classifier: bool = False, **arguments: Any
+) -> Model:
+    """Load weights under timm's names into a preset, with more of timm's arguments.
 
     Raises:
       InputError: as `load_timm`, an option that is no NAME=VALUE, or another number of class names.
     """
-    overrides: dict[str, Any] = {}
+    overrides = dict(arguments)
     for item in args.set or []:
         key, equals, value = item.partition("=")
         if not equals:
@@ -192,7 +203,7 @@ def load_preset(name: str, args: argparse.Namespace) -> Model:
             with contextlib.suppress(ValueError, RecursionError):
                 overrides[key] = json.loads(text)
                 break
-    model = load_timm(name, args.weights, **overrides)
+    model = load_timm(name, args.weights, new_classifier=new_classifier, **overrides)
     if not args.classes:
         return model
     names = [line.strip() for line in read_text(args.classes).splitlines() if line.strip()]
@@ -212,6 +223,39 @@ def labels_fit(model: Model | OnnxModel, source: ImageSource) -> bool:
     if model.class_names:
         return True
     return len(source.class_names) == num_classes(model)
+
+
+def check_labels(spec: str, images: Images, model: Model | OnnxModel) -> None:
+    """Refuse images whose labels do not say which of the model's classes they are of.
+
+    Raises:
+      InputError: images without labels, or of other classes.
+    """
+    labels = images.source.labels[images.indices]
+    if labels.min() < 0:
+        raise InputError(
+            f"{spec}: has images without labels, expected a folder of images per class"
+        )
+    if labels.max() >= num_classes(model) or not labels_fit(model, images.source):
+        raise InputError(
+            f"{spec}: has {len(images.source.class_names)} classes and labels up to "
+            f"{labels.max()}, expected the model's {num_classes(model)} classes "
+            "(convert --classes names them)"
+        )
+
+
+def check_model_out(args: argparse.Namespace) -> None:
+    """Refuse a directory that a model cannot be written to, and that of the model itself.
+
+    Raises:
+      InputError: names it.
+    """
+    check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
+    # With weights, --model is a preset's name.
+    if args.weights is None and os.path.realpath(args.out) == os.path.realpath(args.model):
+        raise InputError(
+            f"--out {args.out} is the dense model, which would be lost: choose another directory"
+        )
 
 
 def num_classes(model: Model | OnnxModel) -> int:

@@ -12,9 +12,8 @@ from tapvit_jax.commands.common import (
     add_image_options,
     add_model_options,
     add_weights_options,
-    labels_fit,
+    check_labels,
     load_preset,
-    num_classes,
     open_images,
     open_runnable,
     print_costs,
@@ -83,15 +82,7 @@ def evaluate(args: argparse.Namespace) -> None:
         split=args.split,
         skip_corrupt=args.skip_corrupt,
     )
-    labels = images.source.labels[images.indices]
-    if labels.max() < 0:
-        raise InputError(f"{args.images}: evaluation needs labels: a folder of images per class")
-    if labels.max() >= num_classes(model) or not labels_fit(model, images.source):
-        raise InputError(
-            f"{args.images}: has {len(images.source.class_names)} classes and labels up to "
-            f"{labels.max()}, expected the model's {num_classes(model)} classes "
-            "(convert --classes names them)"
-        )
+    check_labels(args.images, images, model)
     run = evaluate_onnx if isinstance(model, OnnxModel) else evaluate_model
     found = run(model, images.source, images.indices)
     if not math.isfinite(found.loss):

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from tapvit_jax.commands.common import (
     Images,
     add_image_options,
     add_model_options,
+    check_model_out,
     hold_out,
     open_images,
     open_labelled,
@@ -36,7 +36,6 @@ from tapvit_jax.data.base import ImageSource
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.export.latency import compare_latency
-from tapvit_jax.files import check_directory
 from tapvit_jax.importance.criteria import CRITERIA
 from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model, preprocess_of
@@ -152,12 +151,7 @@ def register(command: Command) -> None:
 
 def prune(args: argparse.Namespace) -> None:
     """Choose images for a device, score, plan, recover, fine-tune and reshape its model."""
-    check_directory(args.out, (store.SPEC_FILE, store.PARAMS_FILE))
-    # With weights, --model is a preset's name.
-    if args.weights is None and os.path.realpath(args.out) == os.path.realpath(args.model):
-        raise InputError(
-            f"--out {args.out} is the dense model, which would be lost: choose another directory"
-        )
+    check_model_out(args)
     _check_choice(args)
     recipe = TrainConfig(epochs=args.recover_epochs, learning_rate=args.learning_rate)
     if args.prior is None:
