@@ -337,7 +337,10 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, results["seeds"]))
     dense = "one dense model" if results["dense"] == "shared" else "a dense model for every seed"
     if config["dense"]["weights"] is not None:
-        dense = "one dense model, from a checkpoint"
+        # Results of earlier versions do not know the other kind.
+        fresh = config["dense"].get("new_classifier", False)
+        dense = f"{dense}, trained from a" if fresh else "one dense model, from a"
+        dense += " checkpoint"
     notes = [
         f"{len(rows)} cells: {devices} device{'s' * (devices != 1)}, seeds {seeds}, {dense}. "
         "Top-1 on the devices' own test images; every budget is counted by this package's cost "

@@ -60,16 +60,24 @@ class DenseConfig:
         image size, channels and classes come from the data.
       weights: a checkpoint under timm's names, a file or a hub id; None trains from scratch on the
         public pool.
-      train: the recipe for training from scratch.
+      new_classifier: train the weights on the public pool too, from a classifier of zeros for its
+        classes: of a checkpoint of other classes, or without a classifier.
+      train: the recipe for what is trained on the public pool.
+
+    Raises:
+      InputError: a new classifier of no weights.
     """
 
     model: str = "vit_tiny_patch16_224"
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights: str | None = None
+    new_classifier: bool = False
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self):
         check_fields(self)
+        if self.new_classifier and self.weights is None:
+            raise InputError("new_classifier is True, expected weights for it to stand on")
 
     def network(self, preprocess: Preprocess, num_classes: int) -> Config:
         """The network's config.

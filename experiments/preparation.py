@@ -191,27 +191,36 @@ class Preparation:
     @functools.cached_property
     def _dense(self) -> Found:
         config, dense, shapes = self.config, self.config.dense, self.dense_config
+        trained = dense.new_classifier or dense.weights is None
 
         def compute(step, scratch):
-            if dense.weights is not None:
-                found = read_weights(dense.weights)
-                return to_arrays(params_of(shapes, found)), {"weights": found.source, "record": []}
+            if dense.weights is None:
+                start, source = backbone.init(shapes, jax.random.key(config.seed)), None
+            else:
+                weights = read_weights(dense.weights)
+                start = params_of(shapes, weights, new_classifier=dense.new_classifier)
+                source = weights.source
+            if not trained:
+                return to_arrays(start), {"weights": source, "record": []}
             result = train(
                 shapes,
-                backbone.init(shapes, jax.random.key(config.seed)),
+                start,
                 self._train_data(self.parts.public_pool, self.parts.public_validation),
                 dense.train,
                 seed=config.seed,
                 checkpoints=scratch,
                 on_epoch=report_epochs(step, dense.train),
             )
-            return to_arrays(result.params), {"weights": None, "record": result.record}
+            return to_arrays(result.params), {"weights": source, "record": result.record}
 
-        if dense.weights is None:
-            trained = to_plain(dense) | {"train": dense.train.identity()}
-            inputs = {"data": self.data_key, "dense": trained}
+        weights = None if dense.weights is None else fingerprint(dense.weights)
+        if trained:
+            # Wherever they lie; that there are any to train says that the classifier is new.
+            plain = to_plain(dense) | {"train": dense.train.identity(), "weights": weights}
+            del plain["new_classifier"]
+            inputs = {"data": self.data_key, "dense": plain}
         else:
-            inputs = {"network": to_plain(shapes), "weights": fingerprint(dense.weights)}
+            inputs = {"network": to_plain(shapes), "weights": weights}
         found = self._stage("dense", "dense model", UNITS["dense"], inputs, compute)
         history = {
             "weights": found.meta["weights"],

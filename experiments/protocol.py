@@ -33,6 +33,16 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGE_SIZE = 224
 
 
+_FINE_TUNING = TrainConfig(
+    learning_rate=1e-4,
+    warmup_epochs=1.0,
+    layer_decay=0.75,
+    weight_decay=0.05,
+    label_smoothing=0.1,
+    flip=True,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSet:
     """What differs between data sets.
@@ -83,7 +93,12 @@ def config(data_set: DataSet, argument: str) -> ConfigDict:
                     "leaks": published,
                 },
             },
-            "dense": {"model": MODELS[model], "weights": weights or None},
+            "dense": {
+                "model": MODELS[model],
+                "weights": weights or None,
+                # Of weights, for a new classifier.
+                "train": to_plain(_FINE_TUNING if weights else TrainConfig()),
+            },
             "budgets": BUDGETS,
             **(_as_published() if published else _honest()),
         }

@@ -610,6 +610,23 @@ def test_notes_say_what_chooses_the_epoch_of_fine_tuning():
     )
 
 
+@pytest.mark.parametrize(
+    ("dense", "said"),
+    [
+        ({"weights": None}, "a dense model for every seed."),
+        ({"weights": "a.pth"}, "one dense model, from a checkpoint."),
+        (
+            {"weights": "a.pth", "new_classifier": True},
+            "a dense model for every seed, trained from a checkpoint.",
+        ),
+    ],
+)
+def test_notes_say_where_the_dense_model_comes_from(dense, said):
+    config = {"dense": dense, "data": {"partition": {"leaks": False}}, "validation_share": 0.5}
+    results = {"seeds": [0], "dense": "per_seed", "missing": 0, "config": config}
+    assert said in comparison._notes(results | {"rows": [row("a", 70.0)]})[0]
+
+
 def test_a_dense_model_that_seeds_share_counts_once_on_every_device():
     found = [
         row("a", 70.0, device=d, seed=s, dense_top1=80.0 + d) for d in range(2) for s in range(3)

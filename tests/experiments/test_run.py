@@ -224,9 +224,41 @@ def test_weights_are_loaded_instead_of_trained(tmp_path):
     np.testing.assert_array_equal(dense.params["head"]["kernel"], params["head"]["kernel"])
 
 
+def test_weights_of_other_classes_are_trained_behind_a_new_classifier(tmp_path, monkeypatch):
+    config = tiny()
+    shapes = read(config).dense.network(read(config).data.preprocess, 7)
+    params = backbone.init(shapes, jax.random.key(9))
+    config.dense.update({"new_classifier": True, "weights": str(tmp_path / "a.safetensors")})
+    tap.save_timm(tmp_path / "a.safetensors", shapes, params)
+
+    def dense_of(name):
+        stages = Stages(tmp_path / name / "stages")
+        return job.Job(read(config), stages, tmp_path / name, Progress(1, quiet=True)).dense
+
+    found = dense_of("run")
+    assert found.history["weights"]["file"] == "a.safetensors"
+    assert np.ptp(found.params["head"]["kernel"]) > 0
+    moved = np.abs(found.params["pos_embed"] - params["pos_embed"]).max()
+    assert 0 < moved < np.abs(params["pos_embed"]).max()
+    # The same file elsewhere is the same start: nothing is trained again.
+    (tmp_path / "b").mkdir()
+    tap.save_timm(tmp_path / "b" / "a.safetensors", shapes, params)
+    config.dense.weights = str(tmp_path / "b" / "a.safetensors")
+    with monkeypatch.context() as patch:
+        patch.delattr(preparation, "train")
+        again = dense_of("run")
+    np.testing.assert_array_equal(again.params["head"]["kernel"], found.params["head"]["kernel"])
+    # Untrained, all but the classifier is the checkpoint's.
+    config.dense.train.epochs = 0
+    start = dense_of("none")
+    assert not start.params["head"]["kernel"].any() and start.config.num_classes == 10
+    np.testing.assert_array_equal(start.params["pos_embed"], params["pos_embed"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"dense": {"new_classifier": True}}, "config.dense: new_classifier is True, expected wei"),
         ({"sede": 1}, "unknown field config.sede: did you mean seed"),
         ({"budgets": ()}, "at least one"),
         ({"budgets": ("macs=2.0",)}, "at most 1.0"),
