@@ -144,7 +144,9 @@ def open_model(args: argparse.Namespace) -> Model:
       InputError: as `store.load` and `load_timm`, or options that do not belong together.
     """
     if args.weights is not None:
-        return load_preset(args.model, args)
+        # Of the commands that know it.
+        new = getattr(args, "new_classifier", False)
+        return load_preset(args.model, args, new_classifier=new)
     _check_not_described(args)
     return open_directory(args.model)
 
@@ -180,6 +182,8 @@ def is_onnx(name: str) -> bool:
 def _check_not_described(args: argparse.Namespace) -> None:
     if args.set or args.classes:
         raise InputError("--set and --classes describe --weights, which is not given")
+    if getattr(args, "new_classifier", False):
+        raise InputError("--new-classifier is for --weights, which is not given")
 
 
 def load_preset(

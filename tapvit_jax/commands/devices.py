@@ -64,6 +64,11 @@ def register(command: Command) -> None:
     c = command("extractor", build)
     add_model_options(c)
     c.add_argument("--pool", required=True, metavar="IMAGES")
+    c.add_argument(
+        "--new-classifier",
+        action="store_true",
+        help="the weights have no classifier, or one of any classes: features do without",
+    )
     c.add_argument("--kind", choices=get_args(extractors.Kind), default=DEFAULT_EXTRACTOR.kind)
     c.add_argument(
         "--dim", type=int, default=DEFAULT_EXTRACTOR.dim, help="features that the PCA keeps"

@@ -78,7 +78,8 @@ def register(command: Command) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train a model on labelled images; a tenth of them chooses the epoch."""
     check_model_out(args)
-    recipe = TrainConfig(**{name: getattr(args, name) for name in _RECIPE}, flip=args.flip)
+    given = {name: getattr(args, name) for name in _RECIPE}
+    recipe = TrainConfig(**given, flip=args.flip, checkpoint_epochs=1)
     model, source = _open(args)
     check_prunable(model.config)
     preprocess = preprocess_of(model)
@@ -142,6 +143,8 @@ def _open(args: argparse.Namespace) -> tuple[Model, ImageSource]:
     if not names:
         raise InputError(f"{args.images}: has no classes, expected a folder of images per class")
     if args.weights is None:
+        if args.set:
+            raise InputError("--set describes --weights, which is not given")
         return new_classifier(open_directory(args.model), names), source
     model = load_preset(args.model, args, new_classifier=True, num_classes=len(names))
     return model.replace(class_names=names), source

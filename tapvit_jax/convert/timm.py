@@ -311,7 +311,10 @@ def _classifier(config: Config) -> list[Rule]:
     return [rule for rule in rules(config) if rule.paths[0][0] in CLASSIFIERS]
 
 
-_NEW = "new_classifier=True (tapvit train --new-classifier) makes a new one, to be trained"
+_NEW = (
+    "new_classifier=True (--new-classifier of tapvit train and extractor) makes a new one, to be "
+    "trained"
+)
 _PREPARED = ("mean", "std", "crop_pct", "interpolation")
 
 

@@ -71,7 +71,7 @@ def test_all_but_the_classifier_is_the_checkpoints(tmp_path, name):
 def test_a_checkpoint_without_a_classifier(tmp_path):
     name = "deit_tiny_patch16_224"
     config, params = write(tmp_path, name, headless=True, record={"num_classes": 0})
-    with pytest.raises(tap.InputError, match=r"num_classes 0\); new_classifier=True \(tapvit tra"):
+    with pytest.raises(tap.InputError, match=r"num_classes 0\); new_classifier=True \(--new-cl"):
         load_timm(name, tmp_path / "model.safetensors")
     found = load_timm(name, tmp_path / "model.safetensors", new_classifier=True, num_classes=7)
     assert found.config == config
