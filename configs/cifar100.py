@@ -4,9 +4,9 @@
 
 MODEL is deit_tiny, deit_small, deit_base, swin_tiny or swin_small. DATA is the folder of the binary
 version, or tfds:cifar100. WEIGHTS is a checkpoint under timm's names, fine-tuned on these classes;
---config.dense.new_classifier=True fine-tunes any other, such as ImageNet's, on the public pool, where
-without one the dense model is trained from scratch. A fourth part, as_published, takes the authors'
-recipe, leaks in the splits included.
+--config.dense.new_classifier=True fine-tunes any other, such as ImageNet's, on the public pool, on
+which the dense model is trained from scratch without. A fourth part, as_published, takes the
+authors' recipe, leaks in the splits included.
 """
 
 from experiments import protocol

@@ -5,8 +5,8 @@
 MODEL is deit_tiny, deit_small, deit_base, swin_tiny or swin_small. DATA is
 tfds:imagenet2012, prepared as ArrayRecord, or a folder with train/ and val/. WEIGHTS is a
 checkpoint under timm's names; --config.dense.new_classifier=True fine-tunes one of other classes,
-such as ImageNet-22k's, on the public pool, where without one the dense model is trained from scratch.
-A fourth part, as_published, takes the authors' recipe, leaks in the splits included.
+such as ImageNet-22k's, on the public pool, on which the dense model is trained from scratch
+without. A fourth part, as_published, takes the authors' recipe, leaks in the splits included.
 """
 
 from experiments import protocol
