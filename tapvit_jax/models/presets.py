@@ -137,21 +137,20 @@ _IGNORED = {
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *("drop_path_rate", "weight_init", "dynamic_img_size", "strict_img_size"),
 }
-_SIZES = {"img_size", "in_chans", "num_classes", "dtype"}
-_TRANSFORMER = _SIZES | {
+_COMMON = {"img_size", "in_chans", "num_classes", "global_pool", "dtype"}
+_TRANSFORMER = _COMMON | {
     "patch_size",
     "embed_dim",
     "num_heads",
     "mlp_ratio",
     "qkv_bias",
-    "global_pool",
     "layer_norm_eps",
 }
 _KNOWN = {
     vit_config: _TRANSFORMER
     | {"depth", "class_token", "distilled", "init_values", "no_embed_class"},
     swin_config: _TRANSFORMER | {"depths", "window_size", "head_dim"},
-    ResNetConfig: _SIZES | {"depths", "bottleneck", "width", "batch_norm_eps"},
+    ResNetConfig: _COMMON | {"depths", "bottleneck", "width", "batch_norm_eps"},
 }
 _PREPARE = ("crop_pct", "mean", "std", "interpolation")
 

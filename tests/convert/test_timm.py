@@ -312,6 +312,9 @@ def test_overrides_carry_timms_names():
     assert config == expected
     assert preprocess == Preprocess(32, (0.1,), (0.2,), channels=1, crop_pct=1.0)
     assert create("vit_tiny_patch16_224", global_pool="token")[0].pool == "cls"
+    # What timm saves of the others says so too.
+    for name in ("resnet18", "swin_tiny_patch4_window7_224"):
+        assert create(name, global_pool="avg") == create(name)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +344,7 @@ def test_tags_of_weights_say_how_images_are_prepared(name, image_size, crop_pct)
         ("swin_tiny_patch4_window7_224", {"img_size": 308}, "so that every stage can merge"),
         ("swin_tiny_patch4_window7_224", {"num_heads": [3, 6]}, "expected as many of each"),
         ("swin_tiny_patch4_window7_224", {"global_pool": "token"}, "global_pool is 'token'"),
+        ("resnet18", {"global_pool": "max"}, "global_pool is 'max', expected one of .'avg'"),
         ("deit_tiny_patch16_224", {"mlp_ratio": float("nan")}, "224: mlp_ratio is nan, expected a"),
         (
             "deit_tiny_patch16_224",

@@ -4,6 +4,7 @@ make peers
 """
 
 import functools
+import importlib
 import importlib.util
 
 import jax
@@ -159,3 +160,31 @@ def test_names_and_shapes_of_every_preset(name):
     found = {rule.timm: rule.shape for rule in rules(config)}
     assert found.items() <= shapes.items()
     assert all(key.endswith("num_batches_tracked") for key in shapes.keys() - found.keys())
+
+
+HEADLESS = {
+    "vit_small_patch14_dinov2": {"img_size": 56},
+    "deit3_small_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "swin_tiny_patch4_window7_224": {},
+    "resnet18": {},
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_what_timm_saves_without_a_classifier(tmp_path, name):
+    _, model = build(name, HEADLESS[name])
+    model.reset_classifier(0)
+    model.eval()
+    hub = importlib.import_module("timm.models._hub")
+    hub.save_for_hf(model, tmp_path, safe_serialization=True, model_args=HEADLESS[name])
+    weights = tmp_path / "model.safetensors"
+    found = load_timm(name, weights, new_classifier=True, num_classes=4)
+    assert found.config.num_classes == 4
+    side = found.config.image_size
+    images = np.random.default_rng(1).standard_normal((2, side, side, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    features = backbone.pooled(found.config, found.params, images)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(features, expected, atol=TOLERANCE * scale)
