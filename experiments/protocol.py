@@ -32,7 +32,7 @@ BUDGETS = tuple(f"encoder_params={share}" for share in (0.9, 0.8, 0.7, 0.6, 0.5)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGE_SIZE = 224
 
-
+# Of weights behind a new classifier.
 _FINE_TUNING = TrainConfig(
     learning_rate=1e-4,
     warmup_epochs=1.0,
@@ -96,7 +96,6 @@ def config(data_set: DataSet, argument: str) -> ConfigDict:
             "dense": {
                 "model": MODELS[model],
                 "weights": weights or None,
-                # Of weights, for a new classifier.
                 "train": to_plain(_FINE_TUNING if weights else TrainConfig()),
             },
             "budgets": BUDGETS,

@@ -31,6 +31,11 @@ StateDict = Mapping[str, np.ndarray]
 _MOST_PROBLEMS = 3
 # Entries of a resampled tensor; a ViT-H's positions at 1,022 pixels are 7 million.
 _MOST_RESAMPLED = 2**26
+# What to do about a classifier that does not fit, or is not there.
+_NEW = (
+    "new_classifier=True (--new-classifier of tapvit train and extractor) makes a new one, to be "
+    "trained"
+)
 
 
 def rules(config: Config) -> list[Rule]:
@@ -311,10 +316,6 @@ def _classifier(config: Config) -> list[Rule]:
     return [rule for rule in rules(config) if rule.paths[0][0] in CLASSIFIERS]
 
 
-_NEW = (
-    "new_classifier=True (--new-classifier of tapvit train and extractor) makes a new one, to be "
-    "trained"
-)
 _PREPARED = ("mean", "std", "crop_pct", "interpolation")
 
 
