@@ -109,6 +109,9 @@ def test_a_model_learns_other_classes_and_then_more_of_them(work, tmp_path, caps
     call("train", "--model", tmp_path / "new", *options, "0", "--out", tmp_path / "same")
     new, same = (tap.load(tmp_path / name).params for name in ("new", "same"))
     jax.tree.map(np.testing.assert_array_equal, new, same)
+    tap.save(tap.load(tmp_path / "new").replace(class_names=()), tmp_path / "nameless")
+    call("train", "--model", tmp_path / "nameless", *options, "0", "--out", tmp_path / "named")
+    assert tap.load(tmp_path / "named").class_names == ("dark", "light")
     with pytest.raises(tap.InputError, match=r"dark.* classes"):
         call("train", "--model", tmp_path / "old", *options, "1", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -101,6 +101,8 @@ def train(args: argparse.Namespace) -> None:
     progress.close()
     trained = model.replace(
         params=result.params,
+        # Of a model without names, whose classes were taken to be these.
+        class_names=model.class_names or source.class_names,
         history={
             **model.history,
             "training": {
