@@ -161,7 +161,7 @@ def test_what_post_init_refuses_gets_the_path():
     )
     plain["blocks"][1]["mlp_dim"] = -4
     assert refused(ViTConfig, plain, "m: config") == (
-        "m: config.blocks[1]: mlp_dim is -4, expected 0 or more"
+        "m: config.blocks[1]: mlp_dim is -4, expected 0 to 1048576"
     )
 
 
