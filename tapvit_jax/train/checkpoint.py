@@ -127,13 +127,20 @@ class Checkpoints:
         return None
 
     def close(self, delete: bool = False) -> None:
-        """Release the directory; `delete` removes it once the run's result is stored elsewhere."""
+        """Release the directory; `delete` removes the checkpoints once they are of no more use.
+
+        The directory goes with them if it holds nothing else: it is the user's, who may keep other
+        things there.
+        """
         with _quiet():
             self._orbax.close()
         if delete:
             distributed.barrier()
             if distributed.is_main():
-                shutil.rmtree(self._directory, ignore_errors=True)
+                for step in self._steps():
+                    self._remove(self._path(step))
+                with contextlib.suppress(OSError):
+                    self._directory.rmdir()
 
     def _path(self, step: int) -> Path:
         return self._directory / f"step_{step:09}"

@@ -100,8 +100,9 @@ def train(
       mesh: devices over which every batch is spread, of all processes; each process reads only its
         own rows. None is as many accelerators of every process as divide a batch; of one process
         on a CPU, one device.
-      checkpoints: directory of the run's checkpoints; emptied when the run is done. In a stage's
-        `Scratch` those of another run are deleted, and the stage empties it.
+      checkpoints: directory of the run's checkpoints, which go when the run is done, and it with
+        them if nothing else is in it. In a stage's `Scratch` those of another run are deleted, and
+        the stage empties it.
       on_epoch: called after every epoch with its validation metrics.
 
     Raises:

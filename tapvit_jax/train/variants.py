@@ -98,7 +98,7 @@ def train_variants(
       teacher: as for `train`, the same for all.
       mesh: the devices to use, of all processes; None is all there are.
       workers: processes that decode images (see `data.pipeline.batches`).
-      checkpoints: directory of the checkpoints, as for `train`; emptied when all variants are done.
+      checkpoints: directory of the checkpoints, as for `train`; they go when all variants are done.
       on_epoch: called after every epoch with (variant, epoch, validation metrics).
 
     Returns:

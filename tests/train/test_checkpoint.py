@@ -215,6 +215,15 @@ def test_two_checkpoints_are_kept(tmp_path):
         assert json.loads((tmp_path / "run" / names[1]).read_text())["record"] == {"step": 3}
 
 
+def test_what_else_is_in_a_directory_of_checkpoints_stays(tmp_path):
+    (tmp_path / "model.json").write_text("years of work")
+    (tmp_path / "step_by_step").mkdir()
+    with Checkpoints(tmp_path, {}) as keeper:
+        keeper.save(1, {"a": np.zeros(3)}, {})
+        keeper.save(2, {"a": np.zeros(3)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "step_by_step"]
+
+
 def test_states_behind_the_present_one_do_not_count(tmp_path):
     keeper = Checkpoints(tmp_path / "run", {})
     for step in (8, 9):
