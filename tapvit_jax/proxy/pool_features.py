@@ -13,7 +13,6 @@ import io
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ FORMAT = "tapvit-pool-features"
 VERSION = 1
 FEATURES_FILE = "features.npy"
 RECORD_FILE = "features.json"
-_UNFINISHED = "unfinished"
+_UNFINISHED, _PIECES_FILE = "unfinished", "pieces.json"
 # Images of one piece, about: what a killed process has to compute again.
 _PIECE_ROWS = 2**14
 _DTYPE = np.dtype("<f4")
@@ -251,19 +250,23 @@ class _Pieces:
         return self._directory.exists()
 
     def remove(self) -> None:
-        """Delete all pieces."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """Delete all pieces, and their directory if it holds nothing else."""
+        for pattern in ("*.piece", _PIECES_FILE, ".*.partial"):
+            for path in self._directory.glob(pattern):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._directory.rmdir()
 
     def prepare(self) -> None:
         """Drop what pieces of other features, or of batches of another size, are left."""
         spec = {"key": self._key}
-        path = self._directory / "pieces.json"
+        path = self._directory / _PIECES_FILE
         with contextlib.suppress(InputError):
             if read_json(path) == spec:
                 return
         if self._directory.exists():
             log.warning("%s: pieces of other features; computing all again", self._directory)
-            shutil.rmtree(self._directory)
+            self.remove()
         write_json(path, spec)
 
     def compute(

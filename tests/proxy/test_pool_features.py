@@ -292,6 +292,17 @@ def test_pieces_of_other_features_are_dropped(tmp_path, extractor, caplog):
     np.testing.assert_array_equal(found, extractor.features(other, INDICES, BATCH))
 
 
+def test_what_else_is_in_the_folder_stays(tmp_path, extractor, source):
+    (tmp_path / "unfinished" / "thesis").mkdir(parents=True)
+    (tmp_path / "unfinished" / "thesis" / "1.tex").write_text("years of work")
+    (tmp_path / "unfinished" / "000000.piece").write_bytes(b"of other features")
+    for _ in range(2):
+        make(extractor, source, tmp_path)
+    assert source.read_images == COUNT
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == sorted(["unfinished", "thesis", "1.tex", FEATURES_FILE, RECORD_FILE])
+
+
 def test_features_that_are_not_finite_are_refused(tmp_path, extractor):
     images = make_images()
     images[INDICES[9]] = 3e38
