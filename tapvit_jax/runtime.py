@@ -105,9 +105,9 @@ def run_program(
     """Run a program; return its exit code. `interrupted` is what Ctrl-C means for the user.
 
     0 after success, 2 with one line on stderr when an input is wrong, the disk is full or closed to
-    the user, a path is longer than it allows, or an array larger than the memory, 130 after Ctrl-C,
-    143 and 129 when the machine's scheduler or a closed terminal ends it, 141 when nobody reads
-    what it prints any more, as a shell says it (`| head`).
+    the user, a path is longer than it allows, or an array larger than the memory (an accelerator's
+    too), 130 after Ctrl-C, 143 and 129 when the machine's scheduler or a closed terminal ends it,
+    141 when nobody reads what it prints any more, as a shell says it (`| head`).
     """
     try:
         with _ends_like_ctrl_c():
@@ -127,6 +127,16 @@ def run_program(
         return 2
     except MemoryError as error:
         print(f"error: not enough memory ({one_line(str(error))})", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        # Of this machine's memory or an accelerator's. Further lines, if any, list what is in it.
+        first, *_ = str(error).splitlines() or [""]
+        if not first.startswith("RESOURCE_EXHAUSTED"):
+            raise
+        print(
+            f"error: not enough memory ({one_line(first)}); smaller batches take less",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as error:
         # Nobody may be there to read it, after a terminal was closed.

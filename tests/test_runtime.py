@@ -112,6 +112,27 @@ def test_an_array_larger_than_the_memory_is_one_line_and_2(capsys):
     assert err.count("\n") == 1
 
 
+def test_what_jax_has_no_memory_for_is_one_line_and_2(capsys):
+    assert run_program(lambda: jnp.zeros(2**50, jnp.int8)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: not enough memory (RESOURCE_EXHAUSTED: Out of")
+    assert err.endswith("; smaller batches take less\n") and err.count("\n") == 1
+
+
+def test_only_the_first_line_of_what_an_accelerator_holds_is_printed(capsys):
+    text = "RESOURCE_EXHAUSTED: Out of memory.\nLargest program allocations:\n\t1. 2.00G"
+    assert run_program(program(jax.errors.JaxRuntimeError(text))) == 2
+    assert capsys.readouterr().err == (
+        "error: not enough memory (RESOURCE_EXHAUSTED: Out of memory.); smaller batches take less\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "INTERNAL: RESOURCE_EXHAUSTED no more"])
+def test_other_errors_of_jax_keep_their_traceback(text):
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        run_program(program(jax.errors.JaxRuntimeError(text)))
+
+
 def test_a_path_that_is_too_long_is_one_line_and_2(capsys):
     assert run_program(lambda: open_source("x" * 300)) == 2
     assert capsys.readouterr().err == f"error: {'x' * 300}: {os.strerror(errno.ENAMETOOLONG)}\n"

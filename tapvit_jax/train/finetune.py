@@ -109,8 +109,9 @@ def train(
       InputError: no images or ones that the source does not have, a recipe that needs a teacher
         without one, labels missing or beyond the network's classes where they are read, parameters
         or masks of another network, networks without the features or layers that the recipe names,
-        classes or a prior that are not the network's, a loss that is no longer finite, a batch or
-        mesh that cannot be spread, or checkpoints of another run.
+        a shift by as much as an image's side, classes or a prior that are not the network's, a loss
+        that is no longer finite, a batch or mesh that cannot be spread, or checkpoints of another
+        run.
     """
     recipe = Recipe.of(forward, config, options, teacher)
     check_run(recipe, params, data, masks, teacher)
@@ -154,7 +155,8 @@ def check_run(
     Raises:
       InputError: no images or ones that the source does not have, no teacher to distil, labels
         missing or beyond the network's classes where they are read, parameters or masks of another
-        network, or networks without the features or layers that the recipe names.
+        network, networks without the features or layers that the recipe names, or a shift by as
+        much as an image's side.
     """
     options, source = recipe.options, data.source
     for use, wanted in (
@@ -173,6 +175,11 @@ def check_run(
         check_params(_SHAPES[teacher.forward](teacher.config), teacher.params, "teacher")
     if options.feature_distill > 0:
         check_features(recipe.forward, recipe.config, teacher, options.feature_blocks)
+    if options.shift >= data.preprocess.image_size:
+        raise InputError(
+            f"shift is {options.shift}, expected less than the images' side of "
+            f"{data.preprocess.image_size}"
+        )
     if options.layer_decay < 1:
         layer_factors(recipe.config, params, options.layer_decay)
     learned, chosen = (check_indices(found, source) for found in (data.train, data.validation))

@@ -495,6 +495,14 @@ def test_images_that_the_source_does_not_have_are_refused(field, index):
         long_run(data=data)
 
 
+def test_a_shift_out_of_the_image_is_refused():
+    data = make_data()
+    side = data.preprocess.image_size
+    with pytest.raises(InputError, match=f"shift is {side}, expected less than .* side of {side}"):
+        long_run(options=dataclasses.replace(ONE_STEP, shift=side), data=data)
+    assert long_run(options=dataclasses.replace(ONE_STEP, shift=side - 1), data=data)
+
+
 def test_a_missing_teacher_is_refused():
     with pytest.raises(InputError, match="distill > 0 needs a teacher"):
         long_run(teacher=None)
