@@ -16,7 +16,6 @@ from experiments import peers
 from experiments.config import ExperimentConfig, identity
 from experiments.hardware import hardware
 from experiments.preparation import (
-    BATCH,
     UNITS,
     Found,
     ImageSets,
@@ -43,7 +42,7 @@ from tapvit_jax.pipeline import (
 from tapvit_jax.progress import Step
 from tapvit_jax.prune.allocate import allocate
 from tapvit_jax.prune.budget import Budget
-from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.cost import cost, images_at_once
 from tapvit_jax.prune.mask import Plan, apply_masks
 from tapvit_jax.prune.recover import RecoverConfig, move_prior, recover
 from tapvit_jax.prune.reshape import reshape
@@ -443,7 +442,7 @@ class Job(Preparation):
                 self.source,
                 indices,
                 self.config.data.preprocess,
-                BATCH,
+                images_at_once(model.value.config),
                 workers=self.config.data.workers,
             )
             return {}, {"top1": found.top1}

@@ -43,6 +43,7 @@ from tapvit_jax.proxy.shares import (
     rows_for_classes,
 )
 from tapvit_jax.prune.budget import Budget
+from tapvit_jax.prune.cost import images_at_once
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.stages import Artefact, Scratch, Stages, all_succeed, on_main
 from tapvit_jax.structs import to_plain
@@ -51,9 +52,6 @@ from tapvit_jax.train.evaluate import predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
 SELECTED, ORACLE = "selected", "oracle"
-
-BATCH = 256
-"""Images of one step where nothing depends on how many."""
 
 # Rough costs of the steps, in seconds on two cores; only their ratios matter, for the ETA.
 UNITS = {"data": 1, "dense": 60, "extractor": 10, "device": 1, "select": 3, "units": 2}
@@ -515,7 +513,7 @@ class Preparation:
             self.source,
             indices,
             self.config.data.preprocess,
-            BATCH,
+            images_at_once(self.dense.config),
             workers=self.config.data.workers,
         )
 

@@ -22,7 +22,7 @@ from tapvit_jax.models.params import Params
 from tapvit_jax.models.registry import Model, preprocess_of
 from tapvit_jax.prune.allocate import AllocateConfig, allocate
 from tapvit_jax.prune.budget import Budget
-from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.cost import cost, images_at_once
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import Plan, apply_masks, param_masks, unit_masks
 from tapvit_jax.prune.reshape import reshape
@@ -272,11 +272,14 @@ def evaluate_model(
     model: Model,
     source: ImageSource,
     indices: Int[np.ndarray, "n"],
-    batch_size: int = 256,
+    batch_size: int | None = None,
     *,
     workers: int = 0,
 ) -> Metrics:
     """Top-1 of a model on some images of a source, every one counted once on any number of hosts.
+
+    `batch_size` images at a time, by default as many as take little enough memory (see
+    `images_at_once`).
 
     Raises:
       InputError: no images, images without labels, or a model without preprocessing.
@@ -290,7 +293,7 @@ def evaluate_model(
         source,
         indices,
         preprocess,
-        batch_size,
+        images_at_once(model.config) if batch_size is None else batch_size,
         workers=workers,
     )
 

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import tapvit_jax as tap
+from tapvit_jax import commands
 from tapvit_jax.__main__ import main
 from tapvit_jax.convert.timm import save_timm
 from tapvit_jax.data.preprocess import Preprocess
@@ -648,6 +649,38 @@ def test_labels_out_of_range_are_refused(work, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "images" / "9" / "a.png")
     with pytest.raises(tap.InputError, match="out of range"):
         call("evaluate", "--model", work / "dense", "--images", tmp_path / "images")
+
+
+def test_results_do_not_depend_on_how_many_images_are_taken_at_a_time(work, tmp_path, capsys):
+    printed = []
+    for more in ((), ("--batch-size", "5")):
+        call("evaluate", "--model", work / "dense", "--images", work / "private", *more)
+        printed.append(capsys.readouterr().out)
+        device_fit(work, tmp_path / f"{len(printed)}.gmm", *more)
+        capsys.readouterr()
+    assert printed[0] == printed[1]
+    found = [tap.Gmm.load(tmp_path / f"{i}.gmm") for i in (1, 2)]
+    np.testing.assert_allclose(found[0].means, found[1].means, atol=1e-4)
+    with pytest.raises(tap.InputError, match="batch_size is 0, expected 1 or more"):
+        call("evaluate", "--model", work / "dense", "--images", work / "private",
+             "--batch-size", "0")  # fmt: skip
+
+
+def test_pruning_takes_fewer_images_at_a_time_if_told(work, tmp_path, monkeypatch):
+    taken = {}
+    for name in ("score", "train"):
+        original = getattr(commands.prune, name)
+
+        def noted(*arguments, name=name, original=original, **others):
+            taken[name] = arguments[3].batch_size
+            return original(*arguments, **others)
+
+        monkeypatch.setattr(commands.prune, name, noted)
+    prune(work, tmp_path / "small", "--payload", work / "device.gmm", "--extractor",
+          work / "extractor", "--batch-size", "16")  # fmt: skip
+    assert taken == {"score": 16, "train": 16}
+    with pytest.raises(tap.InputError, match="batch_size is 1, expected 2 or more"):
+        prune(work, tmp_path / "one", "--payload", work / "device.gmm", "--batch-size", "1")
 
 
 def test_a_model_of_nan_is_not_evaluated(work, tmp_path, capsys):

@@ -110,6 +110,16 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_batch_option(parser: argparse.ArgumentParser) -> None:
+    """Add how many images a forward pass takes; None is the function's own choice."""
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="images at a time, by default as many as take a few GiB, 256 at most; changes no "
+        "result but for rounding",
+    )
+
+
 def add_weights_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add the options that describe a checkpoint under timm's names."""
     parser.add_argument(

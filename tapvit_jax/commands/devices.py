@@ -14,6 +14,7 @@ from tapvit_jax.commands.common import (
     SELECTION_FORMAT,
     Command,
     Images,
+    add_batch_option,
     add_image_options,
     add_model_options,
     hold_out,
@@ -90,6 +91,7 @@ def register(command: Command) -> None:
     c.add_argument("--min-members", type=int, default=GmmConfig.min_members)
     c.add_argument("--seed", type=seed, default=0)
     c.add_argument("--out", required=True, help="the payload file")
+    add_batch_option(c)
     add_image_options(c)
 
     c = command("select", choose)
@@ -212,7 +214,10 @@ def device_fit(args: argparse.Namespace) -> None:
     with progress.step("features", len(images.indices)) as step:
         total = len(images.indices)
         found = extractor.features(
-            images.source, images.indices, on_batch=lambda n: step.advance(n / total)
+            images.source,
+            images.indices,
+            args.batch_size,
+            on_batch=lambda n: step.advance(n / total),
         )
     with progress.step("mixture", len(images.indices) * 0.1):
         gmm, _ = fit_report(found, config)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tapvit_jax.commands.common import (
     Command,
+    add_batch_option,
     add_image_options,
     add_model_options,
     add_weights_options,
@@ -56,6 +57,7 @@ def register(command: Command) -> None:
     c = command("evaluate", evaluate)
     add_model_options(c, onnx=True)
     c.add_argument("--images", required=True, metavar="IMAGES")
+    add_batch_option(c)
     add_image_options(c)
 
     c = command("inspect", inspect)
@@ -84,7 +86,8 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     check_labels(args.images, images, model)
     run = evaluate_onnx if isinstance(model, OnnxModel) else evaluate_model
-    found = run(model, images.source, images.indices)
+    size = {} if args.batch_size is None else {"batch_size": args.batch_size}
+    found = run(model, images.source, images.indices, **size)
     if not math.isfinite(found.loss):
         raise InputError(
             f"{args.model}: its cross-entropy is {found.loss}, expected a finite number: its "

@@ -54,7 +54,7 @@ from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.proxy.shares import fit_classes, mixture_shares, rows_for_classes
 from tapvit_jax.prune.allocate import RoundTo, Widths, allocate, check_budget
 from tapvit_jax.prune.budget import Budget
-from tapvit_jax.prune.cost import cost
+from tapvit_jax.prune.cost import cost, images_at_once
 from tapvit_jax.prune.latency import LatencyModel
 from tapvit_jax.prune.mask import apply_masks
 from tapvit_jax.prune.recover import Method as RecoverMethod
@@ -64,7 +64,6 @@ from tapvit_jax.train.classes import class_weights, prior_weights
 from tapvit_jax.train.evaluate import evaluate_indices, predict
 from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
 
-_BATCH = 256
 # Of so many images one is two points.
 _FEW = 50
 
@@ -144,6 +143,12 @@ def register(command: Command) -> None:
         "--label-free", action="store_true", help="ignore the pool's labels: distil only"
     )
     c.add_argument("--learning-rate", type=float, default=1e-4, help="of the fine-tuning")
+    c.add_argument(
+        "--batch-size",
+        type=int,
+        help="images that are scored together, and of a step of the fine-tuning, 64 by default; "
+        "fewer take less memory",
+    )
     add_selection_options(c)
     c.add_argument("--out", required=True, help="directory of the smaller model")
     add_image_options(c)
@@ -154,6 +159,8 @@ def prune(args: argparse.Namespace) -> None:
     check_model_out(args)
     _check_choice(args)
     recipe = TrainConfig(epochs=args.recover_epochs, learning_rate=args.learning_rate)
+    if args.batch_size is not None:
+        recipe = dataclasses.replace(recipe, batch_size=args.batch_size)
     if args.prior is None:
         args.prior = "metric" if args.payload is None else "mixture"
     budget = Budget.parse(args.budget)
@@ -305,7 +312,13 @@ def _top1(model: Model, source: ImageSource, indices: np.ndarray, **reference: A
     """Accuracy; with a teacher, how often its answer is given."""
     preprocess = preprocess_of(model)
     found = evaluate_indices(
-        model.config, model.params, source, indices, preprocess, _BATCH, **reference
+        model.config,
+        model.params,
+        source,
+        indices,
+        preprocess,
+        images_at_once(model.config),
+        **reference,
     )
     return found.top1
 
@@ -327,7 +340,8 @@ def _prune_config(args: argparse.Namespace) -> PruneConfig:
     layers = dataclasses.replace(config.layers, attention=allocate.attention)
     if allocate.branches:
         layers = dataclasses.replace(layers, sparsity=(*layers.sparsity, 1.0))
-    return dataclasses.replace(config, allocate=allocate, layers=layers)
+    size = config.batch_size if args.batch_size is None else args.batch_size
+    return dataclasses.replace(config, allocate=allocate, layers=layers, batch_size=size)
 
 
 def _select(
@@ -376,7 +390,8 @@ def _class_shares(
 
     def predicted(images: np.ndarray) -> Float[np.ndarray, "n c"]:
         teacher = Teacher(model.config, model.params)
-        return predict(teacher, pool.source, images, preprocess_of(model), _BATCH)
+        most = images_at_once(model.config)
+        return predict(teacher, pool.source, images, preprocess_of(model), most)
 
     if device is None:
         return predicted(metric).mean(axis=0)

@@ -89,6 +89,16 @@ def embedding(
     return ConvNet(config).apply({"params": params}, images, method="embedding")
 
 
+def activation_peak(config: ConvNetConfig) -> int:
+    """Most numbers that are live at once for one image: a convolution's input, output and norm."""
+    side, inputs, found = config.image_size, config.in_channels, []
+    for i, width in enumerate(config.widths):
+        before, side = side, -(-side // (config.stem_stride if i == 0 else 2))
+        found += [inputs * before**2 + 2 * width * side**2, 3 * width * side**2]
+        inputs = width
+    return max(found)
+
+
 @functools.lru_cache(maxsize=16)
 def param_shapes(config: ConvNetConfig) -> Params:
     """Shapes and dtypes of the parameter tree. Treat the result as frozen."""

@@ -33,6 +33,7 @@ from tapvit_jax.models.convnet import ConvNetConfig
 from tapvit_jax.models.params import Params, check_params, flatten
 from tapvit_jax.models.registry import Model
 from tapvit_jax.models.store import load_params, read_spec, save_params, spec_file
+from tapvit_jax.prune.cost import images_at_once
 from tapvit_jax.sharding import AXIS, data_mesh, fetch_ahead, replicate, shard_rows
 from tapvit_jax.structs import check_fields, from_plain, to_plain
 
@@ -118,14 +119,15 @@ class Extractor:
         self,
         source: ImageSource,
         indices: Int[np.ndarray, "n"],
-        batch_size: int = 256,
+        batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
         *,
         workers: int = 0,
     ) -> Float[np.ndarray, "n d"]:
         """Features of many images, in the order of `indices`, by all local devices.
 
-        `workers` processes decode.
+        A device takes `batch_size` images at a time, by default as many as take little enough
+        memory (see `images_at_once`). `workers` processes decode.
 
         Raises:
           InputError: an image cannot be read.
@@ -141,7 +143,7 @@ class Extractor:
         self,
         source: ImageSource,
         indices: Int[np.ndarray, "n"],
-        batch_size: int = 256,
+        batch_size: int | None = None,
         *,
         workers: int = 0,
     ) -> Iterator[Float[np.ndarray, "b d"]]:
@@ -153,6 +155,8 @@ class Extractor:
         Raises:
           InputError: an image cannot be read, or a number is out of range.
         """
+        if batch_size is None:
+            batch_size = images_at_once(self.network)
         # No more devices than batches: a device without images would compute for nothing.
         useful = max(-(-len(indices) // max(batch_size, 1)), 1)
         mesh = data_mesh(jax.local_devices()[:useful])
@@ -335,7 +339,7 @@ def build_extractor(
     model: Model | None = None,
     network: ConvNetConfig | None = None,
     params: Params | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     workers: int = 0,
     on_share: Callable[[float], None] = lambda share: None,
 ) -> Extractor:
@@ -351,7 +355,7 @@ def build_extractor(
       model: the dense model, for kind "backbone", or any pretrained one, for kind "pooled".
       network: the trained embedding network's config, for kind "embedding".
       params: its parameters.
-      batch_size: images that a device takes at a time.
+      batch_size: images that a device takes at a time; None is `images_at_once`.
       workers: processes that decode; 0 decodes on threads of this process.
       on_share: called with every share of the work that is done.
 

@@ -33,6 +33,7 @@ from tapvit_jax.files import (
 )
 from tapvit_jax.models.store import read_spec
 from tapvit_jax.proxy.features import Extractor
+from tapvit_jax.prune.cost import images_at_once
 from tapvit_jax.stages import all_succeed, from_main
 
 FORMAT = "tapvit-pool-features"
@@ -54,7 +55,7 @@ def pool_features(
     indices: Int[np.ndarray, "n"],
     directory: str | os.PathLike,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     workers: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> Float[np.ndarray, "n d"]:
@@ -71,7 +72,7 @@ def pool_features(
       source: where the images come from.
       indices: which images, in which order.
       directory: where the features are kept; made if it is not there.
-      batch_size: images that a device takes at a time.
+      batch_size: images that a device takes at a time; None is `images_at_once`.
       workers: processes that decode; 0 decodes on threads of this process.
       on_batch: told how many images more are done, of this process's share.
 
@@ -85,6 +86,8 @@ def pool_features(
     indices = check_indices(indices, source)
     if indices.size == 0:
         raise InputError(f"{source.name}: no images chosen, expected at least one")
+    if batch_size is None:
+        batch_size = images_at_once(extractor.network)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected 1 or more")
     directory = Path(directory)

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tapvit_jax.models import convnet
 from tapvit_jax.models.backbone import apply, param_shapes
+from tapvit_jax.models.convnet import ConvNetConfig
 from tapvit_jax.models.layers import BlockConfig, BlockSpec, exact_gelu
 from tapvit_jax.models.presets import create, list_models
 from tapvit_jax.models.swin import SwinConfig, swin_config
 from tapvit_jax.models.vit import vit_config
-from tapvit_jax.prune.cost import block_cost, cost
+from tapvit_jax.prune.cost import block_cost, cost, images_at_once
 from tests.conftest import param_count
 
 SHAPES = {
@@ -184,3 +186,31 @@ def test_presets_cost_what_is_published(name, params, gmacs):
     assert found.params == pytest.approx(params, rel=1e-3)
     assert found.macs == pytest.approx(gmacs * 1e9, rel=0.006)
     assert name in list_models()
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_forward_pass_takes_as_many_images_as_fit(name):
+    config, _ = create(name)
+    image = 4 * config.in_channels * config.image_size**2
+    each = cost(config).activation_bytes + 3 * image
+    count = images_at_once(config)
+    assert count * each <= 2**32
+    assert count == 256 or 2 * count * each > 2**32
+    assert count.bit_count() == 1
+    assert images_at_once(config, 4) == 4
+
+
+def test_pretrained_networks_for_large_images_take_few_at_a_time():
+    # One attention of DINOv2's has 1,370^2 weights a head: 256 images would take 23 GiB twice.
+    assert images_at_once(create("vit_small_patch14_dinov2")[0]) == 32
+    assert images_at_once(create("deit_base_patch16_224")[0]) == 256
+
+
+def test_the_extractor_network_takes_as_many_images_as_fit():
+    config = ConvNetConfig(image_size=8, num_classes=2, widths=(4, 16))
+    # Its input and two of its output, or three of that; then at half the resolution.
+    assert convnet.activation_peak(config) == 3 * 4 * 64
+    assert images_at_once(config) == 256
+    large = dataclasses.replace(config, image_size=4096)
+    assert images_at_once(large) == 2
+    assert images_at_once(dataclasses.replace(config, image_size=2**15)) == 1
