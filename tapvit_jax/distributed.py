@@ -51,6 +51,8 @@ def initialize() -> None:
         arguments = _job_by_hand()
     elif not _has_tasks() and util.find_spec("libtpu") is None:
         return
+    # It would take SIGTERM, and only tell of it those who ask.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**arguments)
     except (OSError, RuntimeError, ValueError) as error:

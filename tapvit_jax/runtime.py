@@ -171,6 +171,16 @@ def _ends_like_ctrl_c() -> Iterator[None]:
 
 
 def _end(number: int, frame: Any) -> None:
+    # Schedulers repeat themselves, and a closed terminal tells both shell and system: what takes
+    # away half-written files must not be ended itself.
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(other) is _end:
+            signal.signal(other, signal.SIG_IGN)
+    handled = sys.exc_info()[1]
+    while handled is not None:
+        if isinstance(handled, KeyboardInterrupt):
+            return
+        handled = handled.__context__
     raise _EndedError(number)
 
 

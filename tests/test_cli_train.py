@@ -140,6 +140,23 @@ def test_an_interrupted_training_goes_on(work, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole, again)
 
 
+def test_a_model_that_cannot_be_saved_costs_no_training(work, tmp_path, monkeypatch):
+    from tapvit_jax.commands.train import store
+    from tapvit_jax.train import finetune
+
+    def full(*_):
+        raise tap.InputError("No space left on device")
+
+    options = "--epochs", "1", "--checkpoints", tmp_path / "kept", "--out", tmp_path / "model"
+    with monkeypatch.context() as patch, pytest.raises(tap.InputError, match="No space left"):
+        patch.setattr(store, "save", full)
+        start(work, *options)
+    monkeypatch.setattr(finetune, "_step", lambda *_: pytest.fail("a step again"))
+    start(work, *options)
+    assert tap.load(tmp_path / "model").history["training"]["epoch"] in (0, 1)
+    assert not (tmp_path / "kept").exists()
+
+
 def test_what_cannot_be_trained_is_refused_before_any_work(work, tmp_path, monkeypatch):
     monkeypatch.delattr("tapvit_jax.commands.train.run_training")
     with pytest.raises(tap.InputError, match="--set num_classes=2: with --new-classifier, the cl"):
@@ -149,6 +166,14 @@ def test_what_cannot_be_trained_is_refused_before_any_work(work, tmp_path, monke
         start(work, "--classes", tmp_path / "names.txt", "--out", tmp_path / "x")
     with pytest.raises(tap.InputError, match="dark: has no classes, expected a folder of images"):
         start(work, "--images", work / "images" / "dark", "--out", tmp_path / "x")
+    for place in ("x", "x/kept"):
+        with pytest.raises(
+            tap.InputError, match=f"{place}: lies in --out, which the model replaces"
+        ):
+            start(work, "--checkpoints", tmp_path / place, "--out", tmp_path / "x")
+    for item in ("name=a", "weights=b", "new_classifier=true"):
+        with pytest.raises(tap.InputError, match=f"--set {item}: is no argument of timm's"):
+            start(work, "--set", item, "--out", tmp_path / "x")
     with pytest.raises(tap.InputError, match=r"learning_rate is -1\.0"):
         start(work, "--learning-rate", "-1", "--out", tmp_path / "x")
     config = vit_config(image_size=8, patch_size=4, num_classes=2, depth=1, num_heads=2,

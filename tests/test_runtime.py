@@ -17,7 +17,7 @@ from tapvit_jax import runtime, versions
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
 from tapvit_jax.runtime import forget_programs, run_program, set_up_jax
-from tests.processes import ROOT, free_port
+from tests.processes import ROOT, free_port, run_together
 
 
 def program(error):
@@ -84,6 +84,41 @@ def test_a_program_that_is_told_to_end_leaves_nothing_half_written(tmp_path, num
     assert running.returncode == 128 + number
     assert said == "\ninterrupted: the same command continues where this stopped\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_what_is_taken_away_is_taken_away_however_often_it_is_told_to_end(tmp_path, first):
+    again = """
+import pathlib, signal
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+unlink = pathlib.Path.unlink
+
+def slow_unlink(*arguments, **options):
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):
+        signal.raise_signal(number)
+    return unlink(*arguments, **options)
+
+pathlib.Path.unlink = slow_unlink
+"""
+    program = again + WRITER.replace("time.sleep(60)", f"signal.raise_signal({first:d})")
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 128 + first
+    assert found.stderr == "\ninterrupted: the same command continues where this stopped\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_of_a_job_is_told_to_end_too(tmp_path):
+    program = WRITER.replace(
+        "def main():\n",
+        "def main():\n    from tapvit_jax.runtime import set_up_jax; set_up_jax()\n",
+    ).replace("time.sleep(60)", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    (ended,) = run_together(
+        [["-c", program, str(tmp_path / "out")]], tmp_path / "cache", one_job=True
+    )
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stdout
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path):

@@ -211,6 +211,10 @@ def load_preset(
             raise InputError(f"--set {item!r}: expected NAME=VALUE, such as num_classes=40")
         # JSON, a list with or without brackets, or as Python spells constants; else it is text.
         value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
+        if key in ("name", "weights", "new_classifier"):
+            raise InputError(
+                f"--set {item}: is no argument of timm's, expected one such as num_classes=40"
+            )
         overrides[key] = value
         for text in (value, f"[{value}]") if "," in value else (value,):
             # Also of too many digits, or nested too deeply.

@@ -28,7 +28,7 @@ from tapvit_jax.pipeline import evaluate_model
 from tapvit_jax.progress import Progress
 from tapvit_jax.prune.cost import cost
 from tapvit_jax.structs import to_plain
-from tapvit_jax.train.finetune import TrainConfig, TrainData
+from tapvit_jax.train.finetune import TrainConfig, TrainData, TrainResult
 from tapvit_jax.train.finetune import train as run_training
 
 # Fields of TrainConfig as options: the default here, and what to say of them.
@@ -78,6 +78,13 @@ def register(command: Command) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train a model on labelled images; a tenth of them chooses the epoch."""
     check_model_out(args)
+    if args.checkpoints is not None:
+        kept, out = Path(args.checkpoints).resolve(), Path(args.out).resolve()
+        if out in (kept, *kept.parents):
+            raise InputError(
+                f"--checkpoints {args.checkpoints}: lies in --out, which the model replaces, "
+                "expected another directory"
+            )
     given = {name: getattr(args, name) for name in _RECIPE}
     recipe = TrainConfig(**given, flip=args.flip, checkpoint_epochs=1)
     model, source = _open(args)
@@ -87,6 +94,24 @@ def train(args: argparse.Namespace) -> None:
     check_labels(args.images, images, model)
     training, validation = hold_out(images.indices, args.seed)
     data = TrainData(source, preprocess, training, validation, args.workers)
+
+    def trained(result: TrainResult) -> Model:
+        return model.replace(
+            params=result.params,
+            # Of a model without names, whose classes were taken to be these.
+            class_names=model.class_names or source.class_names,
+            history={
+                **model.history,
+                "training": {
+                    "images": source.images_fingerprint(),
+                    "count": len(images.indices),
+                    "recipe": to_plain(recipe),
+                    "epoch": result.best_epoch,
+                    "seed": args.seed,
+                },
+            },
+        )
+
     progress = Progress(recipe.epochs + 1)
     with progress.step("train", recipe.epochs + 1) as step:
         result = run_training(
@@ -97,26 +122,13 @@ def train(args: argparse.Namespace) -> None:
             seed=args.seed,
             checkpoints=None if args.checkpoints is None else Path(args.checkpoints),
             on_epoch=lambda *_: step.advance(1.0 / recipe.epochs),
+            # While there are checkpoints: the disk may be full.
+            on_result=lambda result: store.save(trained(result), args.out),
         )
     progress.close()
-    trained = model.replace(
-        params=result.params,
-        # Of a model without names, whose classes were taken to be these.
-        class_names=model.class_names or source.class_names,
-        history={
-            **model.history,
-            "training": {
-                "images": source.images_fingerprint(),
-                "count": len(images.indices),
-                "recipe": to_plain(recipe),
-                "epoch": result.best_epoch,
-                "seed": args.seed,
-            },
-        },
-    )
-    store.save(trained, args.out)
     print_costs({"model": cost(model.config)})
-    before, after = (evaluate_model(found, source, validation) for found in (model, trained))
+    models = model, trained(result)
+    before, after = (evaluate_model(found, source, validation) for found in models)
     print(
         f"top-1 on {len(validation)} images that were held out and chose the epoch: "
         f"{100 * before.top1:.1f} % before, {100 * after.top1:.1f} % after epoch "

@@ -88,7 +88,7 @@ def unpack_batch(batch: Any) -> tuple[Float[np.ndarray, "b s s ch"], Int[np.ndar
         if not np.issubdtype(labels.dtype, np.integer):
             raise InputError(f"labels are {labels.dtype}, expected whole numbers")
     if mask is not None and not (real := np.asarray(mask) > 0).all():
-        images, labels = images[real], None if labels is None else labels[real]
+        images, labels = np.asarray(images)[real], None if labels is None else labels[real]
     return images, labels
 
 

@@ -172,7 +172,7 @@ def architecture(name: str) -> str:
     return found
 
 
-def create(name: str, **overrides: Any) -> tuple[Config, Preprocess]:
+def create(name: str, /, **overrides: Any) -> tuple[Config, Preprocess]:
     """Config and preprocessing of a preset; overrides carry timm's argument names.
 
     Args:

@@ -13,6 +13,7 @@ from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.backbone import Config
 from tapvit_jax.models.params import Params
+from tapvit_jax.structs import from_plain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,11 +55,13 @@ def new_classifier(model: Model, class_names: Sequence[str]) -> Model:
     """The same model with a classifier of zeros for other classes, to be trained on them.
 
     Raises:
-      InputError: no classes.
+      InputError: no classes, or names that are no texts.
 
     Source: see `backbone.new_classifier`.
     """
-    names = tuple(class_names)
+    # A text alone would be a list of its letters.
+    given = class_names if isinstance(class_names, str) else list(class_names)
+    names = from_plain(tuple[str, ...], given, "class_names")
     config, params = backbone.new_classifier(model.config, model.params, len(names))
     return model.replace(config=config, params=params, class_names=names, prior=False)
 

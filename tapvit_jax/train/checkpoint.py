@@ -14,12 +14,13 @@ import orbax.checkpoint as ocp
 
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import WriteError, read_json, write_json
-from tapvit_jax.stages import Scratch, differences
+from tapvit_jax.files import WriteError, file_lock, read_json, write_json
+from tapvit_jax.stages import Scratch, differences, on_main
 from tapvit_jax.versions import library_versions
 
 _KEPT = 2
-_NAME = re.compile(r"step_(\d{9})")
+_NAME = re.compile(r"step_(\d{9})(\.json)?")
+_LOCK = ".checkpoints.lock"
 _LAYOUT = 2
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class Checkpoints:
         said.
 
     Raises:
-      InputError: the directory cannot be made or written to.
+      InputError: the directory cannot be made or written to, another process keeps its checkpoints
+        there, or it holds something else under a checkpoint's name.
     """
 
     def __init__(self, directory: Path | Scratch, identity: dict[str, Any]):
@@ -52,14 +54,31 @@ class Checkpoints:
         self._directory = (directory.path if self._lent else directory).resolve()
         # Another version may take other steps from the same state.
         self._identity = {"version": library_versions()["tapvit-jax"]} | identity
-        if distributed.is_main():
-            with self._disk_errors():
-                self._directory.mkdir(parents=True, exist_ok=True)
-                for left in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(left)
-        distributed.barrier()
-        with _quiet():
-            self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        with contextlib.ExitStack() as lock:
+            on_main(lambda: self._claim(lock))
+            with _quiet():
+                self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+            self._lock = lock.pop_all()
+
+    def _claim(self, lock: contextlib.ExitStack) -> None:
+        with self._disk_errors():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if not self._lent:
+                if lock.enter_context(file_lock(self._directory / _LOCK, wait=False)) is False:
+                    raise InputError(
+                        f"{self._directory}: another process keeps its checkpoints there, "
+                        "expected a directory of this run's own"
+                    )
+                for path in self._directory.iterdir():
+                    if _NAME.fullmatch(path.name) and not _is_own(path.with_suffix("")):
+                        raise InputError(
+                            f"{self._directory}: holds {path.name!r}, which is no checkpoint but "
+                            "is called like one, expected another directory"
+                        )
+            for left in self._directory.glob("step_*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left)
+            for left in self._directory.glob(".step_*.json.*.partial"):
+                left.unlink()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -139,14 +158,16 @@ class Checkpoints:
             if distributed.is_main():
                 for step in self._steps():
                     self._remove(self._path(step))
-                with contextlib.suppress(OSError):
-                    self._directory.rmdir()
+        self._lock.close()
+        if delete and distributed.is_main():
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()
 
     def _path(self, step: int) -> Path:
         return self._directory / f"step_{step:09}"
 
     def _steps(self) -> list[int]:
-        found = {_NAME.fullmatch(path.stem) for path in self._directory.glob("step_*")}
+        found = {_NAME.fullmatch(path.name) for path in self._directory.glob("step_*")}
         return sorted({int(match[1]) for match in found if match}, reverse=True)
 
     def _agreed(self, steps: list[int]) -> list[int]:
@@ -184,9 +205,13 @@ class Checkpoints:
         return found, None
 
     def _remove(self, target: Path) -> None:
-        # The note goes first: without it the rest does not count as a checkpoint.
+        # The note goes first: without it the rest does not count as a checkpoint. What is left of
+        # the rest by a kill has the name of orbax's unfinished ones, which the next run deletes.
         _note(target).unlink(missing_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
+        left = target.with_suffix(".orbax-checkpoint-tmp")
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(left)
+        shutil.rmtree(left, ignore_errors=True)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -220,6 +245,17 @@ def _first_line(error: Exception) -> str:
 
 def _note(target: Path) -> Path:
     return target.with_suffix(".json")
+
+
+def _is_own(target: Path) -> bool:
+    """Whether orbax wrote a directory, or there is a note beside it, whole or not."""
+    if (target / "_CHECKPOINT_METADATA").exists():
+        return True
+    try:
+        note = read_json(_note(target))
+    except (InputError, OSError):
+        return False
+    return isinstance(note, dict) and {"layout", "identity"} <= note.keys()
 
 
 def _entries(state: Any) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def train(
     mesh: Mesh | None = None,
     checkpoints: Path | Scratch | None = None,
     on_epoch: Callable[[int, Metrics], None] | None = None,
+    on_result: Callable[[TrainResult], None] | None = None,
 ) -> TrainResult:
     """Train a network and return the parameters of its best epoch.
 
@@ -104,14 +105,16 @@ def train(
         them if nothing else is in it. In a stage's `Scratch` those of another run are deleted, and
         the stage empties it.
       on_epoch: called after every epoch with its validation metrics.
+      on_result: called with the result while the checkpoints are still there, which stay if it
+        raises: to save it.
 
     Raises:
       InputError: no images or ones that the source does not have, a recipe that needs a teacher
         without one, labels missing or beyond the network's classes where they are read, parameters
         or masks of another network, networks without the features or layers that the recipe names,
         a shift by as much as an image's side, classes or a prior that are not the network's, a loss
-        that is no longer finite, a batch or mesh that cannot be spread, or checkpoints of another
-        run.
+        that is no longer finite, a batch or mesh that cannot be spread, or a checkpoint
+        directory that is another run's or holds something else under a checkpoint's name.
     """
     recipe = Recipe.of(forward, config, options, teacher)
     check_run(recipe, params, data, masks, teacher)
@@ -135,8 +138,11 @@ def train(
         state, (record,), (failure,) = run_epochs(program, options, keeper, report)
         if failure is not None:
             raise InputError(failure)
-    best = state["best"] if devices is None else jax.device_get(state["best"])
-    return TrainResult(best, best_epoch(record), record)
+        best = state["best"] if devices is None else jax.device_get(state["best"])
+        result = TrainResult(best, best_epoch(record), record)
+        if on_result is not None:
+            on_result(result)
+    return result
 
 
 # Of networks that are the user's own, only their forward knows what it takes.

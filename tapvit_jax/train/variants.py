@@ -81,6 +81,7 @@ def train_variants(
     workers: int = 0,
     checkpoints: Path | Scratch | None = None,
     on_epoch: Callable[[int, int, Metrics], None] | None = None,
+    on_results: Callable[[list[TrainResult | InputError]], None] | None = None,
 ) -> list[TrainResult | InputError]:
     """Train many variants at once; each ends as `train` alone would end it, but for rounding.
 
@@ -100,6 +101,7 @@ def train_variants(
       workers: processes that decode images (see `data.pipeline.batches`).
       checkpoints: directory of the checkpoints, as for `train`; they go when all variants are done.
       on_epoch: called after every epoch with (variant, epoch, validation metrics).
+      on_results: called with what is returned, as `train`'s `on_result`.
 
     Returns:
       results of all variants, in order, on every process; parameters are NumPy arrays. One whose
@@ -141,12 +143,15 @@ def train_variants(
         )
         state, records, failed = run_epochs(program, options, keeper, on_epoch)
         best = program.to_host(state["best"])
-    return [
-        TrainResult(jax.tree.map(lambda leaf, v=v: leaf[v], best), best_epoch(record), record)
-        if failure is None
-        else InputError(failure)
-        for v, (record, failure) in enumerate(zip(records, failed, strict=True))
-    ]
+        results = [
+            TrainResult(jax.tree.map(lambda leaf, v=v: leaf[v], best), best_epoch(record), record)
+            if failure is None
+            else InputError(failure)
+            for v, (record, failure) in enumerate(zip(records, failed, strict=True))
+        ]
+        if on_results is not None:
+            on_results(results)
+    return results
 
 
 def _check_variants(

@@ -138,3 +138,13 @@ def test_a_models_classifier_is_replaced(tiny_model, images):
     )
     with pytest.raises(tap.InputError, match="num_classes is 0"):
         tap.new_classifier(model, [])
+    for names in ("ab", [1, 2], [b"a", b"b"]):
+        with pytest.raises(tap.InputError, match="class_names"):
+            tap.new_classifier(model, names)
+
+
+def test_a_checkpoint_cannot_name_another_preset(tmp_path):
+    name = "deit_tiny_patch16_224"
+    write(tmp_path, name, record={"model_args": SMALL[name] | {"name": "resnet18"}})
+    with pytest.raises(tap.InputError, match=r"unknown argument.*name"):
+        load_timm(name, tmp_path / "model.safetensors", num_classes=7)

@@ -382,9 +382,11 @@ def test_batches_come_as_arrays_pairs_and_dicts(images, labels):
         assert found[1] is labels
     assert unpack_batch(images)[1] is None
     assert unpack_batch({"image": images, "mask": mask})[1] is None
-    found = unpack_batch({"image": images, "label": labels, "mask": mask})
-    np.testing.assert_array_equal(found[0], images[[0, 1, 3, 4]])
-    np.testing.assert_array_equal(found[1], labels[[0, 1, 3, 4]])
+    for form in (np.asarray, np.ndarray.tolist):
+        batch = {"image": form(images), "label": form(labels), "mask": form(mask)}
+        found = unpack_batch(batch)
+        np.testing.assert_array_equal(found[0], images[[0, 1, 3, 4]])
+        np.testing.assert_array_equal(found[1], labels[[0, 1, 3, 4]])
 
 
 TWO = np.zeros((2, 8, 8, 3), np.float32)

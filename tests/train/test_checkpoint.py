@@ -211,17 +211,84 @@ def test_two_checkpoints_are_kept(tmp_path):
         for step in range(1, 5):
             keeper.save(step, {"a": np.full(3, step)}, {"step": step})
         names = sorted(path.name for path in (tmp_path / "run").iterdir())
-        assert names == [f"step_{n:09}{e}" for n in (3, 4) for e in ("", ".json")]
-        assert json.loads((tmp_path / "run" / names[1]).read_text())["record"] == {"step": 3}
+        states = [f"step_{n:09}{e}" for n in (3, 4) for e in ("", ".json")]
+        assert names == [".checkpoints.lock", *states]
+        assert json.loads((tmp_path / "run" / states[1]).read_text())["record"] == {"step": 3}
 
 
 def test_what_else_is_in_a_directory_of_checkpoints_stays(tmp_path):
     (tmp_path / "model.json").write_text("years of work")
-    (tmp_path / "step_by_step").mkdir()
+    for folder in ("step_by_step", "x.orbax-checkpoint-tmp-1"):
+        (tmp_path / folder).mkdir()
+    for file in ("step_000000001.png", ".step.json.1.partial"):
+        (tmp_path / file).write_text("years of work")
+    before = sorted(tmp_path.iterdir())
     with Checkpoints(tmp_path, {}) as keeper:
+        for step in range(1, 5):
+            keeper.save(step, {"a": np.zeros(3)}, {})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["step_000000007", "step_000000007.json"])
+def test_what_is_called_like_a_checkpoint_is_not_taken_for_one(tmp_path, name):
+    if name.endswith("json"):
+        (tmp_path / name).write_text('{"years": "of work"}')
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.json").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=f"holds '{name}', which is no checkpoint but is called"):
+        Checkpoints(tmp_path, {})
+    assert sorted(tmp_path.rglob("*")) == before
+    # A stage's own folder holds nothing of the user's.
+    with Checkpoints(Scratch(tmp_path), {}) as keeper:
+        assert keeper.restore({"a": np.zeros(3)}) is None
+
+
+def test_a_directory_is_one_runs_at_a_time(tmp_path):
+    with Checkpoints(tmp_path / "run", {}) as keeper:
         keeper.save(1, {"a": np.zeros(3)}, {})
-        keeper.save(2, {"a": np.zeros(3)}, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "step_by_step"]
+        with pytest.raises(InputError, match="another process keeps its checkpoints there"):
+            Checkpoints(tmp_path / "run", {})
+        assert keeper.restore({"a": np.ones(3)}) is not None
+    with Checkpoints(tmp_path / "run", {}):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "left", ["step_000000008.orbax-checkpoint-tmp-3", ".step_000000008.json.x7.partial"]
+)
+def test_what_a_kill_left_is_taken_away(tmp_path, left):
+    keeper = Checkpoints(tmp_path, {})
+    keeper.save(6, {"a": np.zeros(3)}, {})
+    keeper.close()
+    if left.endswith("partial"):
+        (tmp_path / left).write_text("{")
+    else:
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "file").write_text("x")
+    keeper = Checkpoints(tmp_path, {})
+    assert not (tmp_path / left).exists()
+    assert keeper.restore({"a": np.ones(3)}) is not None
+    keeper.close()
+
+
+def test_a_kill_while_checkpoints_are_removed(tmp_path, monkeypatch):
+    keeper = Checkpoints(tmp_path, {})
+    keeper.save(1, {"a": np.zeros(3)}, {})
+
+    def killed(path, **_):
+        (path / "_CHECKPOINT_METADATA").unlink()
+        raise StopError
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        keeper.close(delete=True)
+    keeper._lock.close()
+    with Checkpoints(tmp_path, {}) as keeper:
+        assert keeper.restore({"a": np.ones(3)}) is None
+    assert not tmp_path.exists()
 
 
 def test_states_behind_the_present_one_do_not_count(tmp_path):

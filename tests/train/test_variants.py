@@ -244,6 +244,19 @@ def test_interrupted_variants_end_as_if_nothing_had_happened(tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
+def test_results_that_cannot_be_saved_cost_no_training(tmp_path, monkeypatch):
+    def full(results):
+        raise StopError
+
+    with pytest.raises(StopError):
+        together(make_variants(), checkpoints=tmp_path / "run", on_results=full)
+    monkeypatch.setattr(module._ManyRuns, "step", lambda *_: pytest.fail("a step again"))
+    saved = []
+    found = together(make_variants(), checkpoints=tmp_path / "run", on_results=saved.extend)
+    assert saved == found and len(found) == len(make_variants())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resume_with_another_variant_is_refused(tmp_path):
     def stop(v, epoch, metrics):
         if epoch == 2:
