@@ -20,7 +20,6 @@ from experiments.preparation import (
     Found,
     ImageSets,
     Preparation,
-    report_epochs,
     to_arrays,
     to_params,
 )
@@ -309,7 +308,7 @@ class Job(Preparation):
                 teacher=Teacher(self.dense.config, self.dense.params),
                 **self._class_weights(pruned),
                 checkpoints=scratch,
-                on_epoch=report_epochs(step, options),
+                on_share=step.advance,
             )
             meta = {"best_epoch": result.best_epoch, "record": result.record}
             return to_arrays(result.params), meta
@@ -348,7 +347,6 @@ class Job(Preparation):
                 )
                 for pruned in members
             ]
-            share = 1.0 / max(options.epochs * len(members), 1)
             results = train_variants(
                 self.dense.config,
                 variants,
@@ -358,7 +356,7 @@ class Job(Preparation):
                 teacher=Teacher(self.dense.config, self.dense.params),
                 workers=self.config.data.workers,
                 checkpoints=scratch,
-                on_epoch=lambda variant, epoch, metrics: step.advance(share),
+                on_share=step.advance,
             )
             done = [None if isinstance(found, InputError) else found for found in results]
             arrays = {

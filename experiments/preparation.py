@@ -49,7 +49,7 @@ from tapvit_jax.stages import Artefact, Scratch, Stages, all_succeed, on_main
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.classes import prior_weights
 from tapvit_jax.train.evaluate import predict
-from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
+from tapvit_jax.train.finetune import Teacher, TrainData, train
 
 SELECTED, ORACLE = "selected", "oracle"
 
@@ -207,7 +207,7 @@ class Preparation:
                 dense.train,
                 seed=config.seed,
                 checkpoints=scratch,
-                on_epoch=report_epochs(step, dense.train),
+                on_share=step.advance,
             )
             return to_arrays(result.params), {"weights": source, "record": result.record}
 
@@ -294,7 +294,7 @@ class Preparation:
                 seed=config.seed + 1,
                 forward=convnet.apply,
                 checkpoints=scratch,
-                on_epoch=report_epochs(step, config.extractor_train),
+                on_share=step.advance,
             )
             return to_arrays(result.params), {"record": result.record}
 
@@ -537,8 +537,3 @@ def to_arrays(params: Params) -> dict[str, np.ndarray]:
 def to_params(arrays: Mapping[str, np.ndarray]) -> Params:
     """Parameters from what a stage kept."""
     return unflatten({tuple(name.split("/")): jax.numpy.asarray(a) for name, a in arrays.items()})
-
-
-def report_epochs(step: Step, options: TrainConfig):
-    """Tells a step of every epoch."""
-    return lambda epoch, metrics: step.advance(1.0 / options.epochs)

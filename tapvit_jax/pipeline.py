@@ -275,11 +275,12 @@ def evaluate_model(
     batch_size: int | None = None,
     *,
     workers: int = 0,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> Metrics:
     """Top-1 of a model on some images of a source, every one counted once on any number of hosts.
 
     `batch_size` images at a time, by default as many as take little enough memory (see
-    `images_at_once`).
+    `images_at_once`). `on_share` is called with every share of the work that is done.
 
     Raises:
       InputError: no images, images without labels, or a model without preprocessing.
@@ -295,6 +296,7 @@ def evaluate_model(
         preprocess,
         images_at_once(model.config) if batch_size is None else batch_size,
         workers=workers,
+        on_share=on_share,
     )
 
 

@@ -1,7 +1,7 @@
 """Spreading rows of data over the local devices, and copying parameters to all of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,26 @@ def replicate(tree: T, mesh: Mesh) -> T:
     Source: ours.
     """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+class Backlog:
+    """Keeps the batches of steps that the devices have not done yet few in memory.
+
+    Steps are sent ahead of the computation, up to some thirty, and their batches wait as long.
+    After so many bytes of batches the host waits for the steps instead.
+
+    Source: ours.
+    """
+
+    def __init__(self, most: int = 2**28):
+        self._most, self._waiting = most, 0
+
+    def sent(self, batch: Any, result: Any) -> None:
+        """Note the batch of a step that was sent, and wait for its result if it is time to."""
+        self._waiting += sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+        if self._waiting > self._most:
+            jax.block_until_ready(result)
+            self._waiting = 0
 
 
 def fetch_ahead(

@@ -104,6 +104,43 @@ def test_from_private_images_to_a_smaller_model(work, tmp_path, capsys):
     assert "top-1" in capsys.readouterr().out
 
 
+def test_an_interrupted_fine_tuning_goes_on(work, tmp_path, monkeypatch):
+    from tapvit_jax.models import store
+    from tapvit_jax.train import finetune
+
+    options = "--payload", work / "device.gmm", "--extractor", work / "extractor", "--method"
+    options += "magnitude_l2", "--recover-epochs", "3"
+    prune(work, tmp_path / "whole", *options)
+    steps, step = [], finetune._step
+
+    def stopped(*arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    def full(*_):
+        raise tap.InputError("No space left on device")
+
+    options += "--checkpoints", tmp_path / "kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prune(work, tmp_path / "small", *options)
+        # Of three epochs, two steps each, two were kept; all three are when the model is written.
+        patch.setattr(store, "save", full)
+        with pytest.raises(tap.InputError, match="No space left"):
+            prune(work, tmp_path / "small", *options)
+    assert len(steps) == 5 + 2 and not (tmp_path / "small").exists()
+    monkeypatch.setattr(finetune, "_step", lambda *_: pytest.fail("a step again"))
+    prune(work, tmp_path / "small", *options)
+    whole, small = (tap.load(tmp_path / name).params for name in ("whole", "small"))
+    jax.tree.map(np.testing.assert_array_equal, whole, small)
+    assert not (tmp_path / "kept").exists()
+    with pytest.raises(tap.InputError, match="lies in --out, which the model replaces"):
+        prune(work, tmp_path / "small", *options[:-1], tmp_path / "small" / "kept")
+
+
 def test_payload_can_be_given_instead_of_a_selection(work, tmp_path, capsys):
     prune(work, tmp_path / "small", "--payload", work / "device.gmm",
           "--extractor", work / "extractor", "--method", "magnitude_l2",

@@ -11,6 +11,7 @@ from tapvit_jax.convert.timm import save_timm
 from tapvit_jax.export.runtime import OnnxModel
 from tapvit_jax.export.stablehlo import load_stablehlo
 from tapvit_jax.models.backbone import init
+from tapvit_jax.progress import Step
 from tapvit_jax.prune.latency import LatencyModel
 from tests.test_cli import call, work  # noqa: F401 (a fixture)
 
@@ -199,15 +200,24 @@ def test_latency_is_measured_fitted_and_kept(work, tmp_path, capsys):  # noqa: F
         call("bench-latency", "--model", work / "dense", "--fit", "5")
 
 
-def test_exported_files_are_evaluated_and_timed_as_their_models(work, tmp_path, capsys):  # noqa: F811
-    path = tmp_path / "dense.onnx"
-    call("export", work / "dense", "--format", "onnx", "--images", work / "private",
-         "--out", path)  # fmt: skip
-    printed = []
-    for model in (work / "dense", path):
-        capsys.readouterr()
-        call("evaluate", "--model", model, "--images", work / "private")
-        printed.append(capsys.readouterr().out)
+def test_exported_files_are_evaluated_and_timed_as_their_models(
+    work,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    path, printed, shares = tmp_path / "dense.onnx", [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "advance", lambda step, share: shares.append(share))
+        call("export", work / "dense", "--format", "onnx", "--images", work / "private",
+             "--out", path)  # fmt: skip
+        np.testing.assert_allclose(sum(shares), 1.0)
+        shares.clear()
+        for model in (work / "dense", path):
+            capsys.readouterr()
+            call("evaluate", "--model", model, "--images", work / "private")
+            printed.append(capsys.readouterr().out)
+            np.testing.assert_allclose(sum(shares), len(printed))
     assert printed[0] == printed[1]
     call("bench-latency", "--model", path, "--pruned", work / "dense", "--batch", "1",
          "--repeats", "3", "--threads", "1")  # fmt: skip

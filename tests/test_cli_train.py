@@ -125,7 +125,7 @@ def test_an_interrupted_training_goes_on(work, tmp_path, monkeypatch):
 
     def advance(self, share):
         advanced.append(share)
-        if len(advanced) == 2:
+        if len(advanced) == 19:
             raise KeyboardInterrupt
 
     options = "--epochs", "3", "--checkpoints", tmp_path / "kept", "--out", tmp_path / "again"
@@ -134,8 +134,9 @@ def test_an_interrupted_training_goes_on(work, tmp_path, monkeypatch):
         start(work, *options)
     assert not (tmp_path / "again").exists()
     start(work, *options)
-    # Two epochs were kept, the third alone was left.
-    assert len(advanced) == 3
+    # Two epochs of nine steps were kept, the third alone was left.
+    evaluated = [1 / 2] * 2
+    np.testing.assert_allclose(advanced[19:], [2 / 3] + [1 / 27] * 9 + evaluated)
     whole, again = (tap.load(tmp_path / name).params for name in ("whole", "again"))
     jax.tree.map(np.testing.assert_array_equal, whole, again)
 

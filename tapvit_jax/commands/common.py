@@ -24,6 +24,7 @@ from tapvit_jax.export.runtime import OnnxModel
 from tapvit_jax.files import check_directory, read_json
 from tapvit_jax.models import store
 from tapvit_jax.models.registry import Model
+from tapvit_jax.progress import Progress
 from tapvit_jax.prune import latency
 from tapvit_jax.prune.cost import Cost
 from tapvit_jax.runtime import one_line
@@ -78,7 +79,10 @@ def open_images(
             known = ", ".join(sorted(set(source.splits)))
             raise InputError(f"{source.name}: has no split {split!r}, found {known}")
     if skip_corrupt:
-        bad = find_corrupt(source, indices, preprocess)
+        progress = Progress(1.0, lines=False)
+        with progress.step(f"look for images of {source.name} that cannot be read", 1) as step:
+            bad = find_corrupt(source, indices, preprocess, step.advance)
+        progress.close()
         for _, message in bad[:10]:
             print(f"skipped: {one_line(message)}", file=sys.stderr)
         if bad:
@@ -274,6 +278,32 @@ def check_model_out(args: argparse.Namespace) -> None:
         raise InputError(
             f"--out {args.out} is the dense model, which would be lost: choose another directory"
         )
+
+
+def add_checkpoints_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """The directory that an interrupted training goes on from."""
+    parser.add_argument(
+        "--checkpoints",
+        metavar="DIR",
+        help=f"where an interrupted {what} goes on from when the same command is given again",
+    )
+
+
+def checkpoints_of(args: argparse.Namespace) -> Path | None:
+    """The directory of --checkpoints, if it is given.
+
+    Raises:
+      InputError: it would go with the directory that the model is written to.
+    """
+    if args.checkpoints is None:
+        return None
+    kept, out = Path(args.checkpoints).resolve(), Path(args.out).resolve()
+    if out in (kept, *kept.parents):
+        raise InputError(
+            f"--checkpoints {args.checkpoints}: lies in --out, which the model replaces, "
+            "expected another directory"
+        )
+    return Path(args.checkpoints)
 
 
 def num_classes(model: Model | OnnxModel) -> int:

@@ -3,7 +3,10 @@
 import argparse
 import functools
 import os
+from collections.abc import Iterator
 from typing import get_args
+
+import numpy as np
 
 from tapvit_jax.commands.common import (
     Command,
@@ -113,13 +116,16 @@ def export(args: argparse.Namespace) -> None:
     write = export_stablehlo
     if args.format == "onnx":
         write = functools.partial(export_onnx, opset=args.opset or OPSET)
-    report = write(
-        model,
-        args.out,
-        images=checked,
-        precision=args.precision,
-        batches=lambda: batches(source, images.indices, preprocess, 32),
-    )
+    progress = Progress(1.0, lines=False)
+    with progress.step("export and check", 1) as step:
+
+        def read() -> Iterator[dict[str, np.ndarray]]:
+            for batch in batches(source, images.indices, preprocess, 32):
+                yield batch
+                step.advance(float(batch["mask"].sum()) / len(images.indices))
+
+        report = write(model, args.out, images=checked, precision=args.precision, batches=read)
+    progress.close()
     print(report)
 
 

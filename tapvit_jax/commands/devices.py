@@ -175,7 +175,7 @@ def build(args: argparse.Namespace) -> None:
                 recipe,
                 seed=args.seed,
                 forward=convnet.apply,
-                on_epoch=lambda *_: step.advance(1.0 / args.epochs),
+                on_share=step.advance,
             ).params
     with progress.step("fit the PCA on the pool", 1) as step:
         extractor = build_extractor(

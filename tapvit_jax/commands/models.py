@@ -36,6 +36,7 @@ from tapvit_jax.models.backbone import TransformerConfig
 from tapvit_jax.models.registry import Model, preprocess_of
 from tapvit_jax.models.store import read_spec
 from tapvit_jax.pipeline import evaluate_model
+from tapvit_jax.progress import Progress
 from tapvit_jax.proxy.features import Extractor
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.prune.cost import cost
@@ -87,7 +88,10 @@ def evaluate(args: argparse.Namespace) -> None:
     check_labels(args.images, images, model)
     run = evaluate_onnx if isinstance(model, OnnxModel) else evaluate_model
     size = {} if args.batch_size is None else {"batch_size": args.batch_size}
-    found = run(model, images.source, images.indices, **size)
+    progress = Progress(1.0, lines=False)
+    with progress.step("evaluate", 1) as step:
+        found = run(model, images.source, images.indices, **size, on_share=step.advance)
+    progress.close()
     if not math.isfinite(found.loss):
         raise InputError(
             f"{args.model}: its cross-entropy is {found.loss}, expected a finite number: its "

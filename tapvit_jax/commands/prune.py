@@ -14,9 +14,11 @@ from jaxtyping import Float
 from tapvit_jax.commands.common import (
     Command,
     Images,
+    add_checkpoints_option,
     add_image_options,
     add_model_options,
     check_model_out,
+    checkpoints_of,
     hold_out,
     open_images,
     open_labelled,
@@ -48,7 +50,7 @@ from tapvit_jax.pipeline import (
     score,
     scoring_batches,
 )
-from tapvit_jax.progress import Progress
+from tapvit_jax.progress import Progress, Step
 from tapvit_jax.proxy.features import Extractor, build_extractor
 from tapvit_jax.proxy.gmm import Gmm
 from tapvit_jax.proxy.shares import fit_classes, mixture_shares, rows_for_classes
@@ -62,7 +64,7 @@ from tapvit_jax.prune.recover import RecoverConfig, recover
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.classes import class_weights, prior_weights
 from tapvit_jax.train.evaluate import evaluate_indices, predict
-from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, train
+from tapvit_jax.train.finetune import Teacher, TrainConfig, TrainData, TrainResult, train
 
 # Of so many images one is two points.
 _FEW = 50
@@ -150,6 +152,7 @@ def register(command: Command) -> None:
         "fewer take less memory",
     )
     add_selection_options(c)
+    add_checkpoints_option(c, "fine-tuning")
     c.add_argument("--out", required=True, help="directory of the smaller model")
     add_image_options(c)
 
@@ -158,7 +161,10 @@ def prune(args: argparse.Namespace) -> None:
     """Choose images for a device, score, plan, recover, fine-tune and reshape its model."""
     check_model_out(args)
     _check_choice(args)
-    recipe = TrainConfig(epochs=args.recover_epochs, learning_rate=args.learning_rate)
+    checkpoints = checkpoints_of(args)
+    recipe = TrainConfig(
+        epochs=args.recover_epochs, learning_rate=args.learning_rate, checkpoint_epochs=1
+    )
     if args.batch_size is not None:
         recipe = dataclasses.replace(recipe, batch_size=args.batch_size)
     if args.prior is None:
@@ -172,7 +178,7 @@ def prune(args: argparse.Namespace) -> None:
     check_budget(model, budget, config.allocate, latency)
     opened = open_source(args.pool) if args.label_free else open_labelled(args.pool, model)
     pool = open_images(opened, preprocess, split=args.split, skip_corrupt=args.skip_corrupt)
-    progress = Progress(6.0 + args.recover_epochs)
+    progress = Progress(6.5 + args.recover_epochs)
     with progress.step("select", 1) as step:
         if args.payload is None:
             (metric, finetune), device = _read_selection(args, pool), None
@@ -204,9 +210,10 @@ def prune(args: argparse.Namespace) -> None:
     # What is printed at the end is of images that no weights were fitted to.
     fitted, prior = metric[~np.isin(metric, validation)], None
     if options.moves_prior and not model.prior:
-        with progress.step("predict public images", 1):
+        with progress.step("predict public images", 1) as step:
             told = device if options.prior == "mixture" else None
-            prior = prior_weights(_class_shares(told, model, pool, fitted), len(fitted))
+            seen = _class_shares(told, model, pool, fitted, step.advance)
+            prior = prior_weights(seen, len(fitted))
     with progress.step("recover in closed form", 1) as step:
         size = even_batch_size(len(fitted), config.batch_size)
         solved = recover(
@@ -217,6 +224,23 @@ def prune(args: argparse.Namespace) -> None:
             prior=prior,
             on_share=step.advance,
         )
+    small: Model
+    difference: float
+
+    def finish(tuned: TrainResult) -> None:
+        # While there are checkpoints: the disk may be full.
+        nonlocal small, difference
+        small, difference = reshape_checked(
+            solved.replace(params=tuned.params), plan, source.load(metric[:32], preprocess)
+        )
+        history = {**small.history, "budget": str(budget), "criterion": args.method}
+        history["widths"] = to_plain(config.allocate)
+        history |= {"recovery": args.recover, "recover_epochs": args.recover_epochs}
+        history |= {"seed": args.seed}
+        history |= {} if measured is None else {"latency": measured}
+        small = small.replace(name=f"{model.name}-pruned", history=history)
+        store.save(small, args.out)
+
     teacher = Teacher(model.config, model.params)
     with progress.step("fine-tune", args.recover_epochs + 1) as step:
         # A model that has the prior since it was last pruned teaches it; labels would not.
@@ -226,7 +250,7 @@ def prune(args: argparse.Namespace) -> None:
             distill=0.5 if by_labels else 1.0,
             choose="labels" if by_labels else "teacher",
         )
-        tuned = train(
+        train(
             model.config,
             solved.params,
             TrainData(source, preprocess, training, validation),
@@ -235,26 +259,10 @@ def prune(args: argparse.Namespace) -> None:
             masks=plan_masks(plan),
             teacher=teacher,
             prior=prior,
-            on_epoch=lambda *_: step.advance(1.0 / recipe.epochs),
+            checkpoints=checkpoints,
+            on_share=step.advance,
+            on_result=finish,
         )
-    progress.close()
-    small, difference = reshape_checked(
-        solved.replace(params=tuned.params), plan, source.load(metric[:32], preprocess)
-    )
-    history = {**small.history, "budget": str(budget), "criterion": args.method}
-    history["widths"] = to_plain(config.allocate)
-    history |= {"recovery": args.recover, "recover_epochs": args.recover_epochs, "seed": args.seed}
-    history |= {} if measured is None else {"latency": measured}
-    small = small.replace(name=f"{model.name}-pruned", history=history)
-    store.save(small, args.out)
-    print_costs({"dense": cost(model.config), "pruned": cost(small.config)})
-    if measured is not None:
-        print(
-            f"ONNX Runtime, batch {latency.batch_size}, {latency.threads} threads: "
-            f"{measured['dense_ms']:.2f} ms dense, {measured['pruned_ms']:.2f} ms pruned "
-            f"(predicted {measured['predicted_ms']:.2f})"
-        )
-    print(f"largest difference between masked and reshaped logits: {difference:.1e} of the scale")
     models = {"dense": model, "pruned": apply_masks(model, plan)}
     if args.recover != "none":
         models["recovered in closed form"] = solved
@@ -264,10 +272,20 @@ def prune(args: argparse.Namespace) -> None:
     if prior is not None:
         seen = source.labels[validation] if labelled else None
         reference["weights"] = class_weights(None, prior, len(prior), None, seen)
-    shares = [
-        f"{100 * _top1(found, source, validation, **reference):.1f} % {name}"
-        for name, found in models.items()
-    ]
+    with progress.step("evaluate", 0.5) as step:
+        shares = [
+            f"{100 * _top1(found, source, validation, step, len(models), **reference):.1f} % {name}"
+            for name, found in models.items()
+        ]
+    progress.close()
+    print_costs({"dense": cost(model.config), "pruned": cost(small.config)})
+    if measured is not None:
+        print(
+            f"ONNX Runtime, batch {latency.batch_size}, {latency.threads} threads: "
+            f"{measured['dense_ms']:.2f} ms dense, {measured['pruned_ms']:.2f} ms pruned "
+            f"(predicted {measured['predicted_ms']:.2f})"
+        )
+    print(f"largest difference between masked and reshaped logits: {difference:.1e} of the scale")
     compared = "top-1" if labelled else "agreement with the dense model"
     if "weights" in reference:
         # With which the dense model as it is does not wholly agree.
@@ -308,8 +326,15 @@ def _check_choice(args: argparse.Namespace) -> None:
             raise InputError(f"--{option} needs --payload, in a selection file the choice is made")
 
 
-def _top1(model: Model, source: ImageSource, indices: np.ndarray, **reference: Any) -> float:
-    """Accuracy; with a teacher, how often its answer is given."""
+def _top1(
+    model: Model,
+    source: ImageSource,
+    indices: np.ndarray,
+    step: Step,
+    models: int,
+    **reference: Any,
+) -> float:
+    """Accuracy of one of several models; with a teacher, how often its answer is given."""
     preprocess = preprocess_of(model)
     found = evaluate_indices(
         model.config,
@@ -318,6 +343,7 @@ def _top1(model: Model, source: ImageSource, indices: np.ndarray, **reference: A
         indices,
         preprocess,
         images_at_once(model.config),
+        on_share=lambda share: step.advance(share / models),
         **reference,
     )
     return found.top1
@@ -384,14 +410,24 @@ def _read_selection(args: argparse.Namespace, pool: Images) -> tuple[np.ndarray,
 
 
 def _class_shares(
-    device: tuple[Gmm, np.ndarray] | None, model: Model, pool: Images, metric: np.ndarray
+    device: tuple[Gmm, np.ndarray] | None,
+    model: Model,
+    pool: Images,
+    metric: np.ndarray,
+    on_share: Callable[[float], None],
 ) -> Float[np.ndarray, "c"]:
     """How often the device sees each class: by its mixture, else by the metric dataset."""
 
     def predicted(images: np.ndarray) -> Float[np.ndarray, "n c"]:
         teacher = Teacher(model.config, model.params)
-        most = images_at_once(model.config)
-        return predict(teacher, pool.source, images, preprocess_of(model), most)
+        return predict(
+            teacher,
+            pool.source,
+            images,
+            preprocess_of(model),
+            images_at_once(model.config),
+            on_share=on_share,
+        )
 
     if device is None:
         return predicted(metric).mean(axis=0)

@@ -1,15 +1,16 @@
 """train: a dense model of one's own classes, from which devices' models are cut."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from tapvit_jax.commands.common import (
     Command,
+    add_checkpoints_option,
     add_image_options,
     add_model_options,
     check_labels,
     check_model_out,
+    checkpoints_of,
     hold_out,
     load_preset,
     open_directory,
@@ -66,11 +67,7 @@ def register(command: Command) -> None:
     recipe.add_argument("--flip", action="store_true", help="mirror images at random")
     c.add_argument("--workers", type=int, default=0, help="processes that decode, 0 for threads")
     c.add_argument("--seed", type=seed, default=0)
-    c.add_argument(
-        "--checkpoints",
-        metavar="DIR",
-        help="where an interrupted training goes on from when the same command is given again",
-    )
+    add_checkpoints_option(c, "training")
     c.add_argument("--out", required=True, help="directory of the trained model")
     add_image_options(c)
 
@@ -78,13 +75,7 @@ def register(command: Command) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train a model on labelled images; a tenth of them chooses the epoch."""
     check_model_out(args)
-    if args.checkpoints is not None:
-        kept, out = Path(args.checkpoints).resolve(), Path(args.out).resolve()
-        if out in (kept, *kept.parents):
-            raise InputError(
-                f"--checkpoints {args.checkpoints}: lies in --out, which the model replaces, "
-                "expected another directory"
-            )
+    checkpoints = checkpoints_of(args)
     given = {name: getattr(args, name) for name in _RECIPE}
     recipe = TrainConfig(**given, flip=args.flip, checkpoint_epochs=1)
     model, source = _open(args)
@@ -112,7 +103,7 @@ def train(args: argparse.Namespace) -> None:
             },
         )
 
-    progress = Progress(recipe.epochs + 1)
+    progress = Progress(recipe.epochs + 1.2)
     with progress.step("train", recipe.epochs + 1) as step:
         result = run_training(
             model.config,
@@ -120,15 +111,20 @@ def train(args: argparse.Namespace) -> None:
             data,
             recipe,
             seed=args.seed,
-            checkpoints=None if args.checkpoints is None else Path(args.checkpoints),
-            on_epoch=lambda *_: step.advance(1.0 / recipe.epochs),
+            checkpoints=checkpoints,
+            on_share=step.advance,
             # While there are checkpoints: the disk may be full.
             on_result=lambda result: store.save(trained(result), args.out),
         )
+    with progress.step("evaluate", 0.2) as step:
+        before, after = (
+            evaluate_model(
+                found, source, validation, on_share=lambda share: step.advance(share / 2)
+            )
+            for found in (model, trained(result))
+        )
     progress.close()
     print_costs({"model": cost(model.config)})
-    models = model, trained(result)
-    before, after = (evaluate_model(found, source, validation) for found in models)
     print(
         f"top-1 on {len(validation)} images that were held out and chose the epoch: "
         f"{100 * before.top1:.1f} % before, {100 * after.top1:.1f} % after epoch "

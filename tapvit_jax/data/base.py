@@ -184,9 +184,14 @@ def map_images(function: Callable[[int], Any], indices: Sequence[int]) -> Iterat
 
 
 def find_corrupt(
-    source: ImageSource, indices: Int[np.ndarray, "n"], preprocess: Preprocess
+    source: ImageSource,
+    indices: Int[np.ndarray, "n"],
+    preprocess: Preprocess,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> list[tuple[int, str]]:
     """Read every image and return the indices and messages of those that cannot be read.
+
+    `on_share` is called with every share of the work that is done.
 
     Raises:
       InputError: an index is out of range.
@@ -200,4 +205,8 @@ def find_corrupt(
             return index, str(error)
         return None
 
-    return [found for found in map_images(attempt, indices.tolist()) if found is not None]
+    bad = []
+    for found in map_images(attempt, indices.tolist()):
+        bad += [] if found is None else [found]
+        on_share(1.0 / len(indices))
+    return bad

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -120,9 +120,16 @@ def _carried(
 
 
 def evaluate_onnx(
-    model: OnnxModel, source: ImageSource, indices: Int[np.ndarray, "n"], batch_size: int = 32
+    model: OnnxModel,
+    source: ImageSource,
+    indices: Int[np.ndarray, "n"],
+    batch_size: int = 32,
+    *,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> Metrics:
     """Top-1 and cross-entropy of an ONNX file on some images of a source.
+
+    `on_share` is called with every share of the work that is done.
 
     Raises:
       InputError: no images, images without labels, or a file that does not say how they are
@@ -133,7 +140,9 @@ def evaluate_onnx(
     preprocess = preprocess_of(model)
     found = batches(source, indices, preprocess, batch_size)
     logits = ({**batch, "image": model(batch["image"])} for batch in found)
-    return evaluate(None, None, logits, _given)
+    return evaluate(
+        None, None, logits, _given, on_batch=lambda count: on_share(count / len(indices))
+    )
 
 
 def _given(config: None, params: None, logits: Float[Array, "b c"]) -> Float[Array, "b c"]:

@@ -143,10 +143,9 @@ def evaluate(
     weights: ClassWeights | None = None,
     mesh: Mesh | None = None,
     shared: bool = False,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> Metrics:
     """Top-1 and cross-entropy over batches with keys "image", "label" and "mask".
-
-    Sums stay on the device until the end.
 
     Args:
       config: the network's config.
@@ -158,6 +157,7 @@ def evaluate(
         None is one for each.
       mesh: devices of this process over which the rows of a batch are spread; None is one device.
       shared: `batches` are this process's share of the examples; sums are added over all processes.
+      on_batch: called with the number of examples of every batch that is done.
 
     Raises:
       InputError: no examples, or an example without a label or with one that the network does not
@@ -167,24 +167,31 @@ def evaluate(
         params = replicate(params, mesh)
         if teacher is not None:
             teacher = dataclasses.replace(teacher, params=replicate(teacher.params, mesh))
-    total, unlabelled = None, False
-    for batch in batches:
-        labels = np.asarray(batch["label"])
-        unlabelled = teacher is None and bool((labels[np.asarray(batch["mask"]) > 0] < 0).any())
-        if unlabelled:
-            break
-        batch = {name: batch[name] for name in KEYS}
-        if mesh is not None:
-            batch = {name: shard_rows(array, mesh)[0] for name, array in batch.items()}
-        if teacher is None:
-            found = _batch_sums(forward, config, params, batch, weights)
-        else:
-            network = (teacher.forward, teacher.config)
-            found = _agreement_sums(
-                forward, config, params, batch, network, teacher.params, weights
-            )
-        total = found if total is None else total + found
-    sums = np.append(np.zeros(4) if total is None else np.asarray(total, np.float64), unlabelled)
+    sums, unlabelled = np.zeros(4), False
+
+    def steps() -> Iterator[tuple[Array, int]]:
+        nonlocal unlabelled
+        for batch in batches:
+            real = np.asarray(batch["mask"]) > 0
+            unlabelled = teacher is None and bool((np.asarray(batch["label"])[real] < 0).any())
+            if unlabelled:
+                return
+            batch = {name: batch[name] for name in KEYS}
+            if mesh is not None:
+                batch = {name: shard_rows(array, mesh)[0] for name, array in batch.items()}
+            if teacher is None:
+                found = _batch_sums(forward, config, params, batch, weights)
+            else:
+                network = (teacher.forward, teacher.config)
+                found = _agreement_sums(
+                    forward, config, params, batch, network, teacher.params, weights
+                )
+            yield found, int(real.sum())
+
+    for found, count in fetch_ahead(steps()):
+        sums += found
+        on_batch(count)
+    sums = np.append(sums, unlabelled)
     if shared:
         sums = distributed.sum_over_processes(sums)
     if sums[-1]:
@@ -201,11 +208,12 @@ def predict(
     *,
     mesh: Mesh | None = None,
     workers: int = 0,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> Float[np.ndarray, "n c"]:
     """Class probabilities of images of a source, for what `classes` makes of them; without labels.
 
-    Every process reads its own share of the images, and all of them return the same. `mesh` is as
-    for `evaluate_indices`.
+    Every process reads its own share of the images, and all of them return the same. `mesh` and
+    `on_share` are as for `evaluate_indices`.
 
     Raises:
       InputError: no images, one that cannot be read, or a number out of range.
@@ -227,7 +235,10 @@ def predict(
             images = batch["image"] if mesh is None else shard_rows(batch["image"], mesh)[0]
             yield run(images), np.asarray(batch["mask"]) > 0
 
-    rows = [probabilities[: len(real)][real] for probabilities, real in fetch_ahead(steps())]
+    rows = []
+    for probabilities, real in fetch_ahead(steps()):
+        rows.append(probabilities[: len(real)][real])
+        on_share(len(rows[-1]) / len(own))
     sent = np.concatenate(rows).tobytes() if rows else b""
     everything = np.frombuffer(b"".join(distributed.gather_bytes(sent)), np.float32)
     return everything.reshape(len(indices), -1)
@@ -246,12 +257,14 @@ def evaluate_indices(
     weights: ClassWeights | None = None,
     mesh: Mesh | None = None,
     workers: int = 0,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> Metrics:
     """Top-1 and cross-entropy over images of a source, on any number of hosts.
 
     Every process reads and evaluates its own share of the images, `batch_size` at a time, and all
     of them return the same. `teacher`, `weights` and `mesh` are as for `evaluate`, but without a
-    mesh all accelerators of a process are used.
+    mesh all accelerators of a process are used. `on_share` is called with every share of this
+    process's images that is done.
 
     Raises:
       InputError: as `evaluate`, or an image cannot be read.
@@ -270,4 +283,5 @@ def evaluate_indices(
         weights=weights,
         mesh=accelerator_mesh() if mesh is None else mesh,
         shared=distributed.process_count() > 1,
+        on_batch=lambda count: on_share(count / len(own)),
     )

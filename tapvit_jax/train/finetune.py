@@ -75,6 +75,7 @@ def train(
     mesh: Mesh | None = None,
     checkpoints: Path | Scratch | None = None,
     on_epoch: Callable[[int, Metrics], None] | None = None,
+    on_share: Callable[[float], None] = lambda share: None,
     on_result: Callable[[TrainResult], None] | None = None,
 ) -> TrainResult:
     """Train a network and return the parameters of its best epoch.
@@ -105,6 +106,7 @@ def train(
         them if nothing else is in it. In a stage's `Scratch` those of another run are deleted, and
         the stage empties it.
       on_epoch: called after every epoch with its validation metrics.
+      on_share: called with every share of the work that is done, after every step.
       on_result: called with the result while the checkpoints are still there, which stay if it
         raises: to save it.
 
@@ -135,7 +137,7 @@ def train(
             keeper = stack.enter_context(Checkpoints(checkpoints, identity))
         program = _OneRun(recipe, params, data, seed, masks, teacher, weights, devices)
         report = None if on_epoch is None else lambda _, epoch, found: on_epoch(epoch, found)
-        state, (record,), (failure,) = run_epochs(program, options, keeper, report)
+        state, (record,), (failure,) = run_epochs(program, options, keeper, report, on_share)
         if failure is not None:
             raise InputError(failure)
         best = state["best"] if devices is None else jax.device_get(state["best"])

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tapvit_jax.models.params import Params
+from tapvit_jax.sharding import Backlog
 from tapvit_jax.train.checkpoint import Checkpoints
 from tapvit_jax.train.evaluate import Metrics
 from tapvit_jax.train.step import TrainConfig
@@ -74,6 +75,7 @@ def run_epochs(
     options: TrainConfig,
     keeper: Checkpoints | None,
     on_epoch: Callable[[int, int, Metrics], None] | None,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> tuple[State, list[list[Record]], list[str | None]]:
     """Drive a program to its end; resume where the checkpoints say, be it within an epoch.
 
@@ -84,6 +86,7 @@ def run_epochs(
       options: the recipe.
       keeper: where checkpoints are kept.
       on_epoch: called with (run, epoch, validation metrics).
+      on_share: called with every share of the steps that is done, those before a resume at once.
 
     Returns:
       the last state, every run's record, and why it ended early if its loss was not finite.
@@ -92,6 +95,14 @@ def run_epochs(
       InputError: checkpoints of another run.
     """
     count, longest = len(program.steps), max(program.steps)
+    done = 0
+
+    def tell(position: int) -> None:
+        nonlocal done
+        if position > done:
+            on_share((position - done) / (options.epochs * longest))
+            done = position
+
     state = program.initial()
     found = None if keeper is None else keeper.restore(state)
     if found is None:
@@ -102,12 +113,16 @@ def run_epochs(
     else:
         state, record = found
         runs, failed, first = record["runs"], record["failed"], record["step"]
+        tell((max(1, *map(len, runs)) - 1) * longest + first)
+    backlog = Backlog()
     while (alive := _alive(runs, failed, options)).any():
         epoch = max(map(len, runs))
         length = max(n for n, living in zip(program.steps, alive, strict=True) if living)
         for i, batch in enumerate(program.batches(epoch, first, alive), first):
             state = program.step(state, batch, epoch, i, alive)
+            backlog.sent(batch, state)
             position = (epoch - 1) * longest + i + 1
+            tell(position)
             if keeper is not None and i + 1 < length and _is_due(position, options):
                 keeper.save(position, state, {"runs": runs, "failed": failed, "step": i + 1})
         first = 0
@@ -123,6 +138,7 @@ def run_epochs(
         improved = [living and best_epoch(runs[r]) == epoch for r, living in enumerate(alive)]
         state = program.keep_best(state, np.array(improved))
         position = epoch * longest
+        tell(position)
         if keeper is not None and (
             epoch % options.checkpoint_epochs == 0 or _is_due(position, options)
         ):

@@ -20,6 +20,7 @@ from tapvit_jax.data.preprocess import Preprocess
 from tapvit_jax.errors import InputError
 from tapvit_jax.models import backbone
 from tapvit_jax.models.params import Params
+from tapvit_jax.sharding import Backlog
 from tapvit_jax.stages import Scratch
 from tapvit_jax.structs import to_plain
 from tapvit_jax.train.checkpoint import Checkpoints
@@ -81,6 +82,7 @@ def train_variants(
     workers: int = 0,
     checkpoints: Path | Scratch | None = None,
     on_epoch: Callable[[int, int, Metrics], None] | None = None,
+    on_share: Callable[[float], None] = lambda share: None,
     on_results: Callable[[list[TrainResult | InputError]], None] | None = None,
 ) -> list[TrainResult | InputError]:
     """Train many variants at once; each ends as `train` alone would end it, but for rounding.
@@ -101,6 +103,7 @@ def train_variants(
       workers: processes that decode images (see `data.pipeline.batches`).
       checkpoints: directory of the checkpoints, as for `train`; they go when all variants are done.
       on_epoch: called after every epoch with (variant, epoch, validation metrics).
+      on_share: called with every share of the work that is done, after every step of all.
       on_results: called with what is returned, as `train`'s `on_result`.
 
     Returns:
@@ -141,7 +144,7 @@ def train_variants(
         program = _ManyRuns(
             recipe, variants, source, preprocess, teacher_params, weights, devices, workers
         )
-        state, records, failed = run_epochs(program, options, keeper, on_epoch)
+        state, records, failed = run_epochs(program, options, keeper, on_epoch, on_share)
         best = program.to_host(state["best"])
         results = [
             TrainResult(jax.tree.map(lambda leaf, v=v: leaf[v], best), best_epoch(record), record)
@@ -400,12 +403,13 @@ class _ManyRuns(Program):
             for v, variant in enumerate(self._variants)
             if alive[v]
         }
-        total = None
+        total, backlog = None, Backlog()
         for batch in self._read(orders):
             found = self._programs.sums(
                 evaluated(state), batch, self._fixed["weights"], self._teacher_params
             )
             total = found if total is None else total + found
+            backlog.sent(batch, total)
         sums = self.to_host(total)
         return [Metrics.of_sums(sums[v]) if alive[v] else None for v in range(len(alive))]
 

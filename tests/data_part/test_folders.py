@@ -333,7 +333,9 @@ def test_damaged_and_missing_images(classes):
     (classes / "bee" / "1.png").unlink()
     (classes / "cat" / "x.bmp").write_text("no image at all")
     (classes / "cat" / "y.webp").write_bytes(b"")
-    bad = find_corrupt(source, range(5), RGB)
+    shares = []
+    bad = find_corrupt(source, range(5), RGB, shares.append)
+    assert shares == [0.2] * 5
     assert [i for i, _ in bad] == [0, 1, 3, 4]
     assert bad[1][1] == f"{classes / 'bee' / '1.png'} (image 1): image is missing"
     assert "truncated" in bad[0][1].lower()

@@ -69,6 +69,27 @@ def test_every_example_counts_once_on_any_number_of_devices(
     np.testing.assert_allclose(shared_rows, rows, rtol=1e-5)
 
 
+def test_shares_of_the_work_are_told_while_few_batches_wait(params, source):
+    read, told, waiting = [], [], []
+
+    def reading():
+        for batch in batches(source, np.arange(COUNT), PREPROCESS, 2):
+            read.append(batch)
+            yield batch
+
+    def tell(count):
+        told.append(count)
+        waiting.append(len(read) - len(told))
+
+    evaluate(None, params, reading(), linear, on_batch=tell)
+    assert told == [2, 2, 2, 1]
+    assert waiting == [1, 1, 1, 0]
+    given, shares = (source, np.array([3, 3, 0, 1, 2]), PREPROCESS, 3), []
+    evaluate_indices(None, params, *given, linear, on_share=shares.append)
+    predict(Teacher(None, params, linear), *given, on_share=shares.append)
+    np.testing.assert_allclose(shares, [0.6, 0.4, 0.6, 0.4])
+
+
 def test_an_example_without_label_is_refused(params, source):
     labels = np.where(np.arange(COUNT) == 5, -1, source.labels)
     unlabelled = source.with_labels(labels)

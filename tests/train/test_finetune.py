@@ -295,9 +295,15 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(tmp_path, stops):
             long_run(directory, on_epoch=stop_after(stop))
         # A run that is killed while it saves leaves this behind.
         (directory / "step_000000099.orbax-checkpoint-tmp").mkdir()
-    seen = []
-    found = long_run(directory, on_epoch=lambda epoch, _: seen.append(epoch))
-    assert seen == list(range(stops[-1] // 2 * 2 + 1, 7))
+    seen, shares = [], []
+    found = long_run(
+        directory, on_epoch=lambda epoch, _: seen.append(epoch), on_share=shares.append
+    )
+    kept = stops[-1] // 2 * 2
+    assert seen == list(range(kept + 1, 7))
+    # What was done before, then three steps an epoch.
+    before = [kept / 6] if kept else []
+    np.testing.assert_allclose(shares, before + [1 / 18] * 3 * (6 - kept))
     assert found.best_epoch == expected.best_epoch
     assert found.record == expected.record
     assert_trees_equal(found.params, expected.params)

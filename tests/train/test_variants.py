@@ -124,11 +124,12 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_variants_end_as_sequential_runs(sequential, devices):
     # Four variants do not fill three devices, and are fewer than eight.
-    seen = []
+    seen, shares = [], []
     found = together(
         make_variants(),
         mesh=data_mesh(jax.devices()[:devices]),
         on_epoch=lambda v, epoch, _: seen.append((v, epoch)),
+        on_share=shares.append,
     )
     for one, other in zip(found, sequential, strict=True):
         assert_close(one, other)
@@ -136,6 +137,7 @@ def test_variants_end_as_sequential_runs(sequential, devices):
     assert len(set(lengths)) > 1, "some runs should stop early"
     assert {result.best_epoch for result in sequential} != {0}
     assert sorted(seen) == [(v, e) for v, n in enumerate(lengths) for e in range(1, n)]
+    np.testing.assert_allclose(sum(shares), (max(lengths) - 1) / OPTIONS.epochs)
 
 
 def test_masked_entries_stay_zero():
