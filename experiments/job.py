@@ -440,7 +440,7 @@ class Job(Preparation):
                 self.source,
                 indices,
                 self.config.data.preprocess,
-                images_at_once(model.value.config),
+                images_at_once(model.value.config, len(indices)),
                 workers=self.config.data.workers,
             )
             return {}, {"top1": found.top1}

@@ -513,7 +513,7 @@ class Preparation:
             self.source,
             indices,
             self.config.data.preprocess,
-            images_at_once(self.dense.config),
+            images_at_once(self.dense.config, len(indices)),
             workers=self.config.data.workers,
         )
 

@@ -294,7 +294,7 @@ def evaluate_model(
         source,
         indices,
         preprocess,
-        images_at_once(model.config) if batch_size is None else batch_size,
+        images_at_once(model.config, len(indices)) if batch_size is None else batch_size,
         workers=workers,
         on_share=on_share,
     )

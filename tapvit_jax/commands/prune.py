@@ -342,7 +342,7 @@ def _top1(
         source,
         indices,
         preprocess,
-        images_at_once(model.config),
+        images_at_once(model.config, len(indices)),
         on_share=lambda share: step.advance(share / models),
         **reference,
     )
@@ -425,7 +425,7 @@ def _class_shares(
             pool.source,
             images,
             preprocess_of(model),
-            images_at_once(model.config),
+            images_at_once(model.config, len(images)),
             on_share=on_share,
         )
 

@@ -156,7 +156,7 @@ class Extractor:
           InputError: an image cannot be read, or a number is out of range.
         """
         if batch_size is None:
-            batch_size = images_at_once(self.network)
+            batch_size = images_at_once(self.network, len(indices))
         # No more devices than batches: a device without images would compute for nothing.
         useful = max(-(-len(indices) // max(batch_size, 1)), 1)
         mesh = data_mesh(jax.local_devices()[:useful])

@@ -15,6 +15,8 @@ FLOAT32_BYTES = 4
 
 # What a forward pass may take of an accelerator's or a machine's memory, unless one image needs it.
 _FORWARD_BYTES = 2**32
+# More of them together gain nothing.
+_MOST_IMAGES = 256
 # Batches of images that lie ready or are being read while one is computed.
 _READ_BATCHES = 3
 
@@ -133,11 +135,11 @@ def cost(config: Config, latency: Latency | None = None) -> Cost:
     return dataclasses.replace(counted, latency_ms=latency.predict(config))
 
 
-def images_at_once(config: Config | ConvNetConfig, most: int = 256) -> int:
+def images_at_once(config: Config | ConvNetConfig, count: int | None = None) -> int:
     """How many images a forward pass should take together where nothing depends on it.
 
-    `most`, or the largest power of two whose activations and images, those that are read ahead
-    included, take 4 GiB by count.
+    256, or the largest power of two whose activations and images, those that are read ahead
+    included, take 4 GiB by count; or the smallest one that holds `count` images, if they are all.
 
     Source: ours.
     """
@@ -147,7 +149,8 @@ def images_at_once(config: Config | ConvNetConfig, most: int = 256) -> int:
         peak = cost(config).activation_bytes
     image = FLOAT32_BYTES * config.image_size**2 * config.in_channels
     fitting = max(_FORWARD_BYTES // (peak + _READ_BATCHES * image), 1)
-    return min(most, 2 ** (fitting.bit_length() - 1))
+    enough = _MOST_IMAGES if count is None else 2 ** max(count - 1, 0).bit_length()
+    return min(enough, _MOST_IMAGES, 2 ** (fitting.bit_length() - 1))
 
 
 def _peak(block: BlockCost) -> int:

@@ -200,6 +200,15 @@ def test_a_forward_pass_takes_as_many_images_as_fit(name):
     assert images_at_once(config, 4) == 4
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128), (256, 256), (257, 256), (10**9, 256)],
+)
+def test_few_images_are_not_padded_to_many(count, expected):
+    assert images_at_once(create("deit_tiny_patch16_224")[0], count) == expected
+    assert images_at_once(create("vit_small_patch14_dinov2")[0], count) == min(expected, 32)
+
+
 def test_pretrained_networks_for_large_images_take_few_at_a_time():
     # One attention of DINOv2's has 1,370^2 weights a head: 256 images would take 23 GiB twice.
     assert images_at_once(create("vit_small_patch14_dinov2")[0]) == 32
