@@ -148,8 +148,12 @@ class ExperimentConfig:
         check_fields(self)
         if not self.budgets:
             raise InputError("budgets is empty, expected at least one")
-        if self.recover_together < 1:
-            raise InputError(f"recover_together is {self.recover_together}, expected 1 or more")
+        # Devices and repeats count on from it.
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed is {self.seed}, expected 0 to {2**31 - 1}")
+        for name in ("recover_together", "latency_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
         if self.recover_together > 1 and self.recover_on != "masked":
             raise InputError("recover_together needs recover_on 'masked': one shape for all")
         if self.likely_share is not None:

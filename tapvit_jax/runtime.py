@@ -131,7 +131,8 @@ def run_program(
     except jax.errors.JaxRuntimeError as error:
         # Of this machine's memory or an accelerator's. Further lines, if any, list what is in it.
         first, *_ = str(error).splitlines() or [""]
-        if not first.startswith("RESOURCE_EXHAUSTED"):
+        # A CPU's programs say it inside, where others have an error of its own.
+        if not (first.startswith("RESOURCE_EXHAUSTED") or "Out of memory allocating" in first):
             raise
         print(
             f"error: not enough memory ({one_line(first)}); smaller batches take less",
@@ -144,6 +145,34 @@ def run_program(
             print(f"\ninterrupted: {interrupted}", file=sys.stderr, flush=True)
         return 128 + (error.number if isinstance(error, _EndedError) else signal.SIGINT)
     return 0
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C and the system's signals wait until the body is done; the second one does not.
+
+    For what goes on in threads of its own after the main one has left it.
+    """
+    before, came = {}, []
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Not where it is ignored, or ends the process at once.
+            if callable(handler := signal.getsignal(number)):
+                before[number] = handler
+                signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            before[number](number, None)
 
 
 class _EndedError(KeyboardInterrupt):

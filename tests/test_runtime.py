@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import pytest
 from tapvit_jax import runtime, versions
 from tapvit_jax.data.sources import open_source
 from tapvit_jax.errors import InputError
-from tapvit_jax.runtime import forget_programs, run_program, set_up_jax
+from tapvit_jax.runtime import forget_programs, interrupts_wait, run_program, set_up_jax
 from tests.processes import ROOT, free_port, run_together
 
 
@@ -109,6 +110,40 @@ pathlib.Path.unlink = slow_unlink
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_waits_until_the_body_is_done():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+    assert done == [1]
+    # The second one does not wait.
+    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        done.append(2)
+        signal.raise_signal(signal.SIGINT)
+        done.append(3)
+    assert done == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(InputError), interrupts_wait():
+        raise InputError("of the body")
+    with interrupts_wait():
+        done.append(4)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupts_of_another_threads_body_do_not_wait():
+    handlers = []
+
+    def body():
+        with interrupts_wait():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.default_int_handler]
+
+
 def test_a_process_of_a_job_is_told_to_end_too(tmp_path):
     program = WRITER.replace(
         "def main():\n",
@@ -160,6 +195,14 @@ def test_only_the_first_line_of_what_an_accelerator_holds_is_printed(capsys):
     assert capsys.readouterr().err == (
         "error: not enough memory (RESOURCE_EXHAUSTED: Out of memory.); smaller batches take less\n"
     )
+
+
+def test_what_a_cpus_program_has_no_memory_for_is_one_line_and_2(capsys):
+    images = jax.ShapeDtypeStruct((2**40, 64), jnp.float32)
+    run = jax.jit(lambda key: jax.random.normal(key, images.shape)).lower(jax.random.key(0))
+    assert run_program(lambda: run.compile()(jax.random.key(0)).block_until_ready()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: not enough memory (") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["", "INTERNAL: RESOURCE_EXHAUSTED no more"])

@@ -16,6 +16,8 @@ from tapvit_jax.structs import check_fields
 
 _DIRICHLET_DRAWS = 100
 _LEAST_PRIVATE = 2
+# More than any set of images is dealt to; each is a stage of its own.
+_MOST_DEVICES = 2**16
 # Far beyond either end the proportions are one-hot or equal, and then NaN.
 _LEAST_ALPHA, _LARGEST_ALPHA = 1e-3, 1e6
 
@@ -53,9 +55,10 @@ class PartitionConfig:
 
     def __post_init__(self):
         check_fields(self)
-        for field in ("num_devices", "shards_per_device"):
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} is {getattr(self, field)}, expected 1 or more")
+        if not 1 <= self.num_devices <= _MOST_DEVICES:
+            raise InputError(f"num_devices is {self.num_devices}, expected 1 to {_MOST_DEVICES}")
+        if self.shards_per_device < 1:
+            raise InputError(f"shards_per_device is {self.shards_per_device}, expected 1 or more")
         for field in ("public_fraction", "validation_fraction", "private_test_fraction"):
             if not 0 < getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}, expected between 0 and 1")

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from tapvit_jax import distributed
 from tapvit_jax.errors import InputError
 from tapvit_jax.files import WriteError, file_lock, read_json, write_json
+from tapvit_jax.runtime import interrupts_wait
 from tapvit_jax.stages import Scratch, differences, on_main
 from tapvit_jax.versions import library_versions
 
@@ -56,7 +57,7 @@ class Checkpoints:
         self._identity = {"version": library_versions()["tapvit-jax"]} | identity
         with contextlib.ExitStack() as lock:
             on_main(lambda: self._claim(lock))
-            with _quiet():
+            with _orbax_works():
                 self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
             self._lock = lock.pop_all()
 
@@ -95,7 +96,7 @@ class Checkpoints:
         target = self._path(step)
         entries = _entries(state)
         with self._disk_errors():
-            with _quiet():
+            with _orbax_works():
                 self._orbax.save(target, args=ocp.args.StandardSave(entries), force=True)
             if distributed.is_main():
                 note = {
@@ -151,7 +152,7 @@ class Checkpoints:
         The directory goes with them if it holds nothing else: it is the user's, who may keep other
         things there.
         """
-        with _quiet():
+        with _orbax_works():
             self._orbax.close()
         if delete:
             distributed.barrier()
@@ -196,7 +197,7 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, entries)
         found, reason = None, None
         try:
-            with _quiet():
+            with _orbax_works():
                 found = self._orbax.restore(target, args=ocp.args.StandardRestore(abstract))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = f"it cannot be read ({_first_line(error)})"
@@ -227,16 +228,18 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _orbax_works() -> Iterator[None]:
     # Orbax tells every step of its work, and errors with their call stacks before it raises them;
-    # users want the progress line, and one line for an error.
+    # users want the progress line, and one line for an error. Its threads do not end when the main
+    # one is interrupted, and fail when the program does.
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with interrupts_wait():
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

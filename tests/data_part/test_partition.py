@@ -174,6 +174,7 @@ def test_private_split(kind):
     [
         ({"kind": "random"}, "kind is 'random', expected one of 'disjoint'"),
         ({"num_devices": 0}, "num_devices is 0"),
+        ({"num_devices": 10**12}, "num_devices is 1000000000000, expected 1 to 65536"),
         ({"num_devices": 2.0}, "num_devices is 2.0"),
         ({"num_devices": True}, "num_devices is True"),
         ({"shards_per_device": 0}, "shards_per_device is 0"),

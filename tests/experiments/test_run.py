@@ -260,6 +260,8 @@ def test_weights_of_other_classes_are_trained_behind_a_new_classifier(tmp_path, 
     [
         ({"dense": {"new_classifier": True}}, "config.dense: new_classifier is True, expected wei"),
         ({"sede": 1}, "unknown field config.sede: did you mean seed"),
+        ({"seed": 2**31}, "config: seed is 2147483648, expected 0 to 2147483647"),
+        ({"latency_batch": 0}, "config: latency_batch is 0, expected 1 or more"),
         ({"budgets": ()}, "at least one"),
         ({"budgets": ("macs=2.0",)}, "at most 1.0"),
         ({"extractor": {"dim": 2.5}}, "config.extractor.dim is 2.5, expected int"),

@@ -5,6 +5,7 @@ import json
 import logging
 import resource
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -272,6 +273,30 @@ def test_what_a_kill_left_is_taken_away(tmp_path, left):
     assert not (tmp_path / left).exists()
     assert keeper.restore({"a": np.ones(3)}) is not None
     keeper.close()
+
+
+@pytest.mark.parametrize("call", ["save", "restore"])
+def test_an_interrupt_waits_for_what_orbax_does(tmp_path, monkeypatch, call):
+    keeper, done = Checkpoints(tmp_path, {}), []
+    keeper.save(1, {"a": np.zeros(3)}, {})
+    original = getattr(keeper._orbax, call)
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        found = original(*arguments, **options)
+        done.append(call)
+        return found
+
+    monkeypatch.setattr(keeper._orbax, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        keeper.save(2, {"a": np.ones(3)}, {}) if call == "save" else keeper.restore(
+            {"a": np.ones(3)}
+        )
+    assert done == [call]
+    keeper.close()
+    with Checkpoints(tmp_path, {}) as keeper:
+        # What was saved last has no note.
+        np.testing.assert_array_equal(keeper.restore({"a": np.ones(3)})[0]["a"], np.zeros(3))
 
 
 def test_a_kill_while_checkpoints_are_removed(tmp_path, monkeypatch):
