@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from tapvit_jax.errors import InputError
-from tapvit_jax.files import write_json, write_text
+from tapvit_jax.files import check_file, write_json, write_text
 from tapvit_jax.runtime import run_program
 from tapvit_jax.versions import library_versions
 
@@ -152,14 +152,17 @@ def main(argv: list[str] | None = None) -> None:
     unknown = sorted(set(args.names) - set(MODULES))
     if unknown:
         parser.error(f"{', '.join(unknown)}: expected some of {', '.join(MODULES)}")
+    table, numbers = args.out / "bench.md", args.out / "bench.json"
+    for path in (table, numbers):
+        check_file(path)
     benchmarks: dict[str, Any] = {}
     results = {"machine": _machine(), "benchmarks": benchmarks}
     for name in args.names or MODULES:
         print(f"\nbench_{name}", flush=True)
         benchmarks[name] = _run(name)
-        write_json(args.out / "bench.json", results)
-        write_text(args.out / "bench.md", _markdown(results))
-    print(f"\n{args.out / 'bench.md'}")
+        write_json(numbers, results)
+        write_text(table, _markdown(results))
+    print(f"\n{table}")
     failed = [name for name, found in benchmarks.items() if found["code"]]
     if failed:
         raise InputError(f"failed: {', '.join(f'bench_{name}' for name in failed)}")

@@ -53,6 +53,15 @@ def test_the_table_holds_what_benchmarks_report(tmp_path, monkeypatch, capsys):
     assert "scores" in capsys.readouterr().out
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.delattr(bench, "_run")
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "out" / "bench.md").mkdir(parents=True)
+    for out, message in (("file", "lies below a file"), ("out", r"bench\.md")):
+        with pytest.raises(InputError, match=message):
+            bench.main(["--out", str(tmp_path / out)])
+
+
 def test_the_live_table_shows_finished_failed_and_foreign_units():
     table = LiveTable(("budget", "recovery"), (8, 6))
     row = {"cost": {"macs": 50, "params": 30}, "dense_cost": {"macs": 100, "params": 60}}
